@@ -1,0 +1,76 @@
+"""Every key of every recipe, with its meaning; the values are the paper's
+for CIFAR-10 (Ho et al. 2020, appendix B). A recipe is a call to this function
+and its differences.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  c = ConfigDict()
+  c.seed = 0  # of everything random: weights, order of data, noise, samples
+  c.steps = 800_000  # optimiser steps in all
+  c.batch_size = 128  # images a step, over all devices
+  c.accumulate = 1  # parts that a batch is worked through in, to save memory
+
+  c.data = ConfigDict()
+  c.data.name = 'tfds'  # digits | tfds | folder | arrays
+  c.data.tfds = 'cifar10'  # name of the data set, for `tfds`
+  c.data.path = ''  # folder of images | .npz or .npy | TFDS folder ('': its own)
+  c.data.split = 'train'  # for `tfds`
+  c.data.image_size = 32  # side, or (height, width), in pixels
+  c.data.channels = 3  # 1: gray, 3: RGB
+  c.data.flip = True  # mirror half of the images, left to right
+  c.data.max_unreadable = 10  # image files that may be broken before we stop
+
+  c.model = ConfigDict()
+  c.model.name = 'unet'  # a file of ddpm_jax/models
+  c.model.channels = 128  # of the first level
+  c.model.multipliers = (1, 2, 2, 2)  # of `channels`, a level each
+  c.model.blocks = 2  # residual blocks a level going down; one more going up
+  c.model.attention = (16,)  # sides in pixels where attention follows a block
+  c.model.groups = 32  # of group normalisation
+  c.model.dropout = 0.1
+  c.model.dtype = 'float32'  # of activations: float32 | bfloat16
+  c.model.remat = False  # recompute blocks in the backward pass: less memory
+
+  c.schedule = ConfigDict()
+  c.schedule.name = 'linear'  # a function of ddpm_jax/diffusion/schedules.py
+  c.schedule.T = 1000
+  c.schedule.beta_1 = 1e-4
+  c.schedule.beta_T = 0.02
+
+  c.loss = ConfigDict()
+  c.loss.name = 'simple'  # a function of ddpm_jax/diffusion/objectives.py
+  c.loss.t = 'uniform'  # uniform | antithetic | stratified
+
+  c.optimizer = ConfigDict()  # Adam
+  c.optimizer.learning_rate = 2e-4
+  c.optimizer.warmup = 5000  # steps; the learning rate rises linearly from 0
+  c.optimizer.beta_1 = 0.9
+  c.optimizer.beta_2 = 0.999
+  c.optimizer.eps = 1e-8
+  c.optimizer.clip = 1.0  # global norm of the gradient
+  c.optimizer.ema = 0.9999  # decay, a step, of the weights that sample
+
+  c.sampler = ConfigDict()
+  c.sampler.name = 'ancestral'  # a function of ddpm_jax/diffusion/samplers.py
+  c.sampler.steps = c.schedule.get_ref('T')  # T, or fewer: an even stride
+  c.sampler.sigma2 = 'beta'  # beta ("fixed large") | beta_tilde ("fixed small")
+  c.sampler.clip = True  # the predicted x_0 to [-1, 1], at every step
+  c.sampler.batch_size = 256  # images at a time, over all devices
+
+  c.parallel = ConfigDict()
+  c.parallel.engine = 'jit'  # jit | pmap
+  c.parallel.data = -1  # devices along the batch; -1: all that are left
+  c.parallel.fsdp = 1  # devices that share one copy of the state
+
+  c.checkpoint = ConfigDict()
+  c.checkpoint.every = 5000  # steps
+  c.checkpoint.keep = 3  # newest ones
+  c.checkpoint.keep_every = 100_000  # steps; these are kept for good
+
+  c.log = ConfigDict()
+  c.log.every = 100  # steps between lines of metrics.jsonl
+  c.log.pictures_every = 0  # steps between grids of samples; 0: at the end only
+  return c.lock()

@@ -1,0 +1,20 @@
+"""What a user can mend, and the words that help to mend it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+  """A mistake that the user can mend: `main` prints it in one line, exits 2.
+
+  Raise it with what was wrong and what to do. Anything else that is raised is
+  our own fault, and keeps its traceback.
+  """
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+  """The error for a name that is not one of `known`, naming the nearest."""
+  known = sorted(known)
+  close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  hint = f'did you mean {close[0]!r}? ' if close else ''
+  return UserError(f'unknown {kind} {name!r}; {hint}known: {", ".join(known)}')
