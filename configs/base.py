@@ -16,7 +16,9 @@ def get_config() -> ConfigDict:
   c.data = ConfigDict()
   c.data.name = 'tfds'  # digits | tfds | folder | arrays
   c.data.tfds = 'cifar10'  # name of the data set, for `tfds`
-  c.data.path = ''  # folder of images | .npz or .npy | TFDS folder ('': its own)
+  c.data.path = (
+    ''  # folder of images | .npz or .npy | TFDS folder ('': its own)
+  )
   c.data.split = 'train'  # for `tfds`
   c.data.image_size = 32  # side, or (height, width), in pixels
   c.data.channels = 3  # 1: gray, 3: RGB

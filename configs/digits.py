@@ -1,0 +1,23 @@
+"""Handwritten digits, 8x8: no download, minutes on two CPU cores.
+
+python -m ddpm_jax.main --config=configs/digits.py
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+  c = base.get_config()
+  c.steps = 1500
+  c.batch_size = 128
+  c.data.update(name='digits', image_size=8, channels=1, flip=False)
+  c.model.update(
+    channels=32, multipliers=(1, 2), attention=(4,), groups=8, dropout=0.0
+  )
+  c.loss.t = 'stratified'
+  c.optimizer.update(learning_rate=1e-3, warmup=100, ema=0.995)
+  c.checkpoint.update(every=500, keep_every=0)
+  c.log.every = 10
+  return c

@@ -1,0 +1,222 @@
+"""From a recipe to objects: the only place where names become functions."""
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from ddpm_jax import errors
+from ddpm_jax import models
+from ddpm_jax.data import sources
+from ddpm_jax.diffusion import objectives
+from ddpm_jax.diffusion import pixels
+from ddpm_jax.diffusion import process
+from ddpm_jax.diffusion import samplers
+from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import timesteps
+from ddpm_jax.diffusion import training
+from ddpm_jax.runtime import parallel
+
+
+def named(module: ModuleType, name: str, first: str, what: str) -> Callable:
+  """The function `name` of `module`, one of those whose first argument is
+  `first`: that is what makes a function of a module a schedule or a sampler.
+
+  Raises:
+    UserError: if there is none, naming those there are.
+  """
+  functions = {
+    n: f
+    for n, f in inspect.getmembers(module, inspect.isfunction)
+    if f.__module__ == module.__name__
+    and next(iter(inspect.signature(f).parameters), None) == first
+  }
+  if name not in functions:
+    raise errors.unknown(what, name, functions)
+  return functions[name]
+
+
+def call(
+  function: Callable, section: ConfigDict, *args: Any, **more: Any
+) -> Any:
+  """Calls `function` with the keys of a section that it has arguments for.
+
+  Raises:
+    UserError: for a value that `function` refuses.
+  """
+  names = inspect.signature(function).parameters
+  chosen = {k: v for k, v in section.items() if k in names and k not in more}
+  try:
+    return function(*args, **chosen, **more)
+  except ValueError as e:
+    raise errors.UserError(str(e)) from e
+
+
+def image_size(config: ConfigDict) -> tuple[int, int]:
+  """(height, width) in pixels."""
+  size = config.data.image_size
+  return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def model(config: ConfigDict) -> nn.Module:
+  """The linen module: `model.apply(variables, x_t, t, train=False)`."""
+  name = config.model.name
+  known = [m.name for m in pkgutil.iter_modules(models.__path__)]
+  if name not in known:
+    raise errors.unknown('model', name, known)
+  module = importlib.import_module(f'ddpm_jax.models.{name}')
+  return call(
+    module.build, config.model, image_size(config), config.data.channels
+  )
+
+
+def schedule(config: ConfigDict) -> schedules.Schedule:
+  function = named(schedules, config.schedule.name, 'T', 'schedule')
+  return call(function, config.schedule)
+
+
+def source(config: ConfigDict) -> Any:
+  """The data set; see `data/sources.py`."""
+  function = named(sources, config.data.name, 'path', 'data set')
+  return call(function, config.data, image_size=image_size(config))
+
+
+def mesh(config: ConfigDict) -> jax.sharding.Mesh:
+  """The devices of a run.
+
+  Raises:
+    UserError: if they do not suit the engine or the batch.
+  """
+  wanted = config.parallel
+  if wanted.engine not in parallel.ENGINES:
+    raise errors.unknown('engine', wanted.engine, parallel.ENGINES)
+  if wanted.engine == 'pmap' and wanted.fsdp > 1:
+    raise errors.UserError(
+      'pmap keeps the whole state on every device: set parallel.fsdp=1, or '
+      'parallel.engine=jit'
+    )
+  made = parallel.make_mesh(wanted.data, wanted.fsdp)
+  parts = made.size * config.accumulate
+  if config.batch_size < 1 or config.batch_size % parts:
+    raise errors.UserError(
+      f'batch_size={config.batch_size} is not divisible by {made.size} '
+      f'device(s) times accumulate={config.accumulate}'
+    )
+  return made
+
+
+def stream(seed: int, use: str) -> jax.Array:
+  """The key of one use of a seed: `init`, `train` or `sample`."""
+  use_id = ('init', 'train', 'sample').index(use)
+  return jax.random.fold_in(jax.random.key(seed), use_id)
+
+
+def optimizer(config: ConfigDict) -> optax.GradientTransformation:
+  """Adam with a linear warm-up from 0, after clipping by global norm."""
+  c = config.optimizer
+  rate = optax.linear_schedule(0, c.learning_rate, c.warmup)
+  return optax.chain(
+    optax.clip_by_global_norm(c.clip),
+    optax.adam(
+      rate if c.warmup else c.learning_rate, c.beta_1, c.beta_2, c.eps
+    ),
+  )
+
+
+def init_state(config: ConfigDict) -> training.TrainState:
+  """The state at step 0. Call it under jit."""
+  network = model(config)
+  x = jnp.zeros((1, *image_size(config), config.data.channels))
+  t = jnp.ones(1, jnp.int32)
+  params = network.init(stream(config.seed, 'init'), x, t)['params']
+  return training.TrainState.create(
+    apply_fn=network.apply,
+    params=params,
+    # A copy: a donated state must not hold one buffer twice.
+    ema_params=jax.tree.map(jnp.copy, params),
+    tx=optimizer(config),
+  )
+
+
+def loss_fn(config: ConfigDict) -> Callable[..., jax.Array]:
+  """(params, key, batch) -> losses (B,): Algorithm 1 for a batch of images.
+
+  The randomness of an example follows from `key` and its `batch['index']`.
+  """
+  network, table = model(config), schedule(config)
+  objective = named(objectives, config.loss.name, 'schedule', 'loss')
+  draw_t = named(timesteps, config.loss.t, 'key', 'choice of t')
+  n, T = config.batch_size, table.T
+  fold = jax.vmap(jax.random.fold_in, (None, 0))
+
+  def loss(params, key, batch):
+    k_flip, k_t, k_eps, k_drop = jax.random.split(key, 4)
+    index = batch['index']
+    x0 = pixels.to_float(batch['image'])
+    if config.data.flip:
+      x0 = pixels.random_flip(fold(k_flip, index), x0)
+    t = jax.vmap(lambda i: draw_t(k_t, i, n, T))(index)
+
+    def model_fn(x_t, t):
+      variables, rngs = {'params': params}, {'dropout': k_drop}
+      return network.apply(
+        variables, x_t, t, train=True, index=index, rngs=rngs
+      )
+
+    return objective(table, model_fn, fold(k_eps, index), x0, t)
+
+  return loss
+
+
+def train_step(config: ConfigDict) -> Callable:
+  """`training.train_step` for a recipe, without devices."""
+  return functools.partial(
+    training.train_step,
+    loss_fn=loss_fn(config),
+    key=stream(config.seed, 'train'),
+    ema=config.optimizer.ema,
+    accumulate=config.accumulate,
+  )
+
+
+def sampler(config: ConfigDict, seed: int, snapshots: int = 0) -> Callable:
+  """(params, index (B,)) -> images (B, H, W, C), predictions (B, K, H, W, C).
+
+  Both uint8. Image `index` of a seed is the same in a batch of any size.
+  """
+  network, c = model(config), config.sampler
+  step = named(samplers, c.name, 'schedule', 'sampler')
+  if c.sigma2 not in ('beta', 'beta_tilde'):
+    raise errors.unknown('sampler.sigma2', c.sigma2, ('beta', 'beta_tilde'))
+  short = call(schedules.stride, c, schedule(config))
+  names = inspect.signature(step).parameters
+  step = functools.partial(step, **{k: v for k, v in c.items() if k in names})
+  shape = (*image_size(config), config.data.channels)
+
+  def sample(params, index):
+    key = stream(seed, 'sample')
+    each = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+    # Steps fold in their t ≥ 1, so 0 is left for x_T.
+    x_T = process.normal(
+      jax.vmap(jax.random.fold_in, (0, None))(each, 0), shape
+    )
+    x_0, seen = samplers.sample(
+      step,
+      short,
+      lambda x_t, t: network.apply({'params': params}, x_t, t),
+      each,
+      x_T,
+      snapshots=snapshots,
+    )
+    return pixels.to_uint8(x_0), pixels.to_uint8(seen.swapaxes(0, 1))
+
+  return sample

@@ -1,0 +1,1 @@
+"""The mathematics: pure functions of arrays, blind to devices and files."""

@@ -1,0 +1,87 @@
+"""Noise schedules: how fast an image is turned into noise.
+
+Each function of this module that takes `T` returns a `Schedule`; its name is
+what a recipe says in `config.schedule.name`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Schedule(NamedTuple):
+  """Tables of shape (T+1,), indexed by the paper's t; slot 0 is the image.
+
+  A float32 `1 - alpha_bar` would be off by 1.7e-4 of itself at t = 1, so every
+  table is made in float64 and cast last.
+  """
+
+  beta: jax.Array  # β_t, the variance that step t adds; β_0 = 0
+  alpha_bar: jax.Array  # ᾱ_t = Π_{s≤t} (1 - β_s); ᾱ_0 = 1
+  one_minus_alpha_bar: jax.Array  # 1 - ᾱ_t
+  beta_tilde: jax.Array  # β̃_t, variance of q(x_{t-1} | x_t, x_0); β̃_1 = 0
+  time: jax.Array  # the time that the network is told: t, or more (`stride`)
+
+  @property
+  def T(self) -> int:
+    return len(self.beta) - 1
+
+
+def from_beta(beta: np.ndarray, time: np.ndarray | None = None) -> Schedule:
+  """The tables that follow from β_1..β_T, float64 of shape (T,).
+
+  Raises:
+    ValueError: if a β_t is not in (0, 1).
+  """
+  beta = np.asarray(beta, np.float64)
+  if beta.ndim != 1 or not np.all((beta > 0) & (beta < 1)):
+    raise ValueError('every beta must lie strictly between 0 and 1')
+  log_alpha_bar = np.cumsum(np.log1p(-np.append(0.0, beta)))
+  one_minus = -np.expm1(log_alpha_bar)  # exact where ᾱ_t is near 1
+  beta_tilde = beta * one_minus[:-1] / one_minus[1:]  # eq. 7
+  if time is None:
+    time = np.arange(len(beta) + 1)
+  return Schedule(
+    beta=jnp.asarray(np.append(0.0, beta), jnp.float32),
+    alpha_bar=jnp.asarray(np.exp(log_alpha_bar), jnp.float32),
+    one_minus_alpha_bar=jnp.asarray(one_minus, jnp.float32),
+    beta_tilde=jnp.asarray(np.append(0.0, beta_tilde), jnp.float32),
+    time=jnp.asarray(time, jnp.int32),
+  )
+
+
+def linear(
+  T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02
+) -> Schedule:
+  """β_t from β_1 to β_T in equal steps  (Ho et al. 2020, section 4)."""
+  return from_beta(np.linspace(beta_1, beta_T, T, dtype=np.float64))
+
+
+def cosine(T: int = 1000, s: float = 8e-3) -> Schedule:
+  """ᾱ_t = f(t)/f(0), f(t) = cos²((t/T + s)/(1 + s)·π/2), β_t ≤ 0.999.
+
+  Nichol & Dhariwal 2021, eq. 17.
+  """
+  f = np.cos((np.arange(T + 1) / T + s) / (1 + s) * np.pi / 2) ** 2
+  return from_beta(np.clip(1 - f[1:] / f[:-1], None, 0.999))
+
+
+def stride(schedule: Schedule, steps: int) -> Schedule:
+  """The schedule of `steps` ≤ T even jumps over the same noise levels.
+
+  Sampling in fewer steps is the ordinary sampler on this schedule: x_k of it is
+  x_{time[k]} of the one given, and β_k the variance of the whole jump.
+
+  Raises:
+    ValueError: if `steps` is not in 1..T.
+  """
+  if not 1 <= steps <= schedule.T:
+    raise ValueError(f'steps must be in 1..{schedule.T}, got {steps}')
+  if steps == schedule.T:
+    return schedule
+  at = np.round(np.linspace(0, schedule.T, steps + 1)).astype(int)
+  log_alpha_bar = np.cumsum(np.log1p(-np.asarray(schedule.beta, np.float64)))
+  time = np.asarray(schedule.time)[at]
+  return from_beta(-np.expm1(np.diff(log_alpha_bar[at])), time)

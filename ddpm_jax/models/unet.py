@@ -1,0 +1,276 @@
+"""The U-Net of Ho et al. 2020, section 4 and appendix B, and of their code.
+
+Parameters and the statistics of norms are float32; `dtype` is that of
+activations and products.
+"""
+
+import functools
+from collections.abc import Callable
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Dtype = jnp.dtype | type
+
+
+def init(scale: float = 1.0) -> Callable:
+  """Uniform of variance scale / mean(fan_in, fan_out)."""
+  # The authors' code says 0 and means 1e-10.
+  return nn.initializers.variance_scaling(
+    max(scale, 1e-10), 'fan_avg', 'uniform'
+  )
+
+
+def time_embedding(t: jax.Array, width: int) -> jax.Array:
+  """[sin(t ω) ‖ cos(t ω)], ω_i = 10000^(-i / (width/2 - 1)): (B, width)."""
+  half = width // 2
+  omega = jnp.exp(-jnp.log(1e4) * jnp.arange(half) / (half - 1))
+  angle = t.astype(jnp.float32)[:, None] * omega
+  return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1)
+
+
+class Dropout(nn.Module):
+  """Dropout whose mask for an example follows from its place in the batch.
+
+  `nn.Dropout` draws one mask for the batch that it sees, which is not the same
+  batch on one device and on eight.
+  """
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array, index: jax.Array) -> jax.Array:
+    if self.rate == 0:
+      return x
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+      self.make_rng('dropout'), index
+    )
+    keep = jax.vmap(
+      lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:])
+    )(keys)
+    return jnp.where(keep, x / (1 - self.rate), 0)
+
+
+class ResBlock(nn.Module):
+  """norm, swish, conv, + time, norm, swish, dropout, conv; + shortcut."""
+
+  channels: int
+  groups: int
+  dropout: float
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, temb: jax.Array, index: jax.Array | None
+  ) -> jax.Array:
+    norm = functools.partial(
+      nn.GroupNorm, self.groups, epsilon=1e-6, dtype=self.dtype
+    )
+    conv = functools.partial(
+      nn.Conv, self.channels, (3, 3), padding=1, dtype=self.dtype
+    )
+    dense = functools.partial(
+      nn.Dense, self.channels, kernel_init=init(), dtype=self.dtype
+    )
+    h = conv(kernel_init=init(), name='conv_1')(
+      nn.swish(norm(name='norm_1')(x))
+    )
+    h += dense(name='time')(nn.swish(temb))[:, None, None]
+    h = nn.swish(norm(name='norm_2')(h))
+    if index is not None:
+      h = Dropout(self.dropout)(h, index)
+    h = conv(kernel_init=init(0), name='conv_2')(h)
+    if x.shape[-1] != self.channels:
+      x = dense(name='shortcut')(x)
+    return x + h
+
+
+class Attention(nn.Module):
+  """Every pixel attends to every other, with one head."""
+
+  groups: int
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    B, H, W, C = x.shape
+    dense = functools.partial(nn.Dense, C, dtype=self.dtype)
+    h = nn.GroupNorm(self.groups, epsilon=1e-6, dtype=self.dtype, name='norm')(
+      x
+    )
+    q, k, v = (
+      dense(kernel_init=init(), name=name)(h).reshape(B, H * W, 1, C)
+      for name in ('q', 'k', 'v')
+    )
+    # Softmax of the logits times C^-0.5, in float32.
+    h = jax.nn.dot_product_attention(q, k, v).reshape(B, H, W, C)
+    return x + dense(kernel_init=init(0), name='out')(h)
+
+
+class UNet(nn.Module):
+  """ε_θ(x_t, t) for images of any size that halves levels - 1 times.
+
+  Attributes:
+    out_channels: of the output.
+    channels: of the first level.
+    multipliers: of `channels`, one a level; each level but the last halves.
+    attention: the levels (0 is the full size) with attention after each block.
+    blocks: residual blocks of a level going down; going up has one more.
+    groups: of group normalisation; must divide every level's channels.
+    dropout: rate, in training.
+    dtype: of activations and products.
+    remat: recompute each block in the backward pass, to save memory.
+  """
+
+  out_channels: int
+  channels: int = 128
+  multipliers: Sequence[int] = (1, 2, 2, 2)
+  attention: Sequence[int] = (1,)
+  blocks: int = 2
+  groups: int = 32
+  dropout: float = 0.1
+  dtype: Dtype = jnp.float32
+  remat: bool = False
+
+  @nn.compact
+  def __call__(
+    self,
+    x_t: jax.Array,
+    t: jax.Array,
+    *,
+    train: bool = False,
+    index: jax.Array | None = None,
+  ) -> jax.Array:
+    """What the network makes of noisy images.
+
+    Args:
+      x_t: (B, H, W, C).
+      t: (B,) in 1..T.
+      train: with dropout, which needs `rngs={'dropout': key}`.
+      index: (B,) places of the examples in the whole batch, which decide their
+        dropout; by default they are the whole batch.
+
+    Returns:
+      (B, H, W, out_channels), float32.
+
+    Raises:
+      ValueError: if H or W cannot be halved often enough.
+    """
+    levels = range(len(self.multipliers))
+    factor = 2 ** (len(levels) - 1)
+    if x_t.ndim != 4 or x_t.shape[1] % factor or x_t.shape[2] % factor:
+      raise ValueError(
+        f'images {x_t.shape} are not (B, H, W, C) with H and W multiples of '
+        f'{factor}, as {len(levels)} levels need'
+      )
+    if index is None:
+      index = jnp.arange(len(x_t))
+    block = nn.remat(ResBlock) if self.remat else ResBlock
+    conv = functools.partial(
+      nn.Conv, kernel_size=(3, 3), padding=1, dtype=self.dtype
+    )
+
+    def res(h: jax.Array, level: int, name: str, attend: bool) -> jax.Array:
+      channels = self.channels * self.multipliers[level]
+      h = block(channels, self.groups, self.dropout, self.dtype, name=name)(
+        h, temb, index if train else None
+      )
+      if attend:
+        h = Attention(self.groups, self.dtype, name=f'{name}_attention')(h)
+      return h
+
+    # The network was published with times from 0: it is told t - 1.
+    temb = time_embedding(t - 1, self.channels)
+    dense = functools.partial(
+      nn.Dense, 4 * self.channels, kernel_init=init(), dtype=self.dtype
+    )
+    temb = dense(name='time_2')(nn.swish(dense(name='time_1')(temb)))
+
+    h = conv(self.channels, kernel_init=init(), name='conv_in')(x_t)
+    skips = [h]
+    for level in levels:
+      for i in range(self.blocks):
+        h = res(h, level, f'down_{level}_{i}', level in self.attention)
+        skips.append(h)
+      if level != levels[-1]:
+        h = nn.Conv(
+          h.shape[-1],
+          (3, 3),
+          strides=2,
+          padding=((0, 1), (0, 1)),
+          kernel_init=init(),
+          dtype=self.dtype,
+          name=f'downsample_{level}',
+        )(h)
+        skips.append(h)
+
+    h = res(h, levels[-1], 'middle_0', attend=True)
+    h = res(h, levels[-1], 'middle_1', attend=False)
+
+    for level in reversed(levels):
+      for i in range(self.blocks + 1):
+        h = jnp.concatenate([h, skips.pop()], axis=-1)
+        h = res(h, level, f'up_{level}_{i}', level in self.attention)
+      if level != 0:
+        h = h.repeat(2, axis=1).repeat(2, axis=2)  # nearest neighbour
+        h = conv(h.shape[-1], kernel_init=init(), name=f'upsample_{level}')(h)
+
+    h = nn.GroupNorm(self.groups, epsilon=1e-6, dtype=self.dtype, name='norm')(
+      h
+    )
+    h = conv(self.out_channels, kernel_init=init(0), name='conv_out')(
+      nn.swish(h)
+    )
+    return h.astype(jnp.float32)
+
+
+def build(
+  image_size: tuple[int, int],
+  image_channels: int,
+  *,
+  channels: int,
+  multipliers: Sequence[int],
+  blocks: int,
+  attention: Sequence[int],
+  groups: int,
+  dropout: float,
+  dtype: str,
+  remat: bool,
+) -> UNet:
+  """The U-Net of a recipe, for images of (height, width) pixels.
+
+  `attention` holds sides in pixels: a level whose shorter side is one of them
+  has attention after every block. The other keys are those of `UNet`.
+
+  Raises:
+    ValueError: if the image cannot be halved so often, `groups` does not divide
+      the channels, or `dtype` is unknown.
+  """
+  factor = 2 ** (len(multipliers) - 1)
+  if any(side % factor for side in image_size):
+    raise ValueError(
+      f'image size {image_size[0]}x{image_size[1]} is not a multiple of '
+      f'{factor}, which {len(multipliers)} levels need; change '
+      'data.image_size, or give model.multipliers fewer entries'
+    )
+  if any(channels * m % groups for m in multipliers):
+    raise ValueError(
+      f'model.groups={groups} does not divide the channels '
+      f'{[channels * m for m in multipliers]} of every level'
+    )
+  if dtype not in ('float32', 'bfloat16'):
+    raise ValueError(f'model.dtype={dtype!r} is not float32 or bfloat16')
+  sides = [min(image_size) // 2**level for level in range(len(multipliers))]
+  return UNet(
+    out_channels=image_channels,
+    channels=channels,
+    multipliers=tuple(multipliers),
+    attention=tuple(i for i, side in enumerate(sides) if side in attention),
+    blocks=blocks,
+    groups=groups,
+    dropout=dropout,
+    dtype=jnp.dtype(dtype),
+    remat=remat,
+  )

@@ -1,0 +1,1 @@
+"""The outside world, one part of it a file."""

@@ -1,0 +1,145 @@
+"""Devices: the mesh, how arrays lie on it, and the two compilers, jit and pmap.
+
+A state is one ordinary (global) array a leaf under both. With jit the compiler
+finds the collectives from the shardings; with pmap they are written out.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ddpm_jax import errors
+
+AXES = ('data', 'fsdp')
+ENGINES = ('jit', 'pmap')
+
+
+def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+  """A mesh of data × fsdp devices; data = -1 takes all that are left.
+
+  Raises:
+    UserError: if there are not so many devices.
+  """
+  devices = jax.devices()
+  wanted = data * fsdp if data > 0 else max(len(devices) // fsdp, 1) * fsdp
+  if fsdp < 1 or data == 0 or data < -1 or wanted > len(devices):
+    raise errors.UserError(
+      f'parallel.data={data} times parallel.fsdp={fsdp} does not fit the '
+      f'{len(devices)} device(s) here; data=-1, fsdp=1 always fits'
+    )
+  if jax.process_count() > 1 and wanted != len(devices):
+    raise errors.UserError(
+      f'{wanted} of {len(devices)} devices: a run of several processes must '
+      'use all; set parallel.data=-1'
+    )
+  return jax.make_mesh(
+    (wanted // fsdp, fsdp),
+    AXES,
+    axis_types=(AxisType.Auto,) * 2,  # linen knows no explicit axes
+    devices=devices[:wanted],
+  )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
+
+
+def over_batch(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P(AXES))
+
+
+def state_sharding(mesh: Mesh, state: Any) -> Any:
+  """FSDP: each leaf is cut along its longest axis that `fsdp` divides."""
+  n = mesh.shape['fsdp']
+
+  def sharding(leaf):
+    fits = [axis for axis, size in enumerate(leaf.shape) if size % n == 0]
+    if n == 1 or not fits:
+      return replicated(mesh)
+    axis = max(fits, key=lambda axis: leaf.shape[axis])
+    return NamedSharding(mesh, P(*[None] * axis, 'fsdp'))
+
+  return jax.tree.map(sharding, state)
+
+
+def init_state(init: Callable[[], Any], mesh: Mesh) -> Any:
+  """The state that `init` returns, made in place, never whole on one device."""
+  sharding = state_sharding(mesh, jax.eval_shape(init))
+  return jax.jit(init, out_shardings=sharding)()
+
+
+def put(tree: Any, mesh: Mesh, how: str) -> Any:
+  """This process's rows of a batch, NumPy -> what a compiled function takes."""
+  if how == 'pmap':
+    n = len(mesh.local_devices)
+    return jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), tree)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(over_batch(mesh), x), tree
+  )
+
+
+def compile_step(step: Callable, mesh: Mesh, how: str, state: Any) -> Callable:
+  """A training step, such as `training.train_step`, compiled.
+
+  Args:
+    step: (state, batch, gather=, mean=) -> (state, metrics).
+    mesh: of the devices to use.
+    how: `jit` or `pmap`.
+    state: the state, or its shapes.
+
+  Returns:
+    (state, batch) -> (state, metrics), for a batch that `put` has placed. The
+    state given is donated: its memory becomes that of the state returned.
+  """
+  if how == 'pmap':
+    return jax.pmap(
+      functools.partial(step, mean=lambda x: jax.lax.pmean(x, 'batch')),
+      axis_name='batch',
+      in_axes=(None, 0),
+      out_axes=(None, None),
+      donate_argnums=0,
+      devices=list(mesh.devices.flat),
+    )
+  sharding = state_sharding(mesh, state)
+
+  # Left to itself, XLA would split the convolutions along sharded kernels.
+  # Gathering whole parameters and scattering gradients is what FSDP means.
+  def mean(loss_and_grads):
+    loss, grads = loss_and_grads
+    return loss, jax.lax.with_sharding_constraint(grads, sharding.params)
+
+  return jax.jit(
+    functools.partial(step, gather=lambda x: gather(x, mesh), mean=mean),
+    in_shardings=(sharding, over_batch(mesh)),
+    out_shardings=(sharding, replicated(mesh)),
+    donate_argnums=0,
+  )
+
+
+def gather(params: Any, mesh: Mesh) -> Any:
+  return jax.lax.with_sharding_constraint(params, replicated(mesh))
+
+
+def compile_map(fn: Callable, mesh: Mesh, how: str, params: Any) -> Callable:
+  """A function (params, batch) -> arrays with one row an example, compiled.
+
+  The function returned gives NumPy arrays of all rows.
+  """
+  if how == 'pmap':
+    mapped = jax.pmap(fn, in_axes=(None, 0), devices=list(mesh.devices.flat))
+    return lambda params, batch: jax.tree.map(
+      lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), mapped(params, batch)
+    )
+  mapped = jax.jit(
+    lambda params, batch: fn(gather(params, mesh), batch),
+    in_shardings=(state_sharding(mesh, params), over_batch(mesh)),
+    out_shardings=over_batch(mesh),
+  )
+  return lambda params, batch: jax.tree.map(np.asarray, mapped(params, batch))
