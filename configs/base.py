@@ -4,6 +4,7 @@ and its differences.
 """
 
 from ml_collections import ConfigDict
+from ml_collections import FieldReference
 
 
 def get_config() -> ConfigDict:
@@ -20,7 +21,8 @@ def get_config() -> ConfigDict:
     ''  # folder of images | .npz or .npy | TFDS folder ('': its own)
   )
   c.data.split = 'train'  # for `tfds`
-  c.data.image_size = 32  # side, or (height, width), in pixels
+  # Side, or (height, width), in pixels: of either type.
+  c.data.image_size = FieldReference(32, field_type=object)
   c.data.channels = 3  # 1: gray, 3: RGB
   c.data.flip = True  # mirror half of the images, left to right
   c.data.max_unreadable = 10  # image files that may be broken before we stop

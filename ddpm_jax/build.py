@@ -27,9 +27,11 @@ from ddpm_jax.diffusion import training
 from ddpm_jax.runtime import parallel
 
 
-def named(module: ModuleType, name: str, first: str, what: str) -> Callable:
-  """The function `name` of `module`, one of those whose first argument is
-  `first`: that is what makes a function of a module a schedule or a sampler.
+def named(module: ModuleType, name: str, argument: str, what: str) -> Callable:
+  """The function `name` of `module`.
+
+  Only functions that have the argument `argument` count: that is what makes a
+  function of a module a schedule, a sampler or a data set, and not a helper.
 
   Raises:
     UserError: if there is none, naming those there are.
@@ -38,7 +40,7 @@ def named(module: ModuleType, name: str, first: str, what: str) -> Callable:
     n: f
     for n, f in inspect.getmembers(module, inspect.isfunction)
     if f.__module__ == module.__name__
-    and next(iter(inspect.signature(f).parameters), None) == first
+    and argument in inspect.signature(f).parameters
   }
   if name not in functions:
     raise errors.unknown(what, name, functions)
@@ -86,7 +88,7 @@ def schedule(config: ConfigDict) -> schedules.Schedule:
 
 def source(config: ConfigDict) -> Any:
   """The data set; see `data/sources.py`."""
-  function = named(sources, config.data.name, 'path', 'data set')
+  function = named(sources, config.data.name, 'image_size', 'data set')
   return call(function, config.data, image_size=image_size(config))
 
 
@@ -153,7 +155,7 @@ def loss_fn(config: ConfigDict) -> Callable[..., jax.Array]:
   The randomness of an example follows from `key` and its `batch['index']`.
   """
   network, table = model(config), schedule(config)
-  objective = named(objectives, config.loss.name, 'schedule', 'loss')
+  objective = named(objectives, config.loss.name, 'x0', 'loss')
   draw_t = named(timesteps, config.loss.t, 'key', 'choice of t')
   n, T = config.batch_size, table.T
   fold = jax.vmap(jax.random.fold_in, (None, 0))
@@ -194,7 +196,7 @@ def sampler(config: ConfigDict, seed: int, snapshots: int = 0) -> Callable:
   Both uint8. Image `index` of a seed is the same in a batch of any size.
   """
   network, c = model(config), config.sampler
-  step = named(samplers, c.name, 'schedule', 'sampler')
+  step = named(samplers, c.name, 'x_t', 'sampler')
   if c.sigma2 not in ('beta', 'beta_tilde'):
     raise errors.unknown('sampler.sigma2', c.sigma2, ('beta', 'beta_tilde'))
   short = call(schedules.stride, c, schedule(config))

@@ -18,3 +18,10 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
   close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   hint = f'did you mean {close[0]!r}? ' if close else ''
   return UserError(f'unknown {kind} {name!r}; {hint}known: {", ".join(known)}')
+
+
+class RunError(RuntimeError):
+  """A run that cannot go on, such as one whose loss is not a number.
+
+  `main` prints it in one line and exits with 1.
+  """

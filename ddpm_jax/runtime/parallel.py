@@ -69,6 +69,16 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
   return jax.tree.map(sharding, state)
 
 
+def abstract_state(init: Callable[[], Any], mesh: Mesh) -> Any:
+  """The shapes, types and shardings of the state that `init` returns."""
+  state = jax.eval_shape(init)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    state,
+    state_sharding(mesh, state),
+  )
+
+
 def init_state(init: Callable[[], Any], mesh: Mesh) -> Any:
   """The state that `init` returns, made in place, never whole on one device."""
   sharding = state_sharding(mesh, jax.eval_shape(init))

@@ -1,0 +1,1 @@
+"""Images from disk to batches: sources, and the pipeline that orders them."""

@@ -1,0 +1,108 @@
+"""The sources of images by name: `config.data.name` is a function here.
+
+`__all__` lists the names. A source is called with those of these keywords that
+it has: path, tfds, split, image_size = (H, W), channels (1: gray, 3: RGB) and
+max_unreadable. It returns a `store.Source`, and raises UserError for what is
+missing or does not fit.
+"""
+
+import os
+
+import numpy as np
+
+from ddpm_jax import errors
+from ddpm_jax.data import arrayfile
+from ddpm_jax.data import decode
+from ddpm_jax.data import listing
+from ddpm_jax.data import store
+
+__all__ = ['arrays', 'digits', 'folder', 'tfds']
+
+
+def digits(*, image_size: tuple[int, int], channels: int) -> store.Source:
+  """The 1797 handwritten digits that scikit-learn ships: 8 x 8, gray."""
+  if tuple(image_size) != (8, 8) or channels != 1:
+    raise errors.UserError(
+      f'digits are 8 x 8 pixels of 1 channel, not {image_size[0]} x '
+      f'{image_size[1]} of {channels}; set --config.data.image_size=8 '
+      '--config.data.channels=1'
+    )
+  from sklearn import datasets  # a second to import
+
+  images, labels = datasets.load_digits(return_X_y=True)
+  # gray [0, 16] -> uint8 [0, 255]
+  images = np.round(images * 255 / 16).astype(np.uint8).reshape(-1, 8, 8, 1)
+  names = tuple('0123456789')
+  return store.from_arrays(images, labels.astype(np.int32), names)
+
+
+def arrays(
+  *, path: str, image_size: tuple[int, int], channels: int
+) -> store.Source:
+  """Images of a .npz with `images` and perhaps `labels`, or of a .npy.
+
+  images: uint8 (n, h, w, 1 | 3 | 4) or (n, h, w); resized if they must be.
+  labels: integers (n,), -1 for none. A .npy is mapped, not read.
+  """
+  images, labels = arrayfile.load(path)
+  names = listing.class_names(labels)
+  shape = (*image_size, channels)
+  if images.shape[1:] == shape:
+    return store.from_arrays(images, labels, names)
+
+  def read(i: int) -> tuple[np.ndarray, int]:
+    return decode.fit_array(images[i], shape), int(labels[i])
+
+  files = store.Files(len(labels), read, lambda i: f'{path}[{i}]', names)
+  return store.from_files(files, shape, max_unreadable=0)
+
+
+def folder(
+  *,
+  path: str,
+  image_size: tuple[int, int],
+  channels: int,
+  max_unreadable: int,
+) -> store.Source:
+  """Image files under `path`, of any size and mode.
+
+  Their classes are the first-level sub-folders, or in `metadata.jsonl`.
+  """
+  path = os.path.expanduser(path)
+  names = listing.find(path)
+  labels, class_names = listing.label(path, names)
+  shape = (*image_size, channels)
+
+  def read(i: int) -> tuple[np.ndarray, int]:
+    return decode.read(os.path.join(path, names[i]), shape), int(labels[i])
+
+  files = store.Files(len(names), read, names.__getitem__, class_names)
+  return store.from_files(files, shape, max_unreadable)
+
+
+def tfds(
+  *,
+  path: str,
+  tfds: str,
+  split: str,
+  image_size: tuple[int, int],
+  channels: int,
+  max_unreadable: int,
+) -> store.Source:
+  """A TensorFlow data set prepared as ArrayRecord; no TensorFlow is needed.
+
+  CIFAR-10 is downloaded and prepared if it is not there. `path` is the TFDS
+  folder, '' for TFDS's own.
+  """
+  from ddpm_jax.data import records  # imports TFDS
+
+  data, class_names = records.load(tfds, os.path.expanduser(path), split)
+  shape = (*image_size, channels)
+
+  def read(i: int) -> tuple[np.ndarray, int]:
+    example = data[i]
+    label = int(example['label']) if class_names else -1
+    return decode.fit_array(example['image'], shape), label
+
+  files = store.Files(len(data), read, lambda i: f'{tfds}[{i}]', class_names)
+  return store.from_files(files, shape, max_unreadable)

@@ -1,0 +1,173 @@
+"""A source: images by index, decoded once if they fit in memory."""
+
+import concurrent.futures
+import dataclasses
+import logging
+import os
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import tqdm
+
+from ddpm_jax import errors
+from ddpm_jax.data import decode
+
+# Bytes of pixels that are kept in memory: little beside what a host that
+# trains has, even with a process for each of eight devices; 700,000 images of
+# 32 x 32, 10,000 of 256 x 256.
+MEMORY = 2 * 2**30
+
+_CHUNK = 64  # images that a thread decodes before it reports
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """`length` images; `gather(indices)` reads some of them.
+
+  gather: int (b,) -> dict(image=uint8 (b, H, W, C), label=int32 (b,)), where
+    label is -1 for an image that has none.
+  class_names: what the labels 0, 1, ... are called; () without labels.
+  """
+
+  length: int
+  gather: Callable[[np.ndarray], Batch]
+  class_names: tuple[str, ...] = ()
+
+  def __len__(self) -> int:
+    return self.length
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+  """Images that are yet to be decoded.
+
+  read: index -> (uint8 (H, W, C), label); may raise anything.
+  name: index -> what to call the image in a message.
+  """
+
+  length: int
+  read: Callable[[int], tuple[np.ndarray, int]]
+  name: Callable[[int], str]
+  class_names: tuple[str, ...] = ()
+
+
+def from_arrays(
+  images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...] = ()
+) -> Source:
+  """A source of uint8 (n, H, W, C), in memory or mapped, and int32 (n,)."""
+
+  def gather(indices: np.ndarray) -> Batch:
+    return {'image': np.asarray(images[indices]), 'label': labels[indices]}
+
+  return Source(len(labels), gather, class_names)
+
+
+def from_files(
+  files: Files, shape: decode.Shape, max_unreadable: int
+) -> Source:
+  """A source that decodes now, once, what fits in `MEMORY`.
+
+  What does not fit is decoded at every gather. An unreadable image is named in
+  a warning of `logging` and left out; met at a gather, it is too late for
+  that, and the next image that can be read stands in for it, with its label:
+  the same one in every process and in every run.
+
+  Raises:
+    UserError: more than `max_unreadable` images are unreadable, or all are.
+  """
+  once = files.length * int(np.prod(shape)) <= MEMORY
+  failed = _failures(max_unreadable)
+  return (_decode_now if once else _decode_late)(files, shape, failed)
+
+
+def _decode_now(
+  files: Files, shape: decode.Shape, failed: Callable[[str, Exception], None]
+) -> Source:
+  images = np.empty((files.length, *shape), np.uint8)
+  labels = np.full(files.length, -1, np.int32)
+  good = np.zeros(files.length, bool)
+
+  def work(first: int) -> int:
+    chunk = range(first, min(first + _CHUNK, files.length))
+    for i in chunk:
+      try:
+        images[i], labels[i] = files.read(i)
+        good[i] = True
+      except Exception as error:  # Pillow's are of many types
+        failed(files.name(i), error)
+    return len(chunk)
+
+  with (
+    _pool() as pool,
+    tqdm.tqdm(
+      desc='decoding', total=files.length, unit=' images', disable=None
+    ) as bar,
+  ):
+    for done in pool.map(work, range(0, files.length, _CHUNK)):
+      bar.update(done)
+  if not good.any():
+    raise _nothing_left(files)
+  if not good.all():
+    images, labels = images[good], labels[good]
+  return from_arrays(images, labels, files.class_names)
+
+
+def _decode_late(
+  files: Files, shape: decode.Shape, failed: Callable[[str, Exception], None]
+) -> Source:
+  pool = _pool()
+
+  def read(first: int) -> tuple[np.ndarray, int]:
+    for i in range(first, first + files.length):
+      try:
+        return files.read(i % files.length)
+      except Exception as error:  # Pillow's are of many types
+        failed(files.name(i % files.length), error)
+    raise _nothing_left(files)
+
+  def gather(indices: np.ndarray) -> Batch:
+    images = np.empty((len(indices), *shape), np.uint8)
+    labels = np.empty(len(indices), np.int32)
+    for row, pair in enumerate(pool.map(read, indices.tolist())):
+      images[row], labels[row] = pair
+    return {'image': images, 'label': labels}
+
+  return Source(files.length, gather, files.class_names)
+
+
+def _pool() -> concurrent.futures.ThreadPoolExecutor:
+  # More threads than this only wait for Python's lock.
+  return concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+
+
+def _failures(limit: int) -> Callable[[str, Exception], None]:
+  """A function to report unreadable images to; it raises beyond `limit`."""
+  seen: dict[str, None] = {}
+  lock = threading.Lock()
+
+  def failed(name: str, error: Exception) -> None:
+    with lock:
+      if name not in seen:
+        seen[name] = None
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        logging.getLogger(__name__).warning(
+          'unreadable image left out: %s (%s)', name, reason
+        )
+      if len(seen) > limit:
+        raise errors.UserError(
+          f'more than {limit} images are unreadable, such as '
+          f'{", ".join(list(seen)[:3])}; mend or remove them, or raise '
+          '--config.data.max_unreadable'
+        )
+
+  return failed
+
+
+def _nothing_left(files: Files) -> errors.UserError:
+  return errors.UserError(
+    f'none of the {files.length} images could be read, such as '
+    f'{files.name(0)}; mend them'
+  )

@@ -1,0 +1,1 @@
+"""What a user asks for: `--mode=NAME` runs the file of that name."""

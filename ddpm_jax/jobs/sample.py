@@ -1,0 +1,139 @@
+"""`--mode=sample`: images from the EMA weights of a run."""
+
+import argparse
+import functools
+import math
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm_jax import build
+from ddpm_jax import errors
+from ddpm_jax.runtime import checkpoint
+from ddpm_jax.runtime import images
+from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import workdir
+
+
+def run(config: ConfigDict, args: argparse.Namespace) -> None:
+  """Draws `--num_samples` images into `--output`.
+
+  Raises:
+    UserError: if there is no run in `--workdir`, or `--output` is taken.
+  """
+  if args.workdir is None or not args.workdir.is_dir():
+    raise errors.UserError(
+      f'no run in {args.workdir}: name one, as --workdir=runs/NAME'
+    )
+  seed = config.seed if args.seed is None else args.seed
+  output = args.output or args.workdir / f'samples_seed{seed}'
+  check_output(output, args.num_samples)
+  mesh = build.mesh(config)
+  draw = sampler(config, mesh, args.num_samples, seed)
+  step, params = restore_ema(config, mesh, args.workdir)
+  logs.say(
+    f'drawing {args.num_samples} images with the EMA weights of step {step}, '
+    f'{config.sampler.steps} steps of {config.sampler.name} each'
+  )
+  drawn = (image for image, _ in draw(params))
+  save(output, drawn, args.num_samples)
+  logs.say(f'{args.num_samples} images: {output}')
+
+
+def restore_ema(
+  config: ConfigDict, mesh: jax.sharding.Mesh, folder: pathlib.Path
+) -> tuple[int, Any]:
+  """(step, weights) of the newest whole checkpoint of a run."""
+  init = functools.partial(build.init_state, config)
+  abstract = parallel.abstract_state(init, mesh).ema_params
+  return checkpoint.restore_ema(folder / 'checkpoints', abstract)
+
+
+def sampler(
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  count: int,
+  seed: int,
+  snapshots: int = 0,
+) -> Any:
+  """Compiles the drawing of `count` images.
+
+  Returns a function of the weights that gives, batch by batch, uint8 images
+  (b, H, W, C) and predictions on the way (b, K, H, W, C); `count` in all.
+  """
+  n = mesh.size
+  size = math.ceil(min(count, config.sampler.batch_size) / n) * n
+  init = functools.partial(build.init_state, config)
+  draw = parallel.compile_map(
+    build.sampler(config, seed, snapshots),
+    mesh,
+    config.parallel.engine,
+    jax.eval_shape(init).ema_params,
+  )
+
+  def batches(params: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for start in range(0, count, size):
+      # The last batch is drawn whole, for one program serves all, and cut.
+      index = np.arange(start, start + size, dtype=np.int32)
+      index = parallel.put(index, mesh, config.parallel.engine)
+      left = count - start
+      yield jax.tree.map(lambda x: x[:left], draw(params, index))
+
+  return batches
+
+
+def gather(batches: Iterator[Any]) -> Any:
+  """All batches as one."""
+  return jax.tree.map(lambda *x: np.concatenate(x), *batches)
+
+
+def names(count: int) -> list[str]:
+  return [f'{i:06d}.png' for i in range(count)]
+
+
+def check_output(output: pathlib.Path, count: int) -> None:
+  """Refuses what cannot be written, before minutes are spent.
+
+  Raises:
+    UserError: if it cannot be written, or holds images that would be mixed up
+      with the new ones.
+  """
+  if output.suffix in ('.npz', '.png'):
+    workdir.create(output.parent)
+    if output.is_dir():
+      raise errors.UserError(f'{output} is a folder')
+    return
+  workdir.create(output)
+  others = {p.name for p in output.glob('*.png')} - set(names(count))
+  if others:
+    raise errors.UserError(
+      f'{output} holds other images, such as {min(others)}: name another '
+      '--output'
+    )
+
+
+def save(
+  output: pathlib.Path, batches: Iterator[np.ndarray], count: int
+) -> None:
+  """Writes `count` images as PNG files, one grid, or an .npz."""
+  with logs.progress(count, 0, 'images', show=True) as bar:
+
+    def watched() -> Iterator[np.ndarray]:
+      for batch in batches:
+        yield batch
+        bar.update(len(batch))
+
+    if output.suffix == '.npz':
+      images.save_npz(output, gather(watched()))
+    elif output.suffix == '.png':
+      images.save_png(output, images.grid(gather(watched())))
+    else:
+      name = iter(names(count))
+      for batch in watched():
+        for image in batch:
+          images.save_png(output / next(name), image)

@@ -1,0 +1,213 @@
+"""`--mode=train`: trains, or goes on training, and draws pictures."""
+
+import argparse
+import contextlib
+import functools
+import math
+import pathlib
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+from ml_collections import ConfigDict
+
+from ddpm_jax import build
+from ddpm_jax import errors
+from ddpm_jax import recipe
+from ddpm_jax.data import pipeline
+from ddpm_jax.diffusion import training
+from ddpm_jax.jobs import sample
+from ddpm_jax.runtime import checkpoint
+from ddpm_jax.runtime import images
+from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import stop
+from ddpm_jax.runtime import workdir
+
+
+def run(config: ConfigDict, args: argparse.Namespace) -> None:
+  """Trains up to `config.steps`, from the newest checkpoint if there is one.
+
+  Raises:
+    UserError: if recipe, devices, data or workdir do not do.
+    RunError: if the loss stops being a number.
+  """
+  folder = args.workdir or workdir.default(pathlib.Path(args.config).stem)
+  # What may be refused comes first, then what takes long.
+  mesh = build.mesh(config)
+  step_fn = build.train_step(config)
+  pictures = picture_maker(config, mesh, folder, args.num_samples)
+  workdir.create(folder)
+  source = build.source(config)
+  workdir.write_config(folder, recipe.to_json(config))
+  logs.say(f'{len(source)} images, {mesh.size} device(s), workdir {folder}')
+
+  with contextlib.ExitStack() as stack:
+    stop_asked = stack.enter_context(stop.requests())
+    checkpoints = checkpoint.open(
+      folder / 'checkpoints',
+      keep=config.checkpoint.keep,
+      keep_every=config.checkpoint.keep_every,
+    )
+    stack.callback(checkpoint.close, checkpoints)
+    batches = pipeline.batches(
+      source,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    state = start(config, mesh, checkpoints, batches)
+
+    def save(state: training.TrainState, step: int) -> None:
+      checkpoint.save(
+        checkpoints,
+        step,
+        state=trained(state),
+        ema=state.ema_params,
+        data=batches.get_state(),
+        config=recipe.to_json(config),
+      )
+
+    state = train(
+      config, mesh, folder, step_fn, state, batches, save, pictures, stop_asked
+    )
+  finish(config, folder, state, pictures)
+
+
+def trained(state: training.TrainState) -> dict[str, Any]:
+  """What a checkpoint holds beside the EMA weights, which have their own item."""
+  return {
+    'step': state.step,
+    'params': state.params,
+    'opt_state': state.opt_state,
+  }
+
+
+def start(
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  checkpoints: Any,
+  batches: grain.DatasetIterator,
+) -> training.TrainState:
+  """The state of the newest whole checkpoint, or else of step 0.
+
+  `batches` is moved to where that checkpoint was.
+  """
+  init = functools.partial(build.init_state, config)
+  abstract = parallel.abstract_state(init, mesh)
+  saved = checkpoint.restore(
+    checkpoints, trained(abstract), abstract.ema_params
+  )
+  if saved is None:
+    return parallel.init_state(init, mesh)
+  logs.say(f'going on from step {saved.step}')
+  batches.set_state(saved.data)
+  return abstract.replace(**saved.state, ema_params=saved.ema)
+
+
+def train(
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  folder: pathlib.Path,
+  step_fn: Callable,
+  state: training.TrainState,
+  batches: grain.DatasetIterator,
+  save: Callable[[training.TrainState, int], None],
+  pictures: Callable[[Any, str], None],
+  stop_asked: Callable[[], bool],
+) -> training.TrainState:
+  """The loop: until `config.steps`, or until a stop is asked for; then saves."""
+  engine = config.parallel.engine
+  train_step = parallel.compile_step(step_fn, mesh, engine, state)
+  step = int(state.step)
+  show = jax.process_index() == 0
+  unread = None
+
+  with (
+    logs.writer(folder, step) as write,
+    logs.progress(config.steps, step, 'steps', show) as bar,
+  ):
+
+    def read(step: int, metrics: dict[str, jax.Array]) -> None:
+      values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+      if not all(math.isfinite(x) for x in values.values()):
+        raise errors.RunError(
+          f'at step {step} the loss is {values["loss"]} and the gradient '
+          f'{values["grad_norm"]}; the last checkpoint in {folder} is good. Try '
+          'a lower --config.optimizer.learning_rate, or another --seed'
+        )
+      logs.advance(bar, values['loss'], config.batch_size)
+      if step % config.log.every == 0:
+        write(step, values)
+
+    while step < config.steps and not stop_asked():
+      batch = parallel.put(next(batches), mesh, engine)
+      state, metrics = train_step(state, batch)
+      step += 1
+      # Metrics are read a step late, so that the device never waits for us.
+      if unread:
+        read(*unread)
+      unread = step, metrics
+
+      # All that is saved is known to be finite.
+      if step % config.checkpoint.every == 0:
+        read(*unread)
+        unread = None
+        save(state, step)
+      if config.log.pictures_every and step % config.log.pictures_every == 0:
+        pictures(state.ema_params, f'_{step}')
+
+    if unread:
+      read(*unread)
+    save(state, step)
+  return state
+
+
+def picture_maker(
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  folder: pathlib.Path,
+  count: int,
+) -> Callable[[Any, str], None]:
+  """(EMA weights, suffix) -> samples.png, and progress.png: x̂_0 ten times."""
+  snapshots = min(10, config.sampler.steps)
+  draw = sample.sampler(config, mesh, count, config.seed, snapshots)
+
+  def pictures(params: Any, suffix: str) -> None:
+    drawn, seen = sample.gather(draw(params))
+    rows = seen[:8].reshape(-1, *drawn.shape[1:])
+    images.save_png(folder / f'samples{suffix}.png', images.grid(drawn))
+    images.save_png(
+      folder / f'progress{suffix}.png', images.grid(rows, columns=snapshots)
+    )
+
+  return pictures
+
+
+def finish(
+  config: ConfigDict,
+  folder: pathlib.Path,
+  state: training.TrainState,
+  pictures: Callable[[Any, str], None],
+) -> None:
+  """Draws the pictures of a finished run, and says where all is."""
+  step, again = int(state.step), shlex.quote(str(folder))
+  if step < config.steps:
+    logs.say(f'stopped, and saved, at step {step} of {config.steps}; to go on:')
+    logs.say(f'  python -m ddpm_jax.main --workdir={again}')
+    return
+  logs.say(f'drawing samples, {config.sampler.steps} steps each')
+  pictures(state.ema_params, '')
+  steps, losses = logs.curve(folder, 'loss')
+  images.save_curve(folder / 'loss.png', steps, losses, 'step', 'loss')
+  logs.say(f'samples              {folder}/samples.png')
+  logs.say(f'out of the noise     {folder}/progress.png')
+  logs.say(f'loss                 {folder}/loss.png')
+  logs.say('to draw more:')
+  logs.say(
+    '  python -m ddpm_jax.main --mode=sample --num_samples=100 '
+    f'--workdir={again}'
+  )

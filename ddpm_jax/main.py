@@ -1,0 +1,134 @@
+"""The command line: `python -m ddpm_jax.main`."""
+
+import argparse
+import importlib
+import logging
+import pathlib
+import pkgutil
+import sys
+from typing import NoReturn
+
+from ddpm_jax import errors
+from ddpm_jax import jobs
+
+DESCRIPTION = """\
+Denoising diffusion probabilistic models: train them, draw from them.
+
+  python -m ddpm_jax.main --config=configs/digits.py
+  python -m ddpm_jax.main --mode=sample --workdir=runs/NAME --num_samples=100
+"""
+
+EPILOG = """\
+Any key of a recipe can be given too, such as --config.batch_size=64 or
+--config.sampler.steps=100; configs/base.py explains them all. A run that was
+stopped goes on when its --workdir is named again.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+  """One line for a mistake, where argparse would print the usage as well."""
+
+  def error(self, message: str) -> NoReturn:
+    raise errors.UserError(f'{message} (--help lists the flags)')
+
+
+def parser() -> Parser:
+  """The flags. The modes are the files of jobs/."""
+  modes = [job.name for job in pkgutil.iter_modules(jobs.__path__)]
+  p = Parser(
+    prog='python -m ddpm_jax.main',
+    description=DESCRIPTION,
+    epilog=EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  p.add_argument(
+    '--config',
+    metavar='FILE',
+    help='the recipe, such as configs/digits.py or configs/lsun.py:church; '
+    'by default the one that --workdir was begun with',
+  )
+  p.add_argument(
+    '--mode', default='train', help=f'{" | ".join(modes)} (default: train)'
+  )
+  p.add_argument(
+    '--workdir',
+    type=pathlib.Path,
+    help='the folder of the run (default: a new one under runs/)',
+  )
+  p.add_argument(
+    '--num_samples',
+    type=int,
+    default=64,
+    metavar='N',
+    help='how many images to draw (default: 64)',
+  )
+  p.add_argument(
+    '--seed', type=int, help='of everything random (default: the recipe says)'
+  )
+  p.add_argument(
+    '--output',
+    type=pathlib.Path,
+    help='where images go: a folder (a PNG each), a .png (one grid) or an .npz '
+    '(uint8 NHWC, `images`); default: a folder in --workdir',
+  )
+  return p
+
+
+def split(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+  """Parts `--config.KEY=VALUE` or `--config.KEY VALUE` from the other flags."""
+  flags, changes = [], {}
+  rest = iter(argv)
+  for word in rest:
+    if not word.startswith('--config.'):
+      flags.append(word)
+      continue
+    key, equals, value = word.removeprefix('--config.').partition('=')
+    if not equals:
+      value = next(rest, '')
+    changes[key] = value
+  return flags, changes
+
+
+def run(argv: list[str]) -> None:
+  flags, changes = split(argv)
+  args, others = parser().parse_known_args(flags)
+  if others:
+    known = [f'--{name}' for name in vars(args)]
+    raise errors.unknown('flag', others[0].partition('=')[0], known)
+  modes = [job.name for job in pkgutil.iter_modules(jobs.__path__)]
+  if args.mode not in modes:
+    raise errors.unknown('mode', args.mode, modes)
+  if args.num_samples < 1:
+    raise errors.UserError(f'--num_samples={args.num_samples} is not positive')
+  if args.mode == 'train' and args.seed is not None:
+    changes['seed'] = str(args.seed)
+  # JAX and the rest take seconds to import; --help and mistakes need none.
+  from ddpm_jax import recipe
+
+  config = recipe.resolve(args.config, args.workdir, changes)
+  job = importlib.import_module(f'ddpm_jax.jobs.{args.mode}')
+  job.run(config, args)
+
+
+def main() -> NoReturn:
+  logging.basicConfig(format='%(message)s', level=logging.WARNING)
+  code = 0
+  try:
+    run(sys.argv[1:])
+  except errors.UserError as e:
+    print(f'error: {e}', file=sys.stderr)
+    code = 2
+  except errors.RunError as e:
+    print(f'stopped: {e}', file=sys.stderr)
+    code = 1
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    code = 130
+  sys.stdout.flush()
+  sys.stderr.flush()
+  sys.exit(code)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,167 @@
+"""Recipes: files of configs/, overrides on the command line, JSON."""
+
+import ast
+import contextlib
+import difflib
+import importlib.util
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ddpm_jax import errors
+from ddpm_jax.runtime import workdir
+
+# Sections and keys that may change under a run that has begun: they say how
+# long, where and how it is watched, not what is learned.
+FREE = ('steps', 'sampler', 'parallel', 'checkpoint', 'log')
+
+
+def resolve(
+  spec: str | None, folder: pathlib.Path | None, changes: dict[str, str]
+) -> ConfigDict:
+  """The recipe of --config or else of --workdir, with `changes` made.
+
+  Raises:
+    UserError: if there is none, it is wrong, or it is not the one that the
+      workdir was begun with.
+  """
+  saved = workdir.read_config(folder) if folder else None
+  begun = ConfigDict(_tuples(saved)).lock() if saved else None
+  if spec:
+    config = load(spec)
+  elif begun:
+    config = begun.copy_and_resolve_references().lock()
+  else:
+    where = f'{folder} holds no run' if folder else 'no recipe'
+    raise errors.UserError(f'{where}: name one, as --config=configs/digits.py')
+  override(config, changes)
+  if begun:
+    check_same(config, begun, folder)
+  return config
+
+
+def load(spec: str) -> ConfigDict:
+  """The recipe of FILE or FILE:ARGUMENT: what its get_config returns, locked.
+
+  Raises:
+    UserError: if there is no such file, or it is no recipe.
+  """
+  name, _, argument = spec.partition(':')
+  path = pathlib.Path(name)
+  if not path.is_file():
+    others = [str(p) for p in sorted(path.parent.glob('*.py'))]
+    close = difflib.get_close_matches(name, others, n=1, cutoff=0.3)
+    hint = f'; did you mean {close[0]}?' if close else ''
+    raise errors.UserError(f'no such config: {name}{hint}')
+  with _importing_configs(), _one_line(name):
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    config = module.get_config(argument) if argument else module.get_config()
+  return config.lock()
+
+
+@contextlib.contextmanager
+def _importing_configs() -> Iterator[None]:
+  """Lets a recipe say `from configs import base`, wherever one stands."""
+  checkout = str(pathlib.Path(__file__).parents[1])
+  sys.path.append(checkout)
+  try:
+    yield
+  finally:
+    sys.path.remove(checkout)
+
+
+@contextlib.contextmanager
+def _one_line(name: str) -> Iterator[None]:
+  try:
+    yield
+  except errors.UserError:
+    raise
+  except Exception as e:  # Anything may go wrong in a user's file.
+    trace, line = e.__traceback__, ''
+    while trace:
+      if trace.tb_frame.f_code.co_filename.endswith(name):
+        line = f' line {trace.tb_lineno}:'
+      trace = trace.tb_next
+    reason = ' '.join(str(e).split())
+    raise errors.UserError(f'{name}:{line} {type(e).__name__}: {reason}') from e
+
+
+def override(config: ConfigDict, changes: dict[str, str]) -> None:
+  """Sets keys such as `model.channels` from their text, as the type demands.
+
+  Raises:
+    UserError: for an unknown key, or a value of another type.
+  """
+  for key, text in changes.items():
+    flat = flatten(config)
+    if key not in flat:
+      raise errors.unknown(
+        'key', f'config.{key}', [f'config.{k}' for k in flat]
+      )
+    value = text if isinstance(flat[key], str) else _parse(text)
+    try:
+      config.update_from_flattened_dict({key: value})
+    except (TypeError, ValueError):
+      raise errors.UserError(
+        f'config.{key}={text}: not of type {type(flat[key]).__name__}, like '
+        f'{flat[key]!r}'
+      ) from None
+
+
+def _parse(text: str) -> Any:
+  if text.lower() in ('true', 'false'):
+    return text.lower() == 'true'
+  try:
+    return _tuples(ast.literal_eval(text))
+  except (ValueError, SyntaxError):
+    return text
+
+
+def _tuples(value: Any) -> Any:
+  """JSON knows no tuples, and lists are refused where a tuple stands."""
+  if isinstance(value, dict):
+    return {k: _tuples(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return tuple(_tuples(v) for v in value)
+  return value
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+  """{'model.channels': 128, ...}."""
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, ConfigDict):
+      flat |= {f'{key}.{k}': v for k, v in flatten(value).items()}
+    else:
+      flat[key] = value
+  return flat
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+  """The resolved recipe, of dicts, lists, numbers and strings."""
+  return json.loads(config.to_json())
+
+
+def check_same(config: ConfigDict, begun: ConfigDict, where: Any) -> None:
+  """Refuses a recipe that is not the one that was begun.
+
+  Raises:
+    UserError: naming the keys outside `FREE` that differ.
+  """
+  here, there = flatten(config), flatten(begun)
+  changed = [
+    f'{key} ({there.get(key, "absent")!r} -> {here.get(key, "absent")!r})'
+    for key in here | there
+    if here.get(key) != there.get(key) and key.split('.')[0] not in FREE
+  ]
+  if changed:
+    raise errors.UserError(
+      f'{where} was begun with another recipe; these keys differ: '
+      f'{", ".join(changed)}. Name another --workdir, or leave them as they were'
+    )

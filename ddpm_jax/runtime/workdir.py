@@ -1,0 +1,55 @@
+"""The folder of a run: config.json, metrics.jsonl, checkpoints/, pictures."""
+
+import datetime
+import json
+import os
+import pathlib
+from typing import Any
+
+from ddpm_jax import errors
+
+
+def default(recipe: str) -> pathlib.Path:
+  """A new folder named after the recipe and the time, under runs/."""
+  now = datetime.datetime.now().strftime('%Y-%m-%d_%H-%M-%S')
+  return pathlib.Path('runs') / f'{recipe}_{now}'
+
+
+def create(path: pathlib.Path) -> None:
+  """Makes the folder, if need be, and tries to write into it.
+
+  Raises:
+    UserError: if it is a file, or cannot be written.
+  """
+  probe = path / f'.writable_{os.getpid()}'
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    probe.touch()
+    probe.unlink()
+  except (FileExistsError, NotADirectoryError):
+    raise errors.UserError(
+      f'{path} is a file, or inside one: name a folder'
+    ) from None
+  except OSError as e:
+    raise errors.UserError(f'cannot write into {path}: {e.strerror}') from None
+
+
+def read_config(path: pathlib.Path) -> dict[str, Any] | None:
+  """The resolved recipe of the run, or None if none has begun here.
+
+  Raises:
+    UserError: if config.json is damaged.
+  """
+  file = path / 'config.json'
+  if not file.is_file():
+    return None
+  try:
+    return json.loads(file.read_text())
+  except ValueError as e:
+    raise errors.UserError(f'{file} is damaged: {e}') from None
+
+
+def write_config(path: pathlib.Path, config: dict[str, Any]) -> None:
+  part = path / '.config.json.part'
+  part.write_text(json.dumps(config, indent=2) + '\n')
+  os.replace(part, path / 'config.json')
