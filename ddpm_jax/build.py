@@ -160,7 +160,9 @@ def loss_fn(config: ConfigDict) -> Callable[..., jax.Array]:
   n, T = config.batch_size, table.T
   fold = jax.vmap(jax.random.fold_in, (None, 0))
 
-  def loss(params, key, batch):
+  def loss(
+    params: Any, key: jax.Array, batch: dict[str, jax.Array]
+  ) -> jax.Array:
     k_flip, k_t, k_eps, k_drop = jax.random.split(key, 4)
     index = batch['index']
     x0 = pixels.to_float(batch['image'])
@@ -168,7 +170,7 @@ def loss_fn(config: ConfigDict) -> Callable[..., jax.Array]:
       x0 = pixels.random_flip(fold(k_flip, index), x0)
     t = jax.vmap(lambda i: draw_t(k_t, i, n, T))(index)
 
-    def model_fn(x_t, t):
+    def model_fn(x_t: jax.Array, t: jax.Array) -> Any:
       variables, rngs = {'params': params}, {'dropout': k_drop}
       return network.apply(
         variables, x_t, t, train=True, index=index, rngs=rngs
@@ -195,7 +197,7 @@ def sampler(config: ConfigDict, seed: int, snapshots: int = 0) -> Callable:
 
   Both uint8. Image `index` of a seed is the same in a batch of any size.
   """
-  network, c = model(config), config.sampler
+  c, network = config.sampler, model(config)
   step = named(samplers, c.name, 'x_t', 'sampler')
   if c.sigma2 not in ('beta', 'beta_tilde'):
     raise errors.unknown('sampler.sigma2', c.sigma2, ('beta', 'beta_tilde'))
@@ -204,20 +206,19 @@ def sampler(config: ConfigDict, seed: int, snapshots: int = 0) -> Callable:
   step = functools.partial(step, **{k: v for k, v in c.items() if k in names})
   shape = (*image_size(config), config.data.channels)
 
-  def sample(params, index):
+  def sample(params: Any, index: jax.Array) -> tuple[jax.Array, jax.Array]:
     key = stream(seed, 'sample')
     each = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
     # Steps fold in their t ≥ 1, so 0 is left for x_T.
     x_T = process.normal(
       jax.vmap(jax.random.fold_in, (0, None))(each, 0), shape
     )
+
+    def model_fn(x_t: jax.Array, t: jax.Array) -> Any:
+      return network.apply({'params': params}, x_t, t)
+
     x_0, seen = samplers.sample(
-      step,
-      short,
-      lambda x_t, t: network.apply({'params': params}, x_t, t),
-      each,
-      x_T,
-      snapshots=snapshots,
+      step, short, model_fn, each, x_T, snapshots=snapshots
     )
     return pixels.to_uint8(x_0), pixels.to_uint8(seen.swapaxes(0, 1))
 

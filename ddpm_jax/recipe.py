@@ -3,9 +3,9 @@
 import ast
 import contextlib
 import difflib
-import importlib.util
 import json
 import pathlib
+import runpy
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -58,10 +58,8 @@ def load(spec: str) -> ConfigDict:
     hint = f'; did you mean {close[0]}?' if close else ''
     raise errors.UserError(f'no such config: {name}{hint}')
   with _importing_configs(), _one_line(name):
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    config = module.get_config(argument) if argument else module.get_config()
+    get_config = runpy.run_path(name)['get_config']
+    config = get_config(argument) if argument else get_config()
   return config.lock()
 
 
@@ -134,7 +132,7 @@ def _tuples(value: Any) -> Any:
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
   """{'model.channels': 128, ...}."""
-  flat = {}
+  flat: dict[str, Any] = {}
   for key, value in config.items():
     if isinstance(value, ConfigDict):
       flat |= {f'{key}.{k}': v for k, v in flatten(value).items()}
@@ -163,5 +161,5 @@ def check_same(config: ConfigDict, begun: ConfigDict, where: Any) -> None:
   if changed:
     raise errors.UserError(
       f'{where} was begun with another recipe; these keys differ: '
-      f'{", ".join(changed)}. Name another --workdir, or leave them as they were'
+      f'{", ".join(changed)}. Name another --workdir, or leave them be'
     )

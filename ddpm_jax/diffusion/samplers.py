@@ -5,6 +5,7 @@ name is what a recipe says in `config.sampler.name`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,20 +60,20 @@ def sample(
   """
   T, K = schedule.T, snapshots
   times = jnp.arange(T, 0, -1)
-  # Slot of each step's x̂_0; K is past the end, and `mode='drop'` leaves it out.
+  # Where each step's x̂_0 goes; slot K takes those that are not wanted.
   kept_steps = jnp.round(jnp.arange(1, K + 1) * T / max(K, 1)).astype(int) - 1
   slots = jnp.full(T, K).at[kept_steps].set(jnp.arange(K))
 
   def told(x_t: jax.Array, t: jax.Array) -> jax.Array:
     return model_fn(x_t, schedule.time[t])
 
-  def body(carry, scanned):
+  def body(carry: Any, scanned: Any) -> tuple[Any, None]:
     x_t, kept = carry
     t, slot = scanned
     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
     x_prev, x0_hat = step(schedule, told, step_keys, x_t, t)
-    return (x_prev, kept.at[slot].set(x0_hat, mode='drop')), None
+    return (x_prev, kept.at[slot].set(x0_hat)), None
 
-  kept = jnp.zeros((K, *x_T.shape), x_T.dtype)
+  kept = jnp.zeros((K + 1, *x_T.shape), x_T.dtype)
   (x_0, kept), _ = jax.lax.scan(body, (x_T, kept), (times, slots))
-  return x_0, kept
+  return x_0, kept[:K]

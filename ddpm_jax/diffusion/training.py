@@ -51,10 +51,10 @@ def train_step(
   """
   key = jax.random.fold_in(key, state.step)
 
-  def loss(params, part):
+  def loss(params: Any, part: Any) -> jax.Array:
     return jnp.mean(loss_fn(gather(params), key, part))
 
-  def add(total, part):
+  def add(total: Any, part: Any) -> tuple[Any, None]:
     value = jax.value_and_grad(loss)(state.params, part)
     return jax.tree.map(lambda a, b: a + b / accumulate, total, value), None
 

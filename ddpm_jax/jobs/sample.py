@@ -4,6 +4,7 @@ import argparse
 import functools
 import math
 import pathlib
+from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,7 +61,7 @@ def sampler(
   count: int,
   seed: int,
   snapshots: int = 0,
-) -> Any:
+) -> Callable[[Any], Iterator[tuple[np.ndarray, np.ndarray]]]:
   """Compiles the drawing of `count` images.
 
   Returns a function of the weights that gives, batch by batch, uint8 images
@@ -81,8 +82,8 @@ def sampler(
       # The last batch is drawn whole, for one program serves all, and cut.
       index = np.arange(start, start + size, dtype=np.int32)
       index = parallel.put(index, mesh, config.parallel.engine)
-      left = count - start
-      yield jax.tree.map(lambda x: x[:left], draw(params, index))
+      drawn, seen = draw(params, index)
+      yield drawn[: count - start], seen[: count - start]
 
   return batches
 

@@ -78,7 +78,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
 
 
 def trained(state: training.TrainState) -> dict[str, Any]:
-  """What a checkpoint holds beside the EMA weights, which have their own item."""
+  """What a checkpoint holds beside the EMA weights, an item of their own."""
   return {
     'step': state.step,
     'params': state.params,
@@ -119,7 +119,7 @@ def train(
   pictures: Callable[[Any, str], None],
   stop_asked: Callable[[], bool],
 ) -> training.TrainState:
-  """The loop: until `config.steps`, or until a stop is asked for; then saves."""
+  """The loop: until `config.steps` or until a stop is asked for; it saves."""
   engine = config.parallel.engine
   train_step = parallel.compile_step(step_fn, mesh, engine, state)
   step = int(state.step)
@@ -136,8 +136,8 @@ def train(
       if not all(math.isfinite(x) for x in values.values()):
         raise errors.RunError(
           f'at step {step} the loss is {values["loss"]} and the gradient '
-          f'{values["grad_norm"]}; the last checkpoint in {folder} is good. Try '
-          'a lower --config.optimizer.learning_rate, or another --seed'
+          f'{values["grad_norm"]}; the last checkpoint in {folder} is good. '
+          'Try a lower --config.optimizer.learning_rate, or another --seed'
         )
       logs.advance(bar, values['loss'], config.batch_size)
       if step % config.log.every == 0:

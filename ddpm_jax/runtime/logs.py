@@ -17,8 +17,8 @@ def say(message: str) -> None:
   tqdm.tqdm.write(message, file=sys.stderr)
 
 
-def read(path: pathlib.Path) -> list[dict]:
-  """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+def read(path: pathlib.Path) -> list[dict[str, float]]:
+  """The lines of a metrics.jsonl, without a last one that a kill cut short."""
   if not path.exists():
     return []
   lines = path.read_text().splitlines(keepends=True)

@@ -59,7 +59,7 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
   """FSDP: each leaf is cut along its longest axis that `fsdp` divides."""
   n = mesh.shape['fsdp']
 
-  def sharding(leaf):
+  def sharding(leaf: Any) -> NamedSharding:
     fits = [axis for axis, size in enumerate(leaf.shape) if size % n == 0]
     if n == 1 or not fits:
       return replicated(mesh)
@@ -121,7 +121,7 @@ def compile_step(step: Callable, mesh: Mesh, how: str, state: Any) -> Callable:
 
   # Left to itself, XLA would split the convolutions along sharded kernels.
   # Gathering whole parameters and scattering gradients is what FSDP means.
-  def mean(loss_and_grads):
+  def mean(loss_and_grads: Any) -> Any:
     loss, grads = loss_and_grads
     return loss, jax.lax.with_sharding_constraint(grads, sharding.params)
 

@@ -4,6 +4,7 @@ import contextlib
 import signal
 from collections.abc import Callable
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -12,19 +13,21 @@ def requests() -> Iterator[Callable[[], bool]]:
 
   The second signal is not held back: it ends the program as it would have.
   """
-  asked = []
+  asked: list[int] = []
   usual = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
-  def ask(signum, frame):
-    del frame
-    asked.append(signum)
+  def restore() -> None:
     for number, handler in usual.items():
       signal.signal(number, handler)
+
+  def ask(signum: int, frame: Any) -> None:
+    del frame
+    asked.append(signum)
+    restore()
 
   for number in usual:
     signal.signal(number, ask)
   try:
     yield lambda: bool(asked)
   finally:
-    for number, handler in usual.items():
-      signal.signal(number, handler)
+    restore()

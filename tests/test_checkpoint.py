@@ -1,0 +1,418 @@
+"""Checkpoints: what is saved comes back bit for bit, or is not used."""
+
+import logging
+import os
+import pathlib
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ddpm_jax import errors
+from ddpm_jax.runtime import checkpoint
+
+ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+EIGHT = jax.make_mesh((8,), ('fsdp',), axis_types=(jax.sharding.AxisType.Auto,))
+P = jax.sharding.PartitionSpec
+
+
+def _sharding(x, where):
+  """Split over eight devices along the first axis that divides, or one."""
+  if where == 'one':
+    return ONE
+  axes = [i for i, n in enumerate(x.shape) if n % 8 == 0][:1]
+  spec = P(*[None] * axes[0], 'fsdp') if axes else P()
+  return jax.sharding.NamedSharding(EIGHT, spec)
+
+
+def _make(step, where='eight', width=64):
+  """(state, ema) with every dtype in use, different at every step."""
+  key = jax.random.fold_in(jax.random.key(0), step)
+  params = {
+    'conv': {
+      'bias': jax.random.normal(key, (width,), jnp.bfloat16),
+      'kernel': jax.random.normal(key, (3, 3, 8, width)),
+    },
+    'mask': jax.random.bernoulli(key, shape=(5, 3)),
+    'seed': jax.random.bits(key, (2,), jnp.uint32),
+  }
+  floats = params['conv']
+  opt_state = optax.adam(1e-3).init(floats)
+  opt_state = jax.tree.map(lambda x: x + jnp.asarray(step, x.dtype), opt_state)
+  state = {'step': jnp.int32(step), 'params': params, 'opt_state': opt_state}
+  ema = jax.tree.map(lambda x: x[::-1], floats)
+  put = lambda x: jax.device_put(x, _sharding(x, where))  # noqa: E731
+  return jax.tree.map(put, (state, ema))
+
+
+def _abstract(tree, where='eight'):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=_sharding(x, where)
+    ),
+    tree,
+  )
+
+
+def _save(checkpointer, *steps):
+  for step in steps:
+    state, ema = _make(step)
+    checkpoint.save(
+      checkpointer,
+      step,
+      state=state,
+      ema=ema,
+      data={'next_index': step},
+      config={'lr': 1e-3},
+    )
+
+
+def _saved(path, *steps, **options):
+  checkpointer = checkpoint.open(path, **{'keep': 9, **options})
+  _save(checkpointer, *steps)
+  checkpoint.close(checkpointer)
+  return path
+
+
+def _restore(source, where='eight'):
+  return checkpoint.restore(source, *_abstract(_make(0), where))
+
+
+def _restore_ema(path, **options):
+  return checkpoint.restore_ema(path, _abstract(_make(0)[1]), **options)
+
+
+def _assert_same(got, want):
+  """Equal in structure, types and every bit (nan and -0.0 too)."""
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def _array_file(folder):
+  """The file with the array data."""
+  files = (p for p in pathlib.Path(folder).rglob('*') if p.is_file())
+  return max(files, key=lambda p: p.stat().st_size)
+
+
+def _flip(file, at):
+  data = bytearray(file.read_bytes())
+  data[at] ^= 1 << at % 8
+  file.write_bytes(data)
+
+
+@pytest.mark.parametrize('there', ['one', 'eight'])
+@pytest.mark.parametrize('here', ['one', 'eight'])
+def test_a_checkpoint_comes_back_bit_for_bit_on_any_layout(
+  tmp_path, there, here
+):
+  state, ema = _make(7, there)
+  ema['conv'] = (
+    ema.pop('kernel').at[0, 0, 0, :3].set(jnp.array([jnp.nan, -0.0, jnp.inf]))
+  )
+  data = {'next_index': 448}
+  config = {
+    'lr': 2e-4,
+    'name': 'ünet',
+    'none': None,
+    'sizes': [1, 2],
+    'on': True,
+  }
+  checkpointer = checkpoint.open(tmp_path)
+  checkpoint.save(
+    checkpointer, 7, state=state, ema=ema, data=data, config=config
+  )
+  checkpoint.close(checkpointer)
+  abstract = _abstract((state, ema), here)
+  got = checkpoint.restore(tmp_path, *abstract)
+  _assert_same((got.state, got.ema), (state, ema))
+  assert (got.step, got.data, got.config) == (7, data, config)
+  for x, wanted in zip(
+    jax.tree.leaves((got.state, got.ema)),
+    jax.tree.leaves(abstract),
+    strict=True,
+  ):
+    assert x.sharding.is_equivalent_to(wanted.sharding, x.ndim)
+
+
+def test_what_is_donated_right_after_save_is_saved_as_it_was(tmp_path):
+  checkpointer = checkpoint.open(tmp_path)
+  state, ema = _make(1)
+  # Large enough to be still under way when the next step overwrites it.
+  big = jnp.arange(2**22, dtype=jnp.float32)
+  ema['big'] = jax.device_put(big, _sharding(big, 'eight'))
+  want = jax.tree.map(np.array, (state, ema))
+  spoil = jax.jit(
+    lambda t: jax.tree.map(lambda x: x ^ True if x.dtype == bool else x + 1, t),
+    donate_argnums=0,
+  )
+  checkpoint.save(checkpointer, 1, state=state, ema=ema, data={}, config={})
+  for _ in range(5):
+    state, ema = spoil((state, ema))
+  jax.block_until_ready((state, ema))
+  checkpoint.close(checkpointer)
+  got = checkpoint.restore(tmp_path, *_abstract(want))
+  _assert_same((got.state, got.ema), want)
+
+
+def test_the_newest_k_and_every_nth_are_kept(tmp_path):
+  _saved(tmp_path, 1, 2, 3, 4, 5, 6, 7, 8, keep=2, keep_every=3)
+  assert checkpoint.steps(tmp_path) == [3, 6, 7, 8]
+
+
+def test_saving_a_saved_step_again_does_nothing(tmp_path):
+  checkpointer = checkpoint.open(tmp_path)
+  _save(checkpointer, 3)
+  state, ema = _make(4)
+  checkpoint.save(checkpointer, 3, state=state, ema=ema, data={}, config={})
+  checkpoint.close(checkpointer)
+  _assert_same(_restore(tmp_path)[1:3], _make(3))
+
+
+def test_a_leftover_of_an_interrupted_save_is_ignored_then_removed(tmp_path):
+  _saved(tmp_path, 1)
+  leftover = tmp_path / '2.orbax-checkpoint-tmp'
+  (leftover / 'state').mkdir(parents=True)
+  assert checkpoint.steps(tmp_path) == [1]
+  assert _restore(tmp_path).step == 1
+  assert leftover.exists()  # Reading removes nothing.
+  _saved(tmp_path, 3)
+  assert not leftover.exists()
+
+
+KILLED = """
+import jax, jax.numpy as jnp, sys
+from ddpm_jax.runtime import checkpoint
+checkpointer = checkpoint.open(sys.argv[1], keep=1)
+for step in range(1, 100):
+  x = {'x': jnp.full((1 << 23,), step, jnp.float32)}
+  checkpoint.save(checkpointer, step, state=x, ema=x, data={}, config={})
+"""
+
+
+def test_a_run_killed_while_saving_leaves_the_checkpoint_before(tmp_path):
+  run = subprocess.Popen(
+    [sys.executable, '-c', KILLED, tmp_path],
+    cwd=pathlib.Path(__file__).parents[1],
+  )
+  while not list(tmp_path.glob('[2-9].orbax-checkpoint-tmp')):
+    assert run.poll() is None
+    time.sleep(0.002)
+  run.send_signal(signal.SIGKILL)
+  run.wait()
+  assert list(tmp_path.glob('*-tmp'))  # It was in the midst of it.
+  x = {'x': jax.ShapeDtypeStruct((1 << 23,), jnp.float32, sharding=ONE)}
+  checkpointer = checkpoint.open(tmp_path, keep=1)
+  got = checkpoint.restore(checkpointer, x, x)
+  np.testing.assert_array_equal(got.state['x'], np.float32(got.step))
+  checkpoint.close(checkpointer)
+  assert not list(tmp_path.glob('*-tmp'))
+
+
+DAMAGES = {
+  'data removed': lambda folder: _array_file(folder).unlink(),
+  'data truncated': lambda folder: os.truncate(_array_file(folder), 500),
+  'data emptied': lambda folder: os.truncate(_array_file(folder), 0),
+  'manifest removed': lambda folder: (folder / 'ema/manifest.ocdbt').unlink(),
+  'manifest flipped': lambda folder: _flip(folder / 'ema/manifest.ocdbt', 40),
+  'about removed': lambda folder: (folder / 'about/data.json').unlink(),
+  'about changed': lambda folder: _flip(folder / 'about/data.json', 26),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+  tmp_path, damage, caplog, capfd
+):
+  _saved(tmp_path, 1, 2)
+  DAMAGES[damage](tmp_path / '2')
+  got = _restore(tmp_path)
+  assert got.step == 1
+  _assert_same((got.state, got.ema), _make(1))
+  [record] = caplog.records
+  assert record.levelno == logging.WARNING
+  assert f'{tmp_path}/2 is damaged' in record.message
+  assert '\n' not in record.message
+  assert capfd.readouterr().err == ''
+  assert checkpoint.steps(tmp_path) == [1, 2]  # Reading removes nothing.
+
+
+def test_a_flipped_bit_anywhere_in_the_arrays_is_noticed_or_harmless(tmp_path):
+  _saved(tmp_path, 1, 2)
+  want = {1: _make(1), 2: _make(2)}
+  file = _array_file(tmp_path / '2/state')
+  whole = file.read_bytes()
+  draw = random.Random(0)
+  noticed = 0
+  for _ in range(30):
+    _flip(file, draw.randrange(len(whole)))
+    got = _restore(tmp_path)
+    # Some bytes are padding or a copy: then all is as it was.
+    _assert_same((got.state, got.ema), want[got.step])
+    noticed += got.step == 1
+    file.write_bytes(whole)
+  assert noticed > 20
+  assert _restore(tmp_path).step == 2
+
+
+@pytest.mark.parametrize('dtype', ['bool', 'int8', 'bfloat16', 'uint32', 'f8'])
+def test_any_changed_element_changes_the_fingerprint_on_any_layout(dtype):
+  draw = np.random.default_rng(0)
+  dtype = jnp.float8_e4m3fn if dtype == 'f8' else jnp.dtype(dtype)
+  x = draw.integers(0, 2, (8, 3)).astype(dtype)
+  want = checkpoint._fingerprint(jnp.asarray(x))
+  sharded = jax.device_put(x, _sharding(x, 'eight'))
+  assert checkpoint._fingerprint(sharded) == want
+  for i in range(x.size):
+    changed = x.copy()
+    changed.flat[i] = 1 - changed.flat[i]
+    assert checkpoint._fingerprint(jnp.asarray(changed)) != want
+
+
+def test_a_resumed_run_sets_the_damaged_step_aside_and_saves_it_again(tmp_path):
+  _saved(tmp_path, 1, 2, 3)
+  for step in 2, 3:
+    DAMAGES['data removed'](tmp_path / str(step))
+  checkpointer = checkpoint.open(tmp_path, keep=2)
+  assert _restore(checkpointer).step == 1
+  assert checkpoint.steps(tmp_path) == [1]
+  assert len(list(tmp_path.glob('[23].damaged-*'))) == 2
+  _save(checkpointer, 2, 3)
+  checkpoint.close(checkpointer)
+  assert checkpoint.steps(tmp_path) == [2, 3]
+  _assert_same(_restore(tmp_path)[1:3], _make(3))
+
+
+def test_with_all_damaged_the_user_is_told_and_nothing_is_renamed(tmp_path):
+  _saved(tmp_path, 1, 2)
+  for step in 1, 2:
+    for item in 'state', 'ema':
+      _array_file(tmp_path / str(step) / item).unlink()
+  checkpointer = checkpoint.open(tmp_path)
+  with pytest.raises(errors.UserError, match=r'no whole .* damaged: 1, 2'):
+    _restore(checkpointer)
+  with pytest.raises(errors.UserError, match=r'no whole .* damaged: 1, 2'):
+    _restore_ema(tmp_path)
+  checkpoint.close(checkpointer)
+  assert checkpoint.steps(tmp_path) == [1, 2]
+
+
+def test_ema_is_loaded_alone_from_the_newest_or_a_named_step(tmp_path):
+  _saved(tmp_path, 1, 2)
+  _array_file(tmp_path / '2/state').unlink()  # The EMA does not need it.
+  step, ema = _restore_ema(tmp_path)
+  assert step == 2
+  _assert_same(ema, _make(2)[1])
+  step, ema = _restore_ema(tmp_path, step=1)
+  assert step == 1
+  _assert_same(ema, _make(1)[1])
+
+
+def test_ema_of_a_damaged_checkpoint_falls_back_unless_it_was_named(tmp_path):
+  _saved(tmp_path, 1, 2)
+  _array_file(tmp_path / '2/ema').unlink()
+  assert _restore_ema(tmp_path)[0] == 1
+  with pytest.raises(errors.UserError, match='damaged: 2'):
+    _restore_ema(tmp_path, step=2)
+  assert checkpoint.steps(tmp_path) == [1, 2]
+
+
+def test_another_model_is_told_by_its_first_different_parameter(tmp_path):
+  _saved(tmp_path, 1)
+  other = _abstract(_make(0, width=16))
+  says = r'ema/bias is bfloat16\[64\] there, bfloat16\[16\] here$'
+  with pytest.raises(errors.UserError, match=says):
+    checkpoint.restore(tmp_path, *other)
+  with pytest.raises(errors.UserError, match=says):
+    checkpoint.restore_ema(tmp_path, other[1])
+
+
+def test_another_dtype_or_tree_is_not_loaded_in_silence(tmp_path):
+  _saved(tmp_path, 1)
+  ema = _abstract(_make(0)[1])
+  wide = {**ema, 'bias': jax.ShapeDtypeStruct((64,), jnp.float32, sharding=ONE)}
+  more = {**ema, 'scale': ema['bias']}
+  less = {'bias': ema['bias']}
+  for tree, says in [
+    (wide, r'ema/bias is bfloat16\[64\] there, float32\[64\] here'),
+    (more, r'ema/scale is absent there, bfloat16\[64\] here'),
+    (less, r'ema/kernel is float32\[3, 3, 8, 64\] there, absent here'),
+  ]:
+    with pytest.raises(errors.UserError, match=says):
+      checkpoint.restore_ema(tmp_path, tree)
+
+
+def test_no_checkpoint_yet_is_none_to_a_run_and_an_error_to_a_sampler(tmp_path):
+  for path in tmp_path, tmp_path / 'absent':
+    assert checkpoint.steps(path) == []
+    assert _restore(path) is None
+    with pytest.raises(errors.UserError, match='no checkpoint in'):
+      _restore_ema(path)
+  assert not (tmp_path / 'absent').exists()
+  checkpointer = checkpoint.open(tmp_path / 'absent')
+  assert _restore(checkpointer) is None
+  checkpoint.close(checkpointer)
+  _saved(tmp_path, 1, 2)
+  with pytest.raises(errors.UserError, match=r'no checkpoint 3 in .* 1, 2'):
+    _restore_ema(tmp_path, step=3)
+
+
+def test_a_file_in_place_of_the_folder_is_an_error_in_one_line(tmp_path):
+  file = tmp_path / 'file'
+  file.write_text('')
+  for call in checkpoint.steps, checkpoint.open, _restore, _restore_ema:
+    with pytest.raises(errors.UserError, match='is a file') as caught:
+      call(file)
+    assert '\n' not in str(caught.value)
+  with pytest.raises(errors.UserError, match='cannot save'):
+    checkpoint.open(file / 'below')
+  with pytest.raises(errors.UserError, match='keep = 0'):
+    checkpoint.open(tmp_path, keep=0)
+
+
+def test_a_full_disk_is_told_and_saving_goes_on_once_there_is_room(
+  tmp_path, capfd
+):
+  checkpointer = checkpoint.open(tmp_path, keep=1)
+  _save(checkpointer, 1)
+  checkpoint.wait(checkpointer)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # As good as full.
+  try:
+    with pytest.raises(errors.UserError, match=r'cannot save .* too large'):
+      _save(checkpointer, 2, 3)  # 3 finds that 2 has failed.
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert capfd.readouterr().err == ''
+  assert _restore(tmp_path).step == 1
+  _save(checkpointer, 2)
+  checkpoint.close(checkpointer)
+  assert checkpoint.steps(tmp_path) == [2]
+
+
+def test_a_folder_that_went_away_is_told_at_once(tmp_path):
+  checkpointer = checkpoint.open(tmp_path / 'c')
+  (tmp_path / 'c').rmdir()
+  (tmp_path / 'c').write_text('')
+  with pytest.raises(errors.UserError, match='cannot save'):
+    _save(checkpointer, 1)
+  checkpoint.close(checkpointer)
+
+
+def test_orbax_is_silent_even_where_others_log(tmp_path, caplog, capfd):
+  caplog.set_level(logging.INFO)
+  _saved(tmp_path, 1, 2)
+  assert _restore(tmp_path).step == 2
+  logging.getLogger('absl').info('from elsewhere')
+  assert [r.message for r in caplog.records] == ['from elsewhere']
+  assert capfd.readouterr().err == ''

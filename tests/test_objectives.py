@@ -1,0 +1,96 @@
+"""L_simple and the choice of t."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gaussian
+from ddpm_jax.diffusion import objectives
+from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import timesteps
+
+S = schedules.linear()
+ALL = [timesteps.uniform, timesteps.antithetic, timesteps.stratified]
+
+
+def draw(choice, n, T=1000, seed=0):
+  key = jax.random.key(seed)
+  return np.asarray(jax.vmap(lambda i: choice(key, i, n, T))(jnp.arange(n)))
+
+
+def keys(n):
+  return jax.random.split(jax.random.key(1), n)
+
+
+def test_the_loss_of_a_network_that_answers_0_is_1():
+  x0 = jnp.zeros((4096, 12))
+  t = jnp.arange(4096) % 1000 + 1
+  losses = objectives.simple(S, lambda x, t: 0 * x, keys(4096), x0, t)
+  assert losses.shape == (4096,)
+  # Mean of 49,152 squared normals: standard error √(2/49152) = 0.0064.
+  assert abs(losses.mean() - 1) < 5 * 0.0064
+
+
+def test_the_closed_form_optimum_has_the_loss_that_theory_gives():
+  """E‖ε - E[ε | x_t]‖² = ᾱ s² / (ᾱ s² + 1-ᾱ) for x_0 ~ N(0, s²)."""
+  n, t, variance = 20_000, 300, 0.25
+  x0 = 0.5 * jax.random.normal(jax.random.key(2), (n, 4))
+  net = gaussian.model_fn(S, 0.0, variance)
+  losses = objectives.simple(S, net, keys(n), x0, jnp.full(n, t))
+  signal = S.alpha_bar[t] * variance
+  expected = signal / (signal + S.one_minus_alpha_bar[t])
+  assert abs(losses.mean() / expected - 1) < 5 * np.sqrt(2 / (4 * n))
+
+
+def test_the_loss_of_an_example_depends_on_no_other():
+  x0 = jax.random.normal(jax.random.key(0), (8, 5))
+  t = jnp.arange(1, 9) * 100
+  f = functools.partial(objectives.simple, S, lambda x, t: x**2, keys(8))
+  before, after = f(x0, t), f(x0.at[3].set(9.0), t)
+  changed = before != after
+  assert changed.tolist() == [i == 3 for i in range(8)]
+
+
+@pytest.mark.parametrize('choice', ALL)
+@pytest.mark.parametrize('n', [1, 7, 128])
+def test_times_are_in_1_to_T(choice, n):
+  t = np.concatenate([draw(choice, n, T=10, seed=s) for s in range(200)])
+  assert t.min() == 1
+  assert t.max() == 10
+
+
+@pytest.mark.parametrize('choice', ALL)
+def test_times_are_uniform_over_the_batch(choice):
+  t = np.concatenate([draw(choice, 100, T=10, seed=s) for s in range(300)])
+  counts = np.bincount(t, minlength=11)[1:]
+  # 30,000 draws: 3000 ± 52 a time if independent, nearer otherwise.
+  assert np.all(np.abs(counts - 3000) < 5 * 52)
+
+
+def test_antithetic_halves_mirror_each_other():
+  t = draw(timesteps.antithetic, 64)
+  np.testing.assert_array_equal(t[:32] + t[32:], 1001)
+
+
+def test_stratified_draws_one_time_a_stratum():
+  t = draw(timesteps.stratified, 100)
+  np.testing.assert_array_equal((t - 1) // 10, np.arange(100))
+
+
+@pytest.mark.parametrize('choice', [timesteps.antithetic, timesteps.stratified])
+def test_the_mean_time_of_a_batch_varies_less_than_with_uniform(choice):
+  def spread(choice):
+    return np.std([draw(choice, 32, seed=s).mean() for s in range(50)])
+
+  assert spread(choice) < 0.3 * spread(timesteps.uniform)
+
+
+@pytest.mark.parametrize('choice', ALL)
+def test_the_time_of_an_example_follows_from_its_index_alone(choice):
+  key = jax.random.key(0)
+  whole = draw(choice, 16)
+  for i in range(16):
+    assert choice(key, i, 16, 1000) == whole[i]

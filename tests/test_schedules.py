@@ -1,0 +1,84 @@
+"""Schedules against the paper's numbers and against arithmetic in float64."""
+
+import numpy as np
+import pytest
+
+from ddpm_jax.diffusion import schedules
+
+ALL = [schedules.linear, schedules.cosine]
+
+
+def float64_linear() -> np.ndarray:
+  return np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+
+
+@pytest.mark.parametrize('make', ALL)
+def test_slot_0_is_the_clean_image(make):
+  s = make(T=50)
+  assert s.T == 50
+  assert s.beta[0] == 0
+  assert s.alpha_bar[0] == 1
+  assert s.one_minus_alpha_bar[0] == 0
+
+
+@pytest.mark.parametrize('make', ALL)
+def test_alpha_bar_falls_and_beta_tilde_is_between_0_and_beta(make):
+  s = make()
+  assert np.all(np.diff(s.alpha_bar) < 0)
+  assert s.beta_tilde[1] == 0
+  assert np.all((s.beta_tilde[2:] > 0) & (s.beta_tilde[2:] <= s.beta[2:]))
+
+
+def test_alpha_bar_T_of_the_paper():
+  # Section 4: L_T ≈ 1e-5 bits/dim, since ᾱ_T = Π (1 - β_t) = 4.04e-5.
+  assert schedules.linear().alpha_bar[1000] == pytest.approx(4.0358e-5, 1e-4)
+
+
+def test_tables_are_those_of_float64_to_float32_rounding():
+  s, exact = schedules.linear(), float64_linear()
+  rounding = 2**-23  # of float32, and a little for the order of the sums
+  np.testing.assert_allclose(s.alpha_bar[1:], exact, rtol=rounding)
+  np.testing.assert_allclose(s.one_minus_alpha_bar[1:], 1 - exact, rtol=2e-7)
+  # What a float32 `1 - alpha_bar` would have given for t = 1.
+  assert abs((1 - s.alpha_bar[1]) / 1e-4 - 1) > 1e-4
+
+
+def test_cosine_follows_its_formula_until_beta_is_cut():
+  s, t = schedules.cosine(), np.arange(900)
+  f = np.cos((t / 1000 + 8e-3) / 1.008 * np.pi / 2) ** 2
+  np.testing.assert_allclose(s.alpha_bar[:900], f / f[0], rtol=1e-6)
+  assert s.beta[1000] == np.float32(0.999)
+
+
+@pytest.mark.parametrize('beta', [[0.1, 0.0], [0.1, 1.0], [-0.1]])
+def test_beta_outside_0_to_1_is_refused(beta):
+  with pytest.raises(ValueError, match='between 0 and 1'):
+    schedules.from_beta(beta)
+
+
+@pytest.mark.parametrize('steps', [1, 7, 10, 250, 999])
+def test_stride_visits_the_same_noise_levels(steps):
+  s = schedules.linear()
+  short = schedules.stride(s, steps)
+  assert short.T == steps
+  assert short.time[0] == 0
+  assert short.time[-1] == 1000
+  gaps = np.diff(short.time)
+  assert gaps.max() - gaps.min() <= 1  # an even stride
+  np.testing.assert_allclose(
+    short.alpha_bar, s.alpha_bar[short.time], rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    short.one_minus_alpha_bar, s.one_minus_alpha_bar[short.time], rtol=1e-6
+  )
+
+
+def test_stride_of_T_is_the_schedule_itself():
+  s = schedules.linear(T=30)
+  assert schedules.stride(s, 30) is s
+
+
+@pytest.mark.parametrize('steps', [0, -1, 31])
+def test_stride_refuses_more_steps_than_there_are(steps):
+  with pytest.raises(ValueError, match=r'1\.\.30'):
+    schedules.stride(schedules.linear(T=30), steps)
