@@ -10,11 +10,16 @@ from configs import base
 
 def get_config() -> ConfigDict:
   c = base.get_config()
-  c.steps = 1500
-  c.batch_size = 128
+  c.steps = 2000
+  c.batch_size = 64
   c.data.update(name='digits', image_size=8, channels=1, flip=False)
   c.model.update(
-    channels=32, multipliers=(1, 2), attention=(4,), groups=8, dropout=0.0
+    channels=32,
+    multipliers=(1, 2),
+    blocks=1,
+    attention=(4,),
+    groups=8,
+    dropout=0.0,
   )
   c.loss.t = 'stratified'
   c.optimizer.update(learning_rate=1e-3, warmup=100, ema=0.995)

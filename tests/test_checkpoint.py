@@ -254,14 +254,14 @@ def test_a_flipped_bit_anywhere_in_the_arrays_is_noticed_or_harmless(tmp_path):
   whole = file.read_bytes()
   draw = random.Random(0)
   noticed = 0
-  for _ in range(30):
+  for _ in range(20):
     _flip(file, draw.randrange(len(whole)))
     got = _restore(tmp_path)
     # Some bytes are padding or a copy: then all is as it was.
     _assert_same((got.state, got.ema), want[got.step])
     noticed += got.step == 1
     file.write_bytes(whole)
-  assert noticed > 20
+  assert noticed > 15
   assert _restore(tmp_path).step == 2
 
 

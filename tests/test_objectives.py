@@ -2,12 +2,12 @@
 
 import functools
 
+import gaussian
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import gaussian
 from ddpm_jax.diffusion import objectives
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import timesteps

@@ -2,12 +2,12 @@
 
 import functools
 
+import gaussian
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import gaussian
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
@@ -31,9 +31,7 @@ def chain(mean, variance, sigma2, n=N):
     x, _ = samplers.ancestral(S, net, k, x_t, t, sigma2=sigma2, clip=False)
     return x, x[:, 0]
 
-  return jax.jit(
-    lambda: jax.lax.scan(body, x_T, jnp.arange(T, 0, -1))[1]
-  )()
+  return jax.jit(lambda: jax.lax.scan(body, x_T, jnp.arange(T, 0, -1))[1])()
 
 
 def moments(mean, variance, sigma2):
@@ -116,9 +114,7 @@ def test_an_image_does_not_depend_on_the_batch_that_it_is_drawn_in():
   whole, _ = run(samplers.ancestral)
   alone, _ = run(samplers.ancestral, n=6)
   x_T = process.normal(keys(6, 1), (4,))
-  one, _ = samplers.sample(
-    samplers.ancestral, S, toy, keys(6)[2:3], x_T[2:3]
-  )
+  one, _ = samplers.sample(samplers.ancestral, S, toy, keys(6)[2:3], x_T[2:3])
   np.testing.assert_array_equal(whole, alone)
   np.testing.assert_allclose(one[0], whole[2], atol=1e-6)
 
@@ -185,9 +181,7 @@ def test_strided_sampling_is_exact_where_the_full_one_is():
   net = gaussian.model_fn(S, 0.0, 1.0)
   x_T = process.normal(keys(N, 1), (1,))
   step = functools.partial(samplers.ancestral, clip=False)
-  x_0, _ = jax.jit(
-    lambda: samplers.sample(step, short, net, keys(N), x_T)
-  )()
+  x_0, _ = jax.jit(lambda: samplers.sample(step, short, net, keys(N), x_T))()
   # The last step adds no noise: what is missing is β of the last jump.
   expected = 1 - short.beta[1]
   assert abs(x_0.var() / expected - 1) < 5 * np.sqrt(2 / N)

@@ -60,7 +60,7 @@ def test_beta_outside_0_to_1_is_refused(beta):
 def test_stride_visits_the_same_noise_levels(steps):
   s = schedules.linear()
   short = schedules.stride(s, steps)
-  assert short.T == steps
+  assert steps == short.T
   assert short.time[0] == 0
   assert short.time[-1] == 1000
   gaps = np.diff(short.time)

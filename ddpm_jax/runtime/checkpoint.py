@@ -254,9 +254,9 @@ def _type(x: Any) -> str:
 
 def _describe(tree: Any) -> dict[str, list[Any]]:
   """{name: [type, fingerprint]} of arrays, the same in every process."""
-  named = _named(tree)
-  sums = jax.device_get([_fingerprint(x) for _, x in named])
-  return {n: [_type(x), int(s)] for (n, x), s in zip(named, sums, strict=True)}
+  # One at a time: many all-reduces in flight can stall virtual devices.
+  jax.block_until_ready(tree)
+  return {name: [_type(x), int(_fingerprint(x))] for name, x in _named(tree)}
 
 
 @jax.jit
@@ -264,8 +264,8 @@ def _fingerprint(x: jax.Array) -> jax.Array:
   """Σ_i (2i + 1) w_i mod 2³² over the words w of `x`.
 
   Integers, so it is the same for any sharding; odd weights, so any one
-  changed word shows; no reshape, so nothing is gathered. One jit a shape: one
-  for the whole tree would compile for long.
+  changed word shows; no reshape, so nothing is gathered. A jit for each
+  shape, as one for a whole tree would compile for long.
   """
   if x.dtype == bool:
     x = x.astype(jnp.uint8)
@@ -294,7 +294,7 @@ def _context(*, alone: bool = False) -> ocp.Context:
   # In the background, one that cannot be made is noticed five minutes late.
   context.asynchronous.create_directories_asynchronously = False
   if alone:
-    # Else those who could read wait 20 minutes for the one who could not.
+    # Else those that could read wait 20 minutes for the one that could not.
     me = jax.process_index()
     context.multiprocessing.primary_host = me
     context.multiprocessing.active_processes = {me}
@@ -303,9 +303,10 @@ def _context(*, alone: bool = False) -> ocp.Context:
 
 
 def _worth_reading(record: logging.LogRecord) -> bool:
-  # Orbax tells INFO by the page, and logs a dozen times each error it raises
-  # anyway. What others log through absl stays.
-  return 'orbax' not in record.pathname or record.levelno == logging.WARNING
+  # Orbax tells INFO by the page, warns of any save that takes over a second,
+  # and logs a dozen times each error that it raises anyway. What others log
+  # through absl stays.
+  return os.path.join('orbax', 'checkpoint') not in record.pathname
 
 
 @contextlib.contextmanager

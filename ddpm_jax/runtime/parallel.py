@@ -145,7 +145,7 @@ def compile_map(fn: Callable, mesh: Mesh, how: str, params: Any) -> Callable:
   if how == 'pmap':
     mapped = jax.pmap(fn, in_axes=(None, 0), devices=list(mesh.devices.flat))
     return lambda params, batch: jax.tree.map(
-      lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), mapped(params, batch)
+      lambda x: np.concatenate(np.asarray(x)), mapped(params, batch)
     )
   mapped = jax.jit(
     lambda params, batch: fn(gather(params, mesh), batch),

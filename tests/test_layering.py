@@ -1,0 +1,103 @@
+"""Imports point downwards only."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1] / 'ddpm_jax'
+
+# Each may import what comes after it, and nothing beside it.
+LAYERS = [
+  ['main'],
+  ['jobs'],
+  ['build'],
+  ['recipe'],
+  ['diffusion', 'models', 'data', 'runtime'],
+  ['errors'],
+]
+INSIDE = {  # Rooms whose files have an order of their own.
+  'diffusion': [
+    ['samplers', 'objectives'],
+    ['process'],
+    ['schedules'],
+    ['pixels', 'timesteps', 'training'],
+  ],
+  'runtime': [
+    ['checkpoint', 'images', 'logs', 'parallel', 'stop', 'workdir'],
+  ],
+  'models': [['unet']],
+}
+FILES = sorted(ROOT.rglob('*.py'))
+
+
+def imported(path):
+  """The modules of ours that a file imports, without the first `ddpm_jax`."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module:
+      names = [f'{node.module}.{alias.name}' for alias in node.names]
+    elif isinstance(node, ast.Import):
+      names = [alias.name for alias in node.names]
+    else:
+      continue
+    for name in names:
+      if name.startswith('ddpm_jax.'):
+        yield name.removeprefix('ddpm_jax.').split('.')
+
+
+def depth(layers, name):
+  found = [i for i, layer in enumerate(layers) if name in layer]
+  assert found, f'{name} has no place in {layers}'
+  return found[0]
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+  here = path.relative_to(ROOT).with_suffix('').parts
+  if here == ('__init__',):
+    return
+  for there in imported(path):
+    if there[0] == here[0]:
+      if here[0] in INSIDE and len(here) > 1 and here[1] != '__init__':
+        inside = INSIDE[here[0]]
+        assert depth(inside, there[1]) > depth(inside, here[1]), there
+    else:
+      assert depth(LAYERS, there[0]) > depth(LAYERS, here[0]), there
+
+
+@pytest.mark.parametrize('room', ['diffusion', 'models'])
+def test_mathematics_knows_no_devices_and_no_files(room):
+  banned = ('jit', 'pmap', 'device_put', 'Mesh', 'NamedSharding', 'open')
+  for path in (ROOT / room).glob('*.py'):
+    for node in ast.walk(ast.parse(path.read_text())):
+      name = getattr(node, 'attr', getattr(node, 'id', None))
+      assert name not in banned, f'{path.name}:{node.lineno} uses {name}'
+
+
+def test_only_build_recipe_and_jobs_see_a_ConfigDict():
+  seen = {
+    path.relative_to(ROOT).parts[0]
+    for path in FILES
+    if 'ConfigDict' in path.read_text()
+  }
+  assert seen == {'build.py', 'recipe.py', 'jobs'}
+
+
+def test_no_private_imports():
+  for path in FILES:
+    text = path.read_text()
+    assert '._src' not in text, path
+    assert 'import *' not in text, path
+
+
+def test_every_key_of_the_base_recipe_is_read():
+  """A key that nothing reads would promise what is not there."""
+  from configs import base
+  from ddpm_jax import recipe
+
+  text = '\n'.join(path.read_text() for path in FILES)
+  for key in recipe.flatten(base.get_config()):
+    name = key.rpartition('.')[2]
+    assert any(
+      mark in text for mark in (f'.{name}', f'{name}:', f'{name}=', f'{name},')
+    ), key

@@ -1,0 +1,190 @@
+"""One device, eight, FSDP and pmap: the same losses, parameters, samples."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits
+from ddpm_jax import build
+from ddpm_jax import errors
+from ddpm_jax import recipe
+from ddpm_jax.runtime import parallel
+
+STEPS = 4
+
+
+def config(**changes):
+  c = digits.get_config()
+  c.batch_size = 32
+  c.data.flip = True
+  c.model.update(
+    channels=8, multipliers=(1,), blocks=1, groups=4, dropout=0.2
+  )
+  c.optimizer.warmup = 2
+  c.sampler.steps = 8
+  recipe.override(c, {k.replace('__', '.'): str(v) for k, v in changes.items()})
+  return c
+
+
+def batch(step, n=32):
+  rng = np.random.default_rng(step)
+  return {
+    'image': rng.integers(0, 256, (n, 8, 8, 1), dtype=np.uint8),
+    'index': np.arange(n, dtype=np.int32),
+  }
+
+
+def start(c):
+  mesh = build.mesh(c)
+  init = functools.partial(build.init_state, c)
+  return mesh, parallel.init_state(init, mesh)
+
+
+@functools.cache
+def train(**changes):
+  """(losses, parameters and EMA, samples), as NumPy."""
+  c = config(**changes)
+  mesh, state = start(c)
+  how = c.parallel.engine
+  step = parallel.compile_step(build.train_step(c), mesh, how, state)
+  losses = []
+  for i in range(STEPS):
+    state, metrics = step(state, parallel.put(batch(i), mesh, how))
+    losses.append([float(metrics['loss']), float(metrics['grad_norm'])])
+  draw = parallel.compile_map(
+    build.sampler(c, seed=0, snapshots=2), mesh, how, state.ema_params
+  )
+  index = parallel.put(np.arange(16, dtype=np.int32), mesh, how)
+  images = draw(state.ema_params, index)
+  weights = jax.tree.map(np.asarray, (state.params, state.ema_params))
+  return np.array(losses), weights, images
+
+
+def one_device():
+  return train(parallel__data=1)
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    dict(parallel__data=8),
+    dict(parallel__data=1, parallel__fsdp=8),
+    dict(parallel__data=2, parallel__fsdp=4),
+    dict(parallel__engine='pmap', parallel__data=8),
+    dict(parallel__data=1, accumulate=4),
+    dict(parallel__engine='pmap', parallel__data=4, accumulate=2),
+  ],
+  ids=lambda changes: ' '.join(f'{k}={v}' for k, v in changes.items()),
+)
+def test_all_ways_agree_with_one_device(changes):
+  losses, weights, images = train(**changes)
+  one_losses, one_weights, one_images = one_device()
+  # float32 sums in another order; Adam divides small gradients by their size,
+  # so that rounding in them is a learning rate's share (1e-3) of an update.
+  np.testing.assert_allclose(losses, one_losses, rtol=2e-5)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=0),
+    weights,
+    one_weights,
+  )
+  for a, b in zip(images, one_images, strict=True):
+    # A rounding may carry a value over the edge between two grays.
+    assert np.abs(a.astype(int) - b).max() <= 1
+    assert np.mean(a != b) < 0.01
+
+
+def test_dropout_and_flip_were_part_of_that():
+  """Else the comparison above would say nothing of them."""
+  losses = one_device()[0]
+  for changes in (dict(model__dropout=0), dict(data__flip=False)):
+    other = train(parallel__data=1, **changes)[0]
+    assert np.abs(other[1:] / losses[1:] - 1).max() > 1e-4
+
+
+def test_fsdp_leaves_an_eighth_of_the_state_on_a_device():
+  _, state = start(config(parallel__data=1, parallel__fsdp=8))
+  whole = sum(x.nbytes for x in jax.tree.leaves(state))
+  parts = [
+    sum(x.addressable_shards[i].data.nbytes for x in jax.tree.leaves(state))
+    for i in range(8)
+  ]
+  # A few arrays of four numbers do not divide.
+  assert max(parts) < 1.05 * whole / 8
+
+
+def test_fsdp_gathers_parameters_and_moves_no_activations():
+  """Sharded kernels must not make XLA split the convolutions."""
+  c = config(parallel__data=1, parallel__fsdp=8)
+  mesh, state = start(c)
+  step = parallel.compile_step(build.train_step(c), mesh, 'jit', state)
+  text = step.lower(state, parallel.put(batch(0), mesh, 'jit')).compile()
+  text = text.as_text()
+  assert 'all-gather' in text
+  assert 'collective-permute' not in text
+  assert 'all-to-all' not in text
+
+
+@pytest.mark.parametrize('how', ['jit', 'pmap'])
+def test_the_state_is_donated(how):
+  c = config(parallel__engine=how)
+  mesh, state = start(c)
+  step = parallel.compile_step(build.train_step(c), mesh, how, state)
+  step(state, parallel.put(batch(0), mesh, how))
+  kinds = {x.is_deleted() for x in jax.tree.leaves(state.params)}
+  assert kinds == {True}
+
+
+def test_one_program_serves_all_steps():
+  c = config(parallel__data=1)
+  mesh, state = start(c)
+  step = parallel.compile_step(build.train_step(c), mesh, 'jit', state)
+  for i in range(3):
+    state, _ = step(state, parallel.put(batch(i), mesh, 'jit'))
+  assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize('how', ['jit', 'pmap'])
+def test_an_image_is_the_same_in_any_batch(how):
+  c = config(parallel__engine=how)
+  mesh, state = start(c)
+  draw = parallel.compile_map(
+    build.sampler(c, seed=3), mesh, how, state.ema_params
+  )
+
+  def images(index):
+    index = np.array(index, np.int32)
+    return draw(state.ema_params, parallel.put(index, mesh, how))[0]
+
+  whole = images(range(16))
+  other = images([11, 3, *range(20, 26)])
+  np.testing.assert_array_equal(other[:2], whole[[11, 3]])
+  assert np.mean(whole[0] != whole[1]) > 0.5
+
+
+def test_an_odd_number_of_parts_still_means_the_batch():
+  """Accumulation takes rows from every device, and each row once."""
+  from ddpm_jax.diffusion import training
+
+  parts = training.split_batch({'index': np.arange(24)}, 3)['index']
+  assert parts.shape == (3, 8)
+  assert sorted(parts.ravel()) == list(range(24))
+  assert [set(part // 6) for part in parts] == [{0, 1, 2, 3}] * 3
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (dict(batch_size=30), 'batch_size=30 is not divisible by 8 device'),
+    (dict(accumulate=3), 'accumulate=3'),
+    (dict(parallel__data=3, parallel__fsdp=3), '8 device'),
+    (dict(parallel__fsdp=16), '8 device'),
+    (dict(parallel__data=0), '8 device'),
+    (dict(parallel__engine='pmap', parallel__fsdp=2), 'pmap'),
+    (dict(parallel__engine='jitt'), "did you mean 'jit'"),
+  ],
+)
+def test_devices_that_do_not_fit_are_a_line_for_the_user(changes, message):
+  with pytest.raises(errors.UserError, match=message):
+    build.mesh(config(**changes))

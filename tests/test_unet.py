@@ -1,0 +1,227 @@
+"""The network is the paper's, and takes what users have."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from ddpm_jax import build
+from ddpm_jax import recipe
+from ddpm_jax.models import unet
+
+SMALL = dict(out_channels=3, channels=8, multipliers=(1, 2), blocks=1, groups=4)
+
+
+def shapes(model, size=(32, 32), channels=3):
+  x, t = jnp.zeros((1, *size, channels)), jnp.ones(1, int)
+  return jax.eval_shape(model.init, jax.random.key(0), x, t)['params']
+
+
+def count(params):
+  return sum(x.size for x in jax.tree.leaves(params))
+
+
+def variables(model, x):
+  """As after training: nothing is left at 0 or 1e-10."""
+  shape = jax.eval_shape(
+    model.init, jax.random.key(0), x, jnp.ones(len(x), int)
+  )
+  rng = np.random.default_rng(0)
+
+  def trained(x):
+    fan_in = np.prod(x.shape[:-1]) if x.ndim > 1 else 10
+    return jnp.asarray(rng.normal(0, fan_in**-0.5, x.shape), x.dtype)
+
+  return jax.tree.map(trained, shape)
+
+
+def apply(model, *args, **kwargs):
+  """Under jit: faster than to compile every operation by itself."""
+  return jax.jit(functools.partial(model.apply, **kwargs))(*args)
+
+
+def images(b=2, size=(8, 8), channels=3):
+  return jax.random.normal(jax.random.key(7), (b, *size, channels))
+
+
+@pytest.mark.parametrize(
+  ('config', 'expected'),
+  [
+    ('configs/cifar.py', 35_746_307),
+    ('configs/celebahq.py', 113_673_219),
+    ('configs/lsun.py:bedroom', 113_673_219),
+    ('configs/lsun.py:church', 113_673_219),
+    ('configs/lsun.py:cat', 113_673_219),
+  ],
+)
+def test_parameters_are_as_many_as_the_papers(config, expected):
+  c = recipe.load(config)
+  params = shapes(build.model(c), build.image_size(c))
+  assert count(params) == expected
+
+
+def test_a_learned_variance_adds_what_it_must():
+  assert count(shapes(unet.UNet(out_channels=6))) == 35_749_766
+
+
+def test_attention_follows_every_block_at_16_and_is_once_in_the_middle():
+  params = shapes(build.model(base.get_config()))
+  found = sorted(name for name in params if name.endswith('_attention'))
+  assert found == [
+    'down_1_0_attention',
+    'down_1_1_attention',
+    'middle_0_attention',
+    'up_1_0_attention',
+    'up_1_1_attention',
+    'up_1_2_attention',
+  ]
+
+
+def test_time_embedding_is_sines_then_cosines():
+  e = unet.time_embedding(jnp.array([0, 999]), 128)
+  i = np.arange(64)
+  angle = 999 * np.exp(-np.log(10_000) * i / 63)
+  np.testing.assert_array_equal(e[0], np.repeat([0.0, 1.0], 64))
+  # float32 angles of up to 999 radians are off by 6e-5.
+  np.testing.assert_allclose(e[1, :64], np.sin(angle), atol=2e-4)
+  np.testing.assert_allclose(e[1, 64:], np.cos(angle), atol=2e-4)
+
+
+def test_the_output_at_initialisation_is_all_but_0():
+  model, x = unet.UNet(**SMALL), images()
+  v = jax.jit(model.init)(jax.random.key(0), x, jnp.ones(2, int))
+  assert jnp.max(jnp.abs(apply(model, v, x, jnp.array([1, 1000])))) < 1e-3
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('size', [(8, 8), (6, 10), (2, 2)])
+def test_gray_and_rgb_of_any_size_that_halves(channels, size):
+  model = unet.UNet(**SMALL | {'out_channels': channels})
+  x = images(size=size, channels=channels)
+  out = apply(model, variables(model, x), x, jnp.array([1, 2]))
+  assert out.shape == x.shape
+  assert out.dtype == jnp.float32
+
+
+@pytest.mark.parametrize('shape', [(1, 7, 8, 3), (1, 8, 9, 3), (8, 8, 3)])
+def test_sizes_that_do_not_halve_are_refused(shape):
+  with pytest.raises(ValueError, match='multiples of 2'):
+    unet.UNet(**SMALL).init(
+      jax.random.key(0), jnp.zeros(shape), jnp.ones(1, int)
+    )
+
+
+@pytest.mark.parametrize('train', [False, True])
+def test_no_example_leaks_into_another(train):
+  model, x, t = unet.UNet(**SMALL), images(4), jnp.array([1, 5, 9, 1000])
+  v, rngs = variables(model, x), {'dropout': jax.random.key(3)}
+  f = lambda x: model.apply(v, x, t, train=train, rngs=rngs)  # noqa: E731
+  reaches = jax.jacfwd(lambda s: f(x * s[:, None, None, None]).sum((1, 2, 3)))
+  j = jax.jit(reaches)(jnp.ones(4))
+  np.testing.assert_array_equal(j - jnp.diag(jnp.diag(j)), 0)
+  assert np.all(np.diag(j) != 0)
+
+
+def test_the_output_depends_on_t():
+  model, x = unet.UNet(**SMALL), images()
+  v = variables(model, x)
+  a, b = (apply(model, v, x, jnp.full(2, t)) for t in (1, 2))
+  assert jnp.max(jnp.abs(a - b)) > 1e-3
+
+
+def test_dropout_is_off_when_sampling_and_differs_by_key_when_training():
+  model, x, t = unet.UNet(**SMALL, dropout=0.5), images(), jnp.ones(2, int)
+  v = variables(model, x)
+
+  def out(train, seed):
+    rngs = {'dropout': jax.random.key(seed)}
+    return apply(model, v, x, t, train=train, rngs=rngs)
+
+  np.testing.assert_array_equal(out(False, 0), out(False, 1))
+  np.testing.assert_array_equal(out(True, 0), out(True, 0))
+  assert jnp.max(jnp.abs(out(True, 0) - out(True, 1))) > 1e-3
+  assert jnp.max(jnp.abs(out(True, 0) - out(False, 0))) > 1e-3
+
+
+def test_dropout_of_an_example_follows_its_place_in_the_whole_batch():
+  model, x, t = unet.UNet(**SMALL, dropout=0.5), images(4), jnp.ones(4, int)
+  v, rngs = variables(model, x), {'dropout': jax.random.key(0)}
+  whole = apply(model, v, x, t, train=True, rngs=rngs)
+  half = apply(
+    model, v, x[2:], t[2:], train=True, rngs=rngs, index=jnp.array([2, 3])
+  )
+  np.testing.assert_allclose(half, whole[2:], atol=1e-5)
+
+
+def test_dropout_keeps_the_mean():
+  drop = unet.Dropout(0.3)
+  x, index = jnp.ones((16, 64, 64, 1)), jnp.arange(16)
+  y = drop.apply({}, x, index, rngs={'dropout': jax.random.key(0)})
+  kept = (y != 0).mean()
+  error = (0.3 * 0.7 / x.size) ** 0.5
+  assert abs(kept - 0.7) < 5 * error
+  np.testing.assert_allclose(y[y != 0], 1 / 0.7, rtol=1e-6)
+
+
+def test_bf16_computes_roughly_the_same_with_float32_parameters():
+  x, t = images(), jnp.array([3, 700])
+  exact = unet.UNet(**SMALL)
+  rough = unet.UNet(**SMALL, dtype=jnp.bfloat16)
+  v = variables(exact, x)
+  kinds = {
+    p.dtype for p in jax.tree.leaves(rough.init(jax.random.key(0), x, t))
+  }
+  assert kinds == {jnp.dtype('float32')}
+  a, b = apply(exact, v, x, t), apply(rough, v, x, t)
+  assert b.dtype == jnp.float32
+  # bfloat16 has 8 bits: 0.4% a rounding, over some 20 layers.
+  assert jnp.max(jnp.abs(a - b)) < 0.1 * jnp.std(a)
+  assert jnp.max(jnp.abs(a - b)) > 1e-5  # it is not float32 in disguise
+
+
+def test_remat_changes_no_parameter_and_no_gradient():
+  x, t = images(), jnp.array([3, 700])
+  plain, remat = unet.UNet(**SMALL), unet.UNet(**SMALL, remat=True)
+  v, rngs = variables(plain, x), {'dropout': jax.random.key(0)}
+
+  def gradient(model):
+    loss = lambda v: jnp.sum(model.apply(v, x, t, train=True, rngs=rngs) ** 2)  # noqa: E731
+    return jax.jit(jax.grad(loss))(v)
+
+  a, b = gradient(plain), gradient(remat)
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  largest = max(jnp.abs(p).max() for p in jax.tree.leaves(a))
+  for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    # Rounding, of sums whose terms are as large as the largest gradients.
+    np.testing.assert_allclose(p, q, atol=1e-6 * float(largest))
+
+
+def configured(**changes):
+  c = base.get_config()
+  recipe.override(c, {k.replace('__', '.'): v for k, v in changes.items()})
+  return build.model(c)
+
+
+def test_attention_is_by_side_in_pixels():
+  assert configured().attention == (1,)
+  assert configured(data__image_size='64').attention == (2,)
+  assert configured(data__image_size='(32, 64)').attention == (1,)
+  assert configured(model__attention='(8, 32)').attention == (0, 2)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (dict(data__image_size='30'), '30x30 is not a multiple of 8'),
+    (dict(data__image_size='(32, 36)'), '32x36 is not a multiple of 8'),
+    (dict(model__channels='100'), 'groups=32 does not divide'),
+    (dict(model__dtype='float16'), 'float16'),
+    (dict(model__name='unett'), "did you mean 'unet'"),
+  ],
+)
+def test_what_cannot_be_built_is_a_line_for_the_user(changes, message):
+  with pytest.raises(build.errors.UserError, match=message):
+    configured(**changes)
