@@ -59,7 +59,8 @@ def get_config() -> ConfigDict:
 
   c.sampler = ConfigDict()
   c.sampler.name = 'ancestral'  # a function of ddpm_jax/diffusion/samplers.py
-  c.sampler.steps = c.schedule.get_ref('T')  # T, or fewer: an even stride
+  # T, or fewer: an even stride. (One way: setting it leaves T alone.)
+  c.sampler.steps = c.schedule.get_oneway_ref('T')
   c.sampler.sigma2 = 'beta'  # beta ("fixed large") | beta_tilde ("fixed small")
   c.sampler.clip = True  # the predicted x_0 to [-1, 1], at every step
   c.sampler.batch_size = 256  # images at a time, over all devices

@@ -1,6 +1,12 @@
 """Handwritten digits, 8x8: no download, minutes on two CPU cores.
 
-python -m ddpm_jax.main --config=configs/digits.py
+  python -m ddpm_jax.main --config=configs/digits.py
+
+The data are the 1,797 digits that scikit-learn ships.
+
+hardware  2 CPU cores (measured)
+hours     3 minutes, with compilation and pictures (measured)
+score     TODO
 """
 
 from ml_collections import ConfigDict

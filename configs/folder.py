@@ -6,7 +6,7 @@ They are cut square and made 64x64; --config.data.image_size=128 makes them
 larger (a multiple of 8). One GPU or more; on two CPU cores a step takes seconds
 (make it smaller: --config.model.channels=32 --config.data.image_size=32).
 
-hardware, hours, score: not measured; they depend on the images
+hardware, hours and score: not measured; they depend on the images
 """
 
 from ml_collections import ConfigDict

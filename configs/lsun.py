@@ -6,10 +6,11 @@
 FOLDER holds the images of one category, exported from LSUN's LMDB as files of
 any format; the shorter side is made 256 pixels, and the middle is cut out.
 
-          bedroom   church   cat
-steps     2.4M      1.2M     1.8M
-hours     303       152      227     the paper: a TPU v3-8, 2.2 steps a second
-FID       6.36      7.89     19.75   published; ours: not measured
+hardware  the paper: a TPU v3-8; ours: not measured
+hours     bedroom 303, church 152, cat 227 (2.4M, 1.2M, 1.8M steps at the
+          paper's 2.2 a second); ours: not measured
+score     FID: bedroom 6.36, church 7.89, cat 19.75 (published); ours: not
+          measured
 """
 
 from ml_collections import ConfigDict

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import errors
 from ddpm_jax import models
+from ddpm_jax import recipe
 from ddpm_jax.data import sources
 from ddpm_jax.diffusion import objectives
 from ddpm_jax.diffusion import pixels
@@ -25,6 +26,18 @@ from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import timesteps
 from ddpm_jax.diffusion import training
 from ddpm_jax.runtime import parallel
+
+POSITIVE = (
+  'steps',
+  'batch_size',
+  'accumulate',
+  'model.blocks',
+  'schedule.T',
+  'sampler.batch_size',
+  'checkpoint.every',
+  'checkpoint.keep',
+  'log.every',
+)
 
 
 def named(module: ModuleType, name: str, argument: str, what: str) -> Callable:
@@ -64,9 +77,37 @@ def call(
 
 
 def image_size(config: ConfigDict) -> tuple[int, int]:
-  """(height, width) in pixels."""
+  """(height, width) in pixels.
+
+  Raises:
+    UserError: if the recipe says something else.
+  """
   size = config.data.image_size
-  return (size, size) if isinstance(size, int) else tuple(size)
+  pair = size if isinstance(size, tuple) else (size, size)
+  if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+    raise errors.UserError(
+      f'config.data.image_size={size!r} is not a side, such as 32, or '
+      '(height, width)'
+    )
+  return pair
+
+
+def check(config: ConfigDict) -> None:
+  """Refuses what would only come to light after seconds or hours.
+
+  Raises:
+    UserError: for a number that must be positive, an unknown data set, or
+      channels that are neither gray nor RGB.
+  """
+  flat = recipe.flatten(config)
+  for key in POSITIVE:
+    if flat[key] < 1:
+      raise errors.UserError(f'config.{key}={flat[key]} must be at least 1')
+  named(sources, config.data.name, 'image_size', 'data set')
+  if config.data.channels not in (1, 3):
+    raise errors.UserError(
+      f'config.data.channels={config.data.channels} is not 1 (gray) or 3 (RGB)'
+    )
 
 
 def model(config: ConfigDict) -> nn.Module:

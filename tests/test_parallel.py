@@ -19,9 +19,7 @@ def config(**changes):
   c = digits.get_config()
   c.batch_size = 32
   c.data.flip = True
-  c.model.update(
-    channels=8, multipliers=(1,), blocks=1, groups=4, dropout=0.2
-  )
+  c.model.update(channels=8, multipliers=(1,), blocks=1, groups=4, dropout=0.2)
   c.optimizer.warmup = 2
   c.sampler.steps = 8
   recipe.override(c, {k.replace('__', '.'): str(v) for k, v in changes.items()})

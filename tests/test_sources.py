@@ -1,6 +1,5 @@
 """Files of every kind become the pixels that they show, or a clear error."""
 
-import inspect
 import json
 import logging
 import subprocess
@@ -54,15 +53,6 @@ def when(request, monkeypatch):
 
 
 # The registry.
-
-
-def test_all_lists_the_functions_of_sources():
-  own = [
-    name
-    for name, value in vars(sources).items()
-    if inspect.isfunction(value) and not name.startswith('_')
-  ]
-  assert sorted(own) == sources.__all__
 
 
 def test_importing_sources_imports_nothing_heavy():

@@ -1,9 +1,9 @@
 """The sources of images by name: `config.data.name` is a function here.
 
-`__all__` lists the names. A source is called with those of these keywords that
-it has: path, tfds, split, image_size = (H, W), channels (1: gray, 3: RGB) and
-max_unreadable. It returns a `store.Source`, and raises UserError for what is
-missing or does not fit.
+What has an argument `image_size` is a source. It is called with those of these
+keywords that it has: path, tfds, split, image_size = (H, W), channels (1: gray,
+3: RGB) and max_unreadable. It returns a `store.Source`, and raises UserError
+for what is missing or does not fit.
 """
 
 import os
@@ -15,8 +15,6 @@ from ddpm_jax.data import arrayfile
 from ddpm_jax.data import decode
 from ddpm_jax.data import listing
 from ddpm_jax.data import store
-
-__all__ = ['arrays', 'digits', 'folder', 'tfds']
 
 
 def digits(*, image_size: tuple[int, int], channels: int) -> store.Source:

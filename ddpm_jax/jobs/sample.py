@@ -34,6 +34,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   seed = config.seed if args.seed is None else args.seed
   output = args.output or args.workdir / f'samples_seed{seed}'
   check_output(output, args.num_samples)
+  build.check(config)
   mesh = build.mesh(config)
   draw = sampler(config, mesh, args.num_samples, seed)
   step, params = restore_ema(config, mesh, args.workdir)

@@ -36,6 +36,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   """
   folder = args.workdir or workdir.default(pathlib.Path(args.config).stem)
   # What may be refused comes first, then what takes long.
+  build.check(config)
   mesh = build.mesh(config)
   step_fn = build.train_step(config)
   pictures = picture_maker(config, mesh, folder, args.num_samples)

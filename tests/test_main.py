@@ -1,0 +1,479 @@
+"""The program as a user runs it: real processes, real signals, real files."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax import build
+from ddpm_jax import errors
+from ddpm_jax import main
+from ddpm_jax import recipe
+from ddpm_jax.runtime import checkpoint
+from ddpm_jax.runtime import parallel
+
+ROOT = pathlib.Path(__file__).parents[1]
+DIGITS = str(ROOT / 'configs' / 'digits.py')
+TINY = [
+  f'--config={DIGITS}',
+  '--config.model.channels=8',
+  '--config.model.multipliers=(1,)',
+  '--config.model.groups=4',
+  '--config.model.dropout=0.1',
+  '--config.data.flip=true',
+  '--config.batch_size=16',
+  '--config.optimizer.warmup=5',
+  '--config.sampler.steps=10',
+  '--config.log.every=1',
+  '--config.checkpoint.every=40',
+  '--num_samples=9',
+]
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+  """Programs that were compiled once, for all processes of this file."""
+  return tmp_path_factory.mktemp('cache')
+
+
+@pytest.fixture
+def start(cache):
+  """Starts the program as a user would; kills it in the end."""
+  started = []
+
+  def start(*args, devices=1):
+    env = os.environ | {
+      'JAX_NUM_CPU_DEVICES': str(devices),
+      'JAX_COMPILATION_CACHE_DIR': str(cache),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'PYTHONPATH': str(ROOT),
+    }
+    del env['XLA_FLAGS']
+    process = subprocess.Popen(
+      [sys.executable, '-m', 'ddpm_jax.main', *map(str, args)],
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    started.append(process)
+    return process
+
+  yield start
+  for process in started:
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def run(start):
+  """Runs the program to its end: (exit code, stderr)."""
+
+  def run(*args, devices=1):
+    process = start(*args, devices=devices)
+    out, err = process.communicate(timeout=300)
+    assert out == ''  # nothing here is for a script to read
+    return process.returncode, err
+
+  return run
+
+
+def metrics(workdir):
+  return (workdir / 'metrics.jsonl').read_text()
+
+
+def wait_for(condition, process):
+  deadline = time.time() + 120
+  while not condition():
+    assert process.poll() is None, process.communicate()
+    assert time.time() < deadline
+    time.sleep(0.01)
+
+
+def weights(workdir):
+  """All that the newest checkpoint holds, on one device."""
+  config = recipe.resolve(None, workdir, {'parallel.data': '1'})
+  state = parallel.abstract_state(
+    lambda: build.init_state(config), build.mesh(config)
+  )
+  saved = checkpoint.restore(
+    workdir / 'checkpoints',
+    {k: getattr(state, k) for k in ('step', 'params', 'opt_state')},
+    state.ema_params,
+  )
+  return saved
+
+
+def assert_equal(a, b, atol=0.0):
+  import jax
+
+  assert a.step == b.step
+  assert a.data == b.data
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol),
+    (a.state, a.ema),
+    (b.state, b.ema),
+  )
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory, cache):
+  """A run of 200 steps that nothing happened to."""
+  workdir = tmp_path_factory.mktemp('runs') / 'undisturbed'
+  process = subprocess.run(
+    [
+      *(sys.executable, '-m', 'ddpm_jax.main', *TINY),
+      *('--config.steps=200', f'--workdir={workdir}'),
+    ],
+    env={k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+    | {
+      'JAX_NUM_CPU_DEVICES': '1',
+      'JAX_COMPILATION_CACHE_DIR': str(cache),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'PYTHONPATH': str(ROOT),
+    },
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return workdir, process.stderr
+
+
+def test_a_run_leaves_what_the_readme_promises(undisturbed):
+  workdir, err = undisturbed
+  names = {path.name for path in workdir.iterdir()}
+  assert names == {
+    'checkpoints',
+    'config.json',
+    'loss.png',
+    'metrics.jsonl',
+    'progress.png',
+    'samples.png',
+    'tensorboard',
+  }
+  lines = [json.loads(line) for line in metrics(workdir).splitlines()]
+  assert [line['step'] for line in lines] == list(range(1, 201))
+  assert np.mean([line['loss'] for line in lines[-20:]]) < 0.7
+  assert json.loads((workdir / 'config.json').read_text())['batch_size'] == 16
+  assert checkpoint.steps(workdir / 'checkpoints') == [120, 160, 200]
+  assert not list(workdir.rglob('*.part'))
+  for name in ('samples.png', 'progress.png', 'loss.png'):
+    with Image.open(workdir / name) as image:
+      assert min(image.size) >= 90
+    assert str(workdir / name) in err
+  assert 'loss=' in err
+  assert 'images/s=' in err
+
+
+def test_the_command_printed_last_works(undisturbed, run, tmp_path):
+  _, err = undisturbed
+  command = err.strip().splitlines()[-1].split()
+  assert command[:3] == ['python', '-m', 'ddpm_jax.main']
+  output = tmp_path / 'out'
+  code, err = run(*command[3:], '--num_samples=7', f'--output={output}')
+  assert code == 0, err
+  assert len(list(output.iterdir())) == 7
+
+
+def test_the_same_images_in_every_format_and_batch(undisturbed, tmp_path):
+  workdir, _ = undisturbed
+  common = ['--mode=sample', f'--workdir={workdir}', '--num_samples=21']
+  for output, size in (('a.npz', 256), ('b.npz', 8), ('c', 8), ('d.png', 16)):
+    main.run(
+      [
+        *(*common, f'--output={tmp_path / output}'),
+        f'--config.sampler.batch_size={size}',
+      ]
+    )
+  a = np.load(tmp_path / 'a.npz')['images']
+  assert a.shape == (21, 8, 8, 1)
+  assert a.dtype == np.uint8
+  np.testing.assert_array_equal(np.load(tmp_path / 'b.npz')['images'], a)
+  files = sorted((tmp_path / 'c').iterdir())
+  c = np.stack([np.asarray(Image.open(path)) for path in files])
+  np.testing.assert_array_equal(c, a[..., 0])
+  with Image.open(tmp_path / 'd.png') as grid:
+    assert grid.size[0] > 300
+  main.run([*common, f'--output={tmp_path / "e.npz"}', '--seed=5'])
+  e = np.load(tmp_path / 'e.npz')['images']
+  assert np.mean(e != a) > 0.5
+
+
+def test_a_run_stopped_by_SIGTERM_and_resumed_is_the_undisturbed_run(
+  undisturbed, start, run, tmp_path
+):
+  workdir = tmp_path / 'stopped'
+  args = [*TINY, '--config.steps=200', f'--workdir={workdir}']
+  process = start(*args)
+  file = workdir / 'metrics.jsonl'
+  wait_for(lambda: file.exists() and len(file.read_text()) > 2000, process)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 0, err
+  assert f'python -m ddpm_jax.main --workdir={workdir}' in err
+  (*_, step) = checkpoint.steps(workdir / 'checkpoints')
+  assert 10 < step < 200
+  assert f'at step {step} of 200' in err
+
+  code, err = run(*args)  # the same command again
+  assert code == 0, err
+  assert f'going on from step {step}' in err
+  assert metrics(workdir) == metrics(undisturbed[0])
+  assert_equal(weights(workdir), weights(undisturbed[0]))
+  for name in ('samples.png', 'progress.png'):
+    a, b = workdir / name, undisturbed[0] / name
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_run_that_was_killed_and_resumed_is_the_undisturbed_run(
+  undisturbed, start, run, tmp_path
+):
+  workdir = tmp_path / 'killed'
+  process = start(*TINY, '--config.steps=200', f'--workdir={workdir}')
+  wait_for(lambda: (workdir / 'checkpoints' / '40').exists(), process)
+  process.kill()
+  process.communicate()
+  with (workdir / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 19')  # a line cut short
+  code, err = run(f'--workdir={workdir}', '--num_samples=9')
+  assert code == 0, err
+  assert 'going on from step' in err
+  assert metrics(workdir) == metrics(undisturbed[0])
+  assert_equal(weights(workdir), weights(undisturbed[0]))
+
+
+def test_a_run_goes_on_on_other_devices(undisturbed, run, tmp_path):
+  workdir = tmp_path / 'moved'
+  first = [*TINY, f'--workdir={workdir}']
+  code, err = run(*first, '--config.steps=30')
+  assert code == 0, err
+  code, err = run(
+    *first, '--config.steps=80', '--config.parallel.fsdp=4', devices=4
+  )
+  assert code == 0, err
+  assert '4 device(s)' in err
+  assert 'going on from step 30' in err
+  code, err = run(
+    *first, '--config.steps=200', '--config.parallel.engine=pmap', devices=2
+  )
+  assert code == 0, err
+  losses = [
+    [json.loads(line)['loss'] for line in metrics(w).splitlines()]
+    for w in (workdir, undisturbed[0])
+  ]
+  # To rounding, which training magnifies: Adam divides by small numbers.
+  np.testing.assert_allclose(*losses, rtol=2e-3)
+  assert_equal(weights(workdir), weights(undisturbed[0]), atol=2e-3)
+
+
+def test_a_finished_run_is_not_trained_again(undisturbed, run):
+  workdir, _ = undisturbed
+  before = metrics(workdir)
+  code, err = run(f'--workdir={workdir}', '--num_samples=9')
+  assert code == 0, err
+  assert 'going on from step 200' in err
+  assert metrics(workdir) == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
+  workdir = tmp_path / 'diverged'
+  code, err = run(
+    *TINY,
+    f'--workdir={workdir}',
+    '--config.optimizer.learning_rate=1e30',
+    '--config.checkpoint.every=1',
+  )
+  assert code == 1
+  last = err.strip().splitlines()[-1]
+  assert last.startswith('stopped: at step ')
+  step = int(last.split()[3])
+  saved = weights(workdir)
+  assert 1 <= saved.step < step
+  assert all(np.isfinite(x).all() for x in [*saved.ema['conv_in'].values()])
+  assert len(metrics(workdir).splitlines()) < step
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
+  undisturbed, run, tmp_path
+):
+  import shutil
+
+  workdir = tmp_path / 'damaged'
+  shutil.copytree(undisturbed[0], workdir)
+  for path in (workdir / 'checkpoints' / '200').rglob('d/*'):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  common = [f'--workdir={workdir}', '--num_samples=2']
+  code, err = run('--mode=sample', *common)
+  assert code == 0, err
+  assert 'is damaged' in err
+  assert 'of step 160' in err
+  code, err = run(*common)
+  assert code == 0, err
+  assert 'going on from step 160' in err
+  assert metrics(workdir) == metrics(undisturbed[0])
+  assert_equal(weights(workdir), weights(undisturbed[0]))
+
+
+def test_mistakes_are_one_line_and_exit_2(run):
+  code, err = run('--config=configs/digit.py')
+  assert code == 2
+  assert err == (
+    'error: no such config: configs/digit.py; did you mean configs/digits.py?\n'
+  )
+
+
+@pytest.fixture
+def begun(tmp_path):
+  """A workdir of the tiny recipe without checkpoints."""
+  workdir = tmp_path / 'begun'
+  workdir.mkdir()
+  config = recipe.resolve(DIGITS, None, {})
+  (workdir / 'config.json').write_text(json.dumps(recipe.to_json(config)))
+  return workdir
+
+
+def mistake(*args):
+  """The message of the error that the arguments make; it must be one line."""
+  with pytest.raises(errors.UserError) as caught:
+    main.run([str(arg) for arg in args])
+  message = str(caught.value)
+  assert '\n' not in message
+  return message
+
+
+@pytest.mark.parametrize(
+  ('args', 'message'),
+  [
+    (['--config=configs/none/digits.py'], 'no such config'),
+    (['--config=configs'], 'no such config'),
+    (['--config=README.md'], 'README.md'),
+    (['--config=configs/lsun.py:bedrom'], "did you mean 'bedroom'"),
+    (['--mode=sampel'], "did you mean 'sample'"),
+    (['--confg=configs/digits.py'], "did you mean '--config'"),
+    (['--num_samples=0'], 'not positive'),
+    (['--num_samples=ten'], 'ten'),
+    ([], 'holds no run: name one'),
+    ([f'--config={DIGITS}', '--config.modle.channels=8'], 'model.channels'),
+    ([f'--config={DIGITS}', '--config.steps=many'], 'not of type int'),
+    ([f'--config={DIGITS}', '--config.steps=1.5'], 'not of type int'),
+    ([f'--config={DIGITS}', '--config.model=8'], 'config.model'),
+    ([f'--config={DIGITS}', '--config.batch_size=30'], 'not divisible by 8'),
+    ([f'--config={DIGITS}', '--config.data.image_size=9'], '9x9'),
+    ([f'--config={DIGITS}', '--config.data.image_size=big'], 'image_size'),
+    ([f'--config={DIGITS}', '--config.data.name=digit'], "'digits'"),
+    ([f'--config={DIGITS}', '--config.schedule.name=lin'], "'linear'"),
+    ([f'--config={DIGITS}', '--config.schedule.beta_T=2.0'], 'beta'),
+    ([f'--config={DIGITS}', '--config.loss.t=uniformly'], "'uniform'"),
+    ([f'--config={DIGITS}', '--config.loss.name=simpel'], "'simple'"),
+    ([f'--config={DIGITS}', '--config.sampler.name=sample'], 'ancestral'),
+    ([f'--config={DIGITS}', '--config.sampler.steps=2000'], '2000'),
+    ([f'--config={DIGITS}', '--config.sampler.sigma2=small'], 'beta_tilde'),
+    ([f'--config={DIGITS}', '--config.checkpoint.every=0'], 'checkpoint.every'),
+    ([f'--config={DIGITS}', '--config.steps=-1'], 'steps'),
+    (['--mode=sample', '--workdir=runs/none'], 'runs/none'),
+    (['--mode=sample', f'--config={DIGITS}'], '--workdir'),
+  ],
+  ids=lambda x: ' '.join(x)[-40:] if isinstance(x, list) else '',
+)
+def test_mistakes_are_named_within_seconds(
+  args, message, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(ROOT)
+  if '--workdir=runs/none' not in args and '--mode=sample' not in args:
+    args = [*args, f'--workdir={tmp_path / "new"}']
+  assert message in mistake(*args)
+  assert not (tmp_path / 'new').exists()  # nothing was begun
+
+
+def test_a_recipe_with_a_fault_is_named_with_its_line(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text(
+    'from configs import base\ndef get_config():\n'
+    '  c = base.get_config()\n  c.modle = 1\n  return c\n'
+  )
+  message = mistake(f'--config={path}')
+  assert f'{path}: line 4' in message
+  assert 'modle' in message
+
+
+def test_a_workdir_that_is_a_file_or_inside_one(tmp_path):
+  file = tmp_path / 'file'
+  file.write_text('keep me')
+  for workdir in (file, file / 'inside'):
+    message = mistake(f'--config={DIGITS}', f'--workdir={workdir}')
+    assert 'name a folder' in message
+  assert file.read_text() == 'keep me'
+
+
+def test_a_workdir_that_cannot_be_written(monkeypatch, tmp_path):
+  message = mistake(f'--config={DIGITS}', '--workdir=/proc/here')
+  assert 'cannot write into /proc/here' in message
+
+
+def test_another_recipe_under_an_existing_workdir(begun):
+  message = mistake(f'--workdir={begun}', '--config.model.channels=64')
+  assert 'model.channels (32 -> 64)' in message
+  message = mistake(f'--workdir={begun}', '--seed=7')
+  assert 'seed (0 -> 7)' in message
+
+
+def test_a_damaged_config_json(begun):
+  (begun / 'config.json').write_text('{"steps": ')
+  assert 'config.json is damaged' in mistake(f'--workdir={begun}')
+
+
+def test_sampling_without_a_checkpoint(begun):
+  assert 'no checkpoint' in mistake('--mode=sample', f'--workdir={begun}')
+
+
+def test_an_output_that_holds_other_images(begun, tmp_path):
+  out = tmp_path / 'out'
+  out.mkdir()
+  (out / 'holiday.png').write_bytes(b'')
+  common = ['--mode=sample', f'--workdir={begun}']
+  assert 'holiday.png' in mistake(*common, f'--output={out}')
+  assert 'name a folder' in mistake(
+    *common, f'--output={out / "holiday.png" / "x.npz"}'
+  )
+
+
+def test_a_folder_without_images(tmp_path):
+  empty = tmp_path / 'empty'
+  empty.mkdir()
+  message = mistake(
+    f'--config={ROOT}/configs/folder.py',
+    f'--config.data.path={empty}',
+    f'--workdir={tmp_path / "run"}',
+  )
+  assert str(empty) in message
+
+
+def test_a_corrupt_image_is_named(tmp_path):
+  (tmp_path / 'bad.png').write_bytes(b'\x89PNG\r\n\x1a\n broken')
+  message = mistake(
+    f'--config={ROOT}/configs/folder.py',
+    f'--config.data.path={tmp_path}',
+    f'--workdir={tmp_path / "run"}',
+    '--config.data.max_unreadable=0',
+  )
+  assert 'bad.png' in message
+
+
+def test_no_network_for_a_download(tmp_path, monkeypatch):
+  monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')
+  monkeypatch.setenv('http_proxy', 'http://127.0.0.1:9')
+  before = time.time()
+  message = mistake(
+    f'--config={ROOT}/configs/cifar.py',
+    f'--config.data.path={tmp_path / "tfds"}',
+    f'--workdir={tmp_path / "run"}',
+  )
+  assert time.time() - before < 60  # TFDS alone would try for 200 seconds
+  assert 'cifar-10-binary.tar.gz' in message
