@@ -137,7 +137,7 @@ def mesh(config: ConfigDict) -> jax.sharding.Mesh:
   """The devices of a run.
 
   Raises:
-    UserError: if they do not suit the engine or the batch.
+    UserError: if there are not as many, or the engine is not for them.
   """
   wanted = config.parallel
   if wanted.engine not in parallel.ENGINES:
@@ -147,14 +147,7 @@ def mesh(config: ConfigDict) -> jax.sharding.Mesh:
       'pmap keeps the whole state on every device: set parallel.fsdp=1, or '
       'parallel.engine=jit'
     )
-  made = parallel.make_mesh(wanted.data, wanted.fsdp)
-  parts = made.size * config.accumulate
-  if config.batch_size < 1 or config.batch_size % parts:
-    raise errors.UserError(
-      f'batch_size={config.batch_size} is not divisible by {made.size} '
-      f'device(s) times accumulate={config.accumulate}'
-    )
-  return made
+  return parallel.make_mesh(wanted.data, wanted.fsdp)
 
 
 def stream(seed: int, use: str) -> jax.Array:
@@ -222,8 +215,17 @@ def loss_fn(config: ConfigDict) -> Callable[..., jax.Array]:
   return loss
 
 
-def train_step(config: ConfigDict) -> Callable:
-  """`training.train_step` for a recipe, without devices."""
+def train_step(config: ConfigDict, devices: int) -> Callable:
+  """`training.train_step` for a recipe; `devices` will share the batch.
+
+  Raises:
+    UserError: if they cannot share it evenly.
+  """
+  if config.batch_size % (devices * config.accumulate):
+    raise errors.UserError(
+      f'config.batch_size={config.batch_size} is not divisible by {devices} '
+      f'device(s) times config.accumulate={config.accumulate}'
+    )
   return functools.partial(
     training.train_step,
     loss_fn=loss_fn(config),

@@ -103,6 +103,8 @@ def run(argv: list[str]) -> None:
     raise errors.UserError(f'--num_samples={args.num_samples} is not positive')
   if args.mode == 'train' and args.seed is not None:
     changes['seed'] = str(args.seed)
+  if args.mode == 'train' and args.output:
+    raise errors.UserError('--output is for images: training has --workdir')
   # JAX and the rest take seconds to import; --help and mistakes need none.
   from ddpm_jax import recipe
 
@@ -124,7 +126,7 @@ def main() -> NoReturn:
     code = 1
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
-    code = 130
+    code = 1
   sys.stdout.flush()
   sys.stderr.flush()
   sys.exit(code)

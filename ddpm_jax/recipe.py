@@ -30,7 +30,7 @@ def resolve(
       workdir was begun with.
   """
   saved = workdir.read_config(folder) if folder else None
-  begun = ConfigDict(_tuples(saved)).lock() if saved else None
+  begun = from_json(saved) if saved else None
   if spec:
     config = load(spec)
   elif begun:
@@ -144,6 +144,10 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 def to_json(config: ConfigDict) -> dict[str, Any]:
   """The resolved recipe, of dicts, lists, numbers and strings."""
   return json.loads(config.to_json())
+
+
+def from_json(values: dict[str, Any]) -> ConfigDict:
+  return ConfigDict(_tuples(values)).lock()
 
 
 def check_same(config: ConfigDict, begun: ConfigDict, where: Any) -> None:

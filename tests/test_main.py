@@ -1,8 +1,8 @@
 """The program as a user runs it: real processes, real signals, real files."""
 
 import json
-import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,25 +37,13 @@ TINY = [
 ]
 
 
-@pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-  """Programs that were compiled once, for all processes of this file."""
-  return tmp_path_factory.mktemp('cache')
-
-
 @pytest.fixture
-def start(cache):
+def start(user_env):
   """Starts the program as a user would; kills it in the end."""
   started = []
 
   def start(*args, devices=1):
-    env = os.environ | {
-      'JAX_NUM_CPU_DEVICES': str(devices),
-      'JAX_COMPILATION_CACHE_DIR': str(cache),
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-      'PYTHONPATH': str(ROOT),
-    }
-    del env['XLA_FLAGS']
+    env = user_env | {'JAX_NUM_CPU_DEVICES': str(devices)}
     process = subprocess.Popen(
       [sys.executable, '-m', 'ddpm_jax.main', *map(str, args)],
       env=env,
@@ -124,7 +112,7 @@ def assert_equal(a, b, atol=0.0):
 
 
 @pytest.fixture(scope='module')
-def undisturbed(tmp_path_factory, cache):
+def undisturbed(tmp_path_factory, user_env):
   """A run of 200 steps that nothing happened to."""
   workdir = tmp_path_factory.mktemp('runs') / 'undisturbed'
   process = subprocess.run(
@@ -132,13 +120,7 @@ def undisturbed(tmp_path_factory, cache):
       *(sys.executable, '-m', 'ddpm_jax.main', *TINY),
       *('--config.steps=200', f'--workdir={workdir}'),
     ],
-    env={k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-    | {
-      'JAX_NUM_CPU_DEVICES': '1',
-      'JAX_COMPILATION_CACHE_DIR': str(cache),
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-      'PYTHONPATH': str(ROOT),
-    },
+    env=user_env,
     capture_output=True,
     text=True,
     check=True,
@@ -303,8 +285,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
   undisturbed, run, tmp_path
 ):
-  import shutil
-
   workdir = tmp_path / 'damaged'
   shutil.copytree(undisturbed[0], workdir)
   for path in (workdir / 'checkpoints' / '200').rglob('d/*'):
@@ -422,6 +402,21 @@ def test_another_recipe_under_an_existing_workdir(begun):
   assert 'model.channels (32 -> 64)' in message
   message = mistake(f'--workdir={begun}', '--seed=7')
   assert 'seed (0 -> 7)' in message
+
+
+def test_a_checkpoint_of_another_recipe(undisturbed, tmp_path):
+  """Put there by hand: config.json says one thing, the checkpoint another."""
+  workdir = tmp_path / 'mixed'
+  shutil.copytree(undisturbed[0], workdir)
+  config = json.loads((workdir / 'config.json').read_text())
+  (workdir / 'config.json').write_text(json.dumps(config | {'seed': 5}))
+  message = mistake(f'--workdir={workdir}', '--config.parallel.data=1')
+  assert 'checkpoint 200 was begun with another recipe' in message
+  assert 'seed (0 -> 5)' in message
+  config['model']['channels'] = 16
+  (workdir / 'config.json').write_text(json.dumps(config))
+  message = mistake(f'--workdir={workdir}', '--mode=sample')
+  assert 'is of another model' in message
 
 
 def test_a_damaged_config_json(begun):

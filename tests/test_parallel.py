@@ -46,7 +46,7 @@ def train(**changes):
   c = config(**changes)
   mesh, state = start(c)
   how = c.parallel.engine
-  step = parallel.compile_step(build.train_step(c), mesh, how, state)
+  step = parallel.compile_step(build.train_step(c, mesh.size), mesh, how, state)
   losses = []
   for i in range(STEPS):
     state, metrics = step(state, parallel.put(batch(i), mesh, how))
@@ -116,7 +116,9 @@ def test_fsdp_gathers_parameters_and_moves_no_activations():
   """Sharded kernels must not make XLA split the convolutions."""
   c = config(parallel__data=1, parallel__fsdp=8)
   mesh, state = start(c)
-  step = parallel.compile_step(build.train_step(c), mesh, 'jit', state)
+  step = parallel.compile_step(
+    build.train_step(c, mesh.size), mesh, 'jit', state
+  )
   text = step.lower(state, parallel.put(batch(0), mesh, 'jit')).compile()
   text = text.as_text()
   assert 'all-gather' in text
@@ -128,7 +130,7 @@ def test_fsdp_gathers_parameters_and_moves_no_activations():
 def test_the_state_is_donated(how):
   c = config(parallel__engine=how)
   mesh, state = start(c)
-  step = parallel.compile_step(build.train_step(c), mesh, how, state)
+  step = parallel.compile_step(build.train_step(c, mesh.size), mesh, how, state)
   step(state, parallel.put(batch(0), mesh, how))
   kinds = {x.is_deleted() for x in jax.tree.leaves(state.params)}
   assert kinds == {True}
@@ -137,7 +139,9 @@ def test_the_state_is_donated(how):
 def test_one_program_serves_all_steps():
   c = config(parallel__data=1)
   mesh, state = start(c)
-  step = parallel.compile_step(build.train_step(c), mesh, 'jit', state)
+  step = parallel.compile_step(
+    build.train_step(c, mesh.size), mesh, 'jit', state
+  )
   for i in range(3):
     state, _ = step(state, parallel.put(batch(i), mesh, 'jit'))
   assert step._cache_size() == 1
@@ -184,5 +188,10 @@ def test_an_odd_number_of_parts_still_means_the_batch():
   ],
 )
 def test_devices_that_do_not_fit_are_a_line_for_the_user(changes, message):
+  c = config(**changes)
+
+  def begin():
+    build.train_step(c, build.mesh(c).size)
+
   with pytest.raises(errors.UserError, match=message):
-    build.mesh(config(**changes))
+    begin()

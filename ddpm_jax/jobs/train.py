@@ -38,7 +38,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   # What may be refused comes first, then what takes long.
   build.check(config)
   mesh = build.mesh(config)
-  step_fn = build.train_step(config)
+  step_fn = build.train_step(config, mesh.size)
   pictures = picture_maker(config, mesh, folder, args.num_samples)
   workdir.create(folder)
   source = build.source(config)
@@ -104,6 +104,8 @@ def start(
   )
   if saved is None:
     return parallel.init_state(init, mesh)
+  begun = recipe.from_json(saved.config)
+  recipe.check_same(config, begun, f'checkpoint {saved.step}')
   logs.say(f'going on from step {saved.step}')
   batches.set_state(saved.data)
   return abstract.replace(**saved.state, ema_params=saved.ema)

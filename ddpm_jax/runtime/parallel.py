@@ -31,8 +31,9 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
   wanted = data * fsdp if data > 0 else max(len(devices) // fsdp, 1) * fsdp
   if fsdp < 1 or data == 0 or data < -1 or wanted > len(devices):
     raise errors.UserError(
-      f'parallel.data={data} times parallel.fsdp={fsdp} does not fit the '
-      f'{len(devices)} device(s) here; data=-1, fsdp=1 always fits'
+      f'config.parallel.data={data} times config.parallel.fsdp={fsdp} does not '
+      f'fit the {len(devices)} device(s) here; --config.parallel.data=-1 '
+      '--config.parallel.fsdp=1 always does'
     )
   if jax.process_count() > 1 and wanted != len(devices):
     raise errors.UserError(

@@ -1,0 +1,42 @@
+"""Pictures show what they are given."""
+
+import numpy as np
+from PIL import Image
+
+from ddpm_jax.runtime import images
+
+
+def test_a_grid_has_every_image_in_reading_order():
+  tiles = np.arange(5, dtype=np.uint8)[:, None, None, None] * 10
+  tiles = np.broadcast_to(tiles, (5, 4, 4, 1))
+  grid = images.grid(tiles, columns=3, width=1)
+  assert grid.shape == (11, 16, 1)  # 2 rows, 3 columns, borders of 1
+  centres = [grid[2 + 5 * (i // 3), 2 + 5 * (i % 3), 0] for i in range(6)]
+  assert centres == [0, 10, 20, 30, 40, 255]
+  assert grid[0].min() == 255
+
+
+def test_small_images_are_enlarged_and_large_ones_are_not():
+  assert images.grid(np.zeros((64, 8, 8, 1), np.uint8)).shape[1] > 600
+  large = images.grid(np.zeros((4, 512, 512, 3), np.uint8))
+  assert 1024 < large.shape[1] < 1200
+
+
+def test_png_files_hold_the_pixels_exactly(tmp_path):
+  rng = np.random.default_rng(0)
+  for channels in (1, 3):
+    image = rng.integers(0, 256, (5, 7, channels), dtype=np.uint8)
+    images.save_png(tmp_path / 'a.png', image)
+    with Image.open(tmp_path / 'a.png') as file:
+      np.testing.assert_array_equal(
+        np.asarray(file).reshape(image.shape), image
+      )
+  assert [p.name for p in tmp_path.iterdir()] == ['a.png']
+
+
+def test_a_curve_is_a_picture(tmp_path):
+  x = np.arange(1, 100)
+  images.save_curve(tmp_path / 'c.png', x, 1 / x, 'step', 'loss')
+  with Image.open(tmp_path / 'c.png') as file:
+    assert file.size == (800, 450)
+    assert len(np.unique(np.asarray(file))) > 10  # something is drawn

@@ -1,0 +1,92 @@
+"""What the README says is so."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from ddpm_jax import errors
+from ddpm_jax import main
+from ddpm_jax import recipe
+
+ROOT = pathlib.Path(__file__).parents[1]
+TEXT = (ROOT / 'README.md').read_text()
+BLOCKS = re.findall(r'```(\w+)\n(.*?)```', TEXT, re.S)
+COMMANDS = [
+  part.strip()
+  for language, block in BLOCKS
+  if language == 'bash'
+  for part in re.split(r'&&|\n', block)
+  if 'ddpm_jax.main' in part
+]
+
+
+def parsed(command):
+  words = shlex.split(command)
+  assert words[:3] == ['python', '-m', 'ddpm_jax.main']
+  return main.split(words[3:])
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_its_commands_name_flags_keys_and_recipes_that_exist(
+  command, monkeypatch
+):
+  monkeypatch.chdir(ROOT)
+  flags, changes = parsed(command)
+  args = main.parser().parse_args(flags)
+  if args.config:
+    recipe.resolve(args.config, None, changes)
+  else:
+    assert args.workdir
+
+
+def test_its_recipes_are_all_there_are():
+  named = {
+    name.partition(':')[0] for name in re.findall(r'`(configs/[^`]*)`', TEXT)
+  }
+  files = {f'configs/{p.name}' for p in (ROOT / 'configs').glob('*.py')}
+  assert named == files - {'configs/base.py'}
+
+
+@pytest.mark.parametrize(
+  'key', sorted(set(re.findall(r'--config\.([\w.]+)', TEXT)))
+)
+def test_keys_in_its_text_exist(key):
+  from configs import base
+
+  assert key in recipe.flatten(base.get_config())
+
+
+@pytest.mark.parametrize('path', re.findall(r'\]\(((?!http)[^)]*)\)', TEXT))
+def test_its_links_lead_somewhere(path):
+  assert (ROOT / path).exists()
+
+
+def test_its_python_runs():
+  (code,) = [block for language, block in BLOCKS if language == 'python']
+  scope = {}
+  exec(code, scope)
+  assert scope['x_500'].shape == (8, 8)
+
+
+def test_the_small_recipe_runs_as_it_says(tmp_path, monkeypatch, capfd):
+  """Its first command, made shorter still; then the one printed last."""
+  (first, *_) = COMMANDS
+  flags, changes = parsed(first)
+  assert flags == ['--config=configs/digits.py']
+  assert not changes
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+  short = ['--config.steps=3', '--config.sampler.steps=4']
+  short += ['--config.model.channels=8', '--config.model.multipliers=(1,)']
+  main.run([*flags, *short])
+  (workdir,) = (tmp_path / 'runs').glob('digits_*')
+  for name in re.findall(r'^\| `(\w+\.\w+)`', TEXT, re.M):
+    assert (workdir / name).exists(), name
+  last = capfd.readouterr().err.strip().splitlines()[-1]
+  flags, changes = parsed(last)
+  main.run([*flags, '--num_samples=3'])
+  assert len(list((workdir / 'samples_seed0').glob('*.png'))) == 3
+  with pytest.raises(errors.UserError, match='keys differ'):
+    main.run([f'--workdir={workdir}', '--config.batch_size=8'])
