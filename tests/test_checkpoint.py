@@ -19,6 +19,7 @@ import pytest
 
 from ddpm_jax import errors
 from ddpm_jax.runtime import checkpoint
+from ddpm_jax.runtime import fingerprint
 
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 EIGHT = jax.make_mesh((8,), ('fsdp',), axis_types=(jax.sharding.AxisType.Auto,))
@@ -193,6 +194,7 @@ def test_a_leftover_of_an_interrupted_save_is_ignored_then_removed(tmp_path):
 KILLED = """
 import jax, jax.numpy as jnp, sys
 from ddpm_jax.runtime import checkpoint
+from ddpm_jax.runtime import fingerprint
 checkpointer = checkpoint.open(sys.argv[1], keep=1)
 for step in range(1, 100):
   x = {'x': jnp.full((1 << 23,), step, jnp.float32)}
@@ -270,13 +272,13 @@ def test_any_changed_element_changes_the_fingerprint_on_any_layout(dtype):
   draw = np.random.default_rng(0)
   dtype = jnp.float8_e4m3fn if dtype == 'f8' else jnp.dtype(dtype)
   x = draw.integers(0, 2, (8, 3)).astype(dtype)
-  want = checkpoint._fingerprint(jnp.asarray(x))
+  want = fingerprint.of_array(jnp.asarray(x))
   sharded = jax.device_put(x, _sharding(x, 'eight'))
-  assert checkpoint._fingerprint(sharded) == want
+  assert fingerprint.of_array(sharded) == want
   for i in range(x.size):
     changed = x.copy()
     changed.flat[i] = 1 - changed.flat[i]
-    assert checkpoint._fingerprint(jnp.asarray(changed)) != want
+    assert fingerprint.of_array(jnp.asarray(changed)) != want
 
 
 def test_a_resumed_run_sets_the_damaged_step_aside_and_saves_it_again(tmp_path):

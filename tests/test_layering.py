@@ -25,6 +25,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
   ],
   'runtime': [
     ['checkpoint', 'images', 'logs', 'parallel', 'stop', 'workdir'],
+    ['fingerprint'],
   ],
   'models': [['unet']],
 }

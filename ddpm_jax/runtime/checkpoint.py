@@ -8,24 +8,22 @@ bits in array data: nearly all of them load in silence.
 
 import contextlib
 import gc
-import json
 import logging
 import os
 import sys
 import time
 import warnings
-import zlib
 from collections.abc import Iterator
 from typing import Any
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from ddpm_jax import errors
+from ddpm_jax.runtime import fingerprint
 
 Path = str | os.PathLike[str]
 
@@ -86,8 +84,12 @@ def save(
   if step in [saved.step for saved in checkpointer.checkpoints]:
     return
   items = {'ema': ema, 'state': state}
-  about = {'data': data, 'config': config, 'arrays': _describe(items)}
-  items['about'] = {**about, 'crc32': _crc32(about)}
+  about = {
+    'data': data,
+    'config': config,
+    'arrays': fingerprint.describe(items),
+  }
+  items['about'] = {**about, 'crc32': fingerprint.crc32(about)}
   with _saving(checkpointer.directory, checkpointer):
     # Forced, or Orbax skips what its own policy thinks too early.
     checkpointer.save_checkpointables_async(step, items, force=True)
@@ -197,7 +199,7 @@ def _try(folder: str, abstract: dict[str, Any]) -> tuple[dict[str, Any], str]:
   if not np.all(multihost_utils.process_allgather(np.array(not wrong))):
     return {}, wrong or 'another process could not read it'
   saved = items['about']['arrays']
-  now = _describe({item: items[item] for item in abstract})
+  now = fingerprint.describe({item: items[item] for item in abstract})
   changed = [name for name in now if now[name] != saved[name]]
   return items, f'the bytes of {changed[0]} have changed' if changed else ''
 
@@ -206,7 +208,7 @@ def _load(folder: str, abstract: dict[str, Any]) -> dict[str, Any]:
   """The items of `abstract`, and `about`; raises anything if damaged."""
   with _context(alone=True):
     about = ocp.load_checkpointables(folder, {'about': None})['about']
-    if about.pop('crc32') != _crc32(about):
+    if about.pop('crc32') != fingerprint.crc32(about):
       raise ValueError('the bytes of about have changed')
     _check_model(folder, about['arrays'], abstract)
     return {**ocp.load_checkpointables(folder, abstract), 'about': about}
@@ -216,7 +218,9 @@ def _check_model(
   folder: str, saved: dict[str, Any], abstract: dict[str, Any]
 ) -> None:
   # Orbax casts dtypes in silence; a wrong shape is an obscure error there.
-  here = {name: _type(x) for name, x in _named(abstract)}
+  here = {
+    name: fingerprint.type_name(x) for name, x in fingerprint.named(abstract)
+  }
   there = {
     name: type_
     for name, (type_, _) in saved.items()
@@ -239,47 +243,6 @@ def _set_aside(
       folder.rename(f'{folder}.damaged-{time.time_ns()}')
   multihost_utils.sync_global_devices('ddpm_jax: damaged checkpoints renamed')
   checkpointer.reload()
-
-
-def _named(tree: Any) -> list[tuple[str, Any]]:
-  return [
-    (jax.tree_util.keystr(path, simple=True, separator='/'), leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  ]
-
-
-def _type(x: Any) -> str:
-  return f'{x.dtype}{list(x.shape)}'
-
-
-def _describe(tree: Any) -> dict[str, list[Any]]:
-  """{name: [type, fingerprint]} of arrays, the same in every process."""
-  # One at a time: many all-reduces in flight can stall virtual devices.
-  jax.block_until_ready(tree)
-  return {name: [_type(x), int(_fingerprint(x))] for name, x in _named(tree)}
-
-
-@jax.jit
-def _fingerprint(x: jax.Array) -> jax.Array:
-  """Σ_i (2i + 1) w_i mod 2³² over the words w of `x`.
-
-  Integers, so it is the same for any sharding; odd weights, so any one
-  changed word shows; no reshape, so nothing is gathered. A jit for each
-  shape, as one for a whole tree would compile for long.
-  """
-  if x.dtype == bool:
-    x = x.astype(jnp.uint8)
-  word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-  words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
-  index = jnp.uint32(0)
-  for axis, n in enumerate(words.shape):
-    iota = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    index = index * jnp.uint32(n) + iota
-  return jnp.sum((2 * index + 1) * words, dtype=jnp.uint32)
-
-
-def _crc32(about: dict[str, Any]) -> int:
-  return zlib.crc32(json.dumps(about, sort_keys=True).encode())
 
 
 def _context(*, alone: bool = False) -> ocp.Context:
