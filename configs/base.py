@@ -29,6 +29,11 @@ def get_config() -> ConfigDict:
 
   c.model = ConfigDict()
   c.model.name = 'unet'  # a file of ddpm_jax/models
+  # What the network predicts: eps | x0 | v | mu.
+  c.model.predict = 'eps'
+  # Of p(x_{t-1} | x_t): beta ("fixed large") | beta_tilde ("fixed small") |
+  # learned | learned_range (between the two).
+  c.model.variance = 'beta'
   c.model.channels = 128  # of the first level
   c.model.multipliers = (1, 2, 2, 2)  # of `channels`, a level each
   c.model.blocks = 2  # residual blocks a level going down; one more going up
@@ -39,13 +44,18 @@ def get_config() -> ConfigDict:
   c.model.remat = False  # recompute blocks in the backward pass: less memory
 
   c.schedule = ConfigDict()
-  c.schedule.name = 'linear'  # a function of ddpm_jax/diffusion/schedules.py
+  # A function of ddpm_jax/diffusion/schedules.py: linear | cosine | quad | su
+  # | const | sqrt | scaled_linear | sqrt_linear.
+  c.schedule.name = 'linear'
   c.schedule.T = 1000
-  c.schedule.beta_1 = 1e-4
+  c.schedule.beta_1 = 1e-4  # of linear and those like it
   c.schedule.beta_T = 0.02
 
   c.loss = ConfigDict()
-  c.loss.name = 'simple'  # a function of ddpm_jax/diffusion/objectives.py
+  # A function of ddpm_jax/diffusion/objectives.py: simple (eq. 14; with
+  # predict = 'mu' the error of the mean) | vlb (the true bound) | hybrid
+  # | min_snr.
+  c.loss.name = 'simple'
   c.loss.t = 'uniform'  # uniform | antithetic | stratified
 
   c.optimizer = ConfigDict()  # Adam
@@ -61,9 +71,16 @@ def get_config() -> ConfigDict:
   c.sampler.name = 'ancestral'  # a function of ddpm_jax/diffusion/samplers.py
   # T, or fewer: an even stride. (One way: setting it leaves T alone.)
   c.sampler.steps = c.schedule.get_oneway_ref('T')
-  c.sampler.sigma2 = 'beta'  # beta ("fixed large") | beta_tilde ("fixed small")
+  # beta and beta_tilde may stand for each other when it comes to sampling.
+  c.sampler.variance = c.model.get_oneway_ref('variance')
   c.sampler.clip = True  # the predicted x_0 to [-1, 1], at every step
   c.sampler.batch_size = 256  # images at a time, over all devices
+
+  c.evaluate = ConfigDict()
+  c.evaluate.split = ''  # of the data; '': the one that was trained on
+  c.evaluate.images = 0  # how many; 0: all
+  c.evaluate.draws = 0  # times t an image; 0: all T of them
+  c.evaluate.batch_size = 256  # images at a time, over all devices
 
   c.parallel = ConfigDict()
   c.parallel.engine = 'jit'  # jit | pmap

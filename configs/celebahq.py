@@ -22,5 +22,6 @@ def get_config() -> ConfigDict:
   c.data.update(name='folder', path='data/celebahq', image_size=256)
   c.model.update(multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0)
   c.optimizer.learning_rate = 2e-5
-  c.sampler.update(sigma2='beta_tilde', batch_size=128)
+  c.model.variance = 'beta_tilde'
+  c.sampler.batch_size = 128
   return c

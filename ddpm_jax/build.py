@@ -3,8 +3,10 @@
 import functools
 import importlib
 import inspect
+import logging
 import pkgutil
 from collections.abc import Callable
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -18,13 +20,16 @@ from ddpm_jax import errors
 from ddpm_jax import models
 from ddpm_jax import recipe
 from ddpm_jax.data import sources
+from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import objectives
 from ddpm_jax.diffusion import pixels
+from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import timesteps
 from ddpm_jax.diffusion import training
+from ddpm_jax.diffusion import variances
 from ddpm_jax.runtime import parallel
 
 POSITIVE = (
@@ -34,6 +39,7 @@ POSITIVE = (
   'model.blocks',
   'schedule.T',
   'sampler.batch_size',
+  'evaluate.batch_size',
   'checkpoint.every',
   'checkpoint.keep',
   'log.every',
@@ -60,18 +66,67 @@ def named(module: ModuleType, name: str, argument: str, what: str) -> Callable:
   return functions[name]
 
 
-def call(
-  function: Callable, section: ConfigDict, *args: Any, **more: Any
-) -> Any:
+def reverse(config: ConfigDict, variance: str) -> dict[str, Any]:
+  """`predict` and `variance`, for the functions of the reverse process.
+
+  Raises:
+    UserError: if there are none of the names, or the network was not made for
+      this variance.
+  """
+  kinds = {
+    name: value
+    for name, value in vars(predictions).items()
+    if isinstance(value, predictions.Prediction)
+  }
+  predict, trained = config.model.predict, config.model.variance
+  if predict not in kinds:
+    raise errors.unknown('prediction', predict, kinds)
+  function = named(variances, variance, 'raw', 'variance')
+  if variance != trained and any(
+    variances.is_learned(name) for name in (variance, trained)
+  ):
+    raise errors.UserError(
+      f'config.sampler.variance={variance} does not fit the network, whose '
+      f'config.model.variance is {trained}'
+    )
+  return {'predict': kinds[predict], 'variance': function}
+
+
+def check_loss(config: ConfigDict) -> None:
+  """Refuses combinations that cannot learn what they should.
+
+  Raises:
+    UserError: with the reason.
+  """
+  loss, model = config.loss.name, config.model
+  learns = variances.is_learned(model.variance)
+  if learns and loss not in ('vlb', 'hybrid'):
+    raise errors.UserError(
+      f'config.loss.name={loss} does not look at the variance, so that '
+      f'config.model.variance={model.variance} would not be learned; take vlb '
+      'or hybrid, or a fixed variance'
+    )
+  if not learns and loss == 'hybrid':
+    raise errors.UserError(
+      'config.loss.name=hybrid is for a learned variance; set '
+      'config.model.variance=learned_range'
+    )
+  if loss == 'min_snr' and model.predict == 'mu':
+    raise errors.UserError(
+      'config.loss.name=min_snr weighs the error of x_0, which μ̃ does not tell '
+      'at large t; set config.model.predict to eps, x0 or v'
+    )
+
+
+def call(function: Callable, section: Mapping[str, Any], *args: Any) -> Any:
   """Calls `function` with the keys of a section that it has arguments for.
 
   Raises:
     UserError: for a value that `function` refuses.
   """
   names = inspect.signature(function).parameters
-  chosen = {k: v for k, v in section.items() if k in names and k not in more}
   try:
-    return function(*args, **chosen, **more)
+    return function(*args, **{k: v for k, v in section.items() if k in names})
   except ValueError as e:
     raise errors.UserError(str(e)) from e
 
@@ -110,6 +165,18 @@ def check(config: ConfigDict) -> None:
     )
 
 
+def warn_of_signal(config: ConfigDict) -> None:
+  """Warns if x_T is not nearly the standard normal that sampling starts from."""
+  bits = likelihood.prior(schedule(config), jnp.ones(1)) * likelihood.BITS
+  # The paper's is 3e-5 for x_0 = ±1.
+  if bits > 1e-3:
+    logging.warning(
+      'x_T still holds something of x_0, KL(q(x_T | x_0) ‖ N(0, I)) = %.2g '
+      'bits/dim: samples may suffer; raise config.schedule.T or beta_T',
+      bits,
+    )
+
+
 def model(config: ConfigDict) -> nn.Module:
   """The linen module: `model.apply(variables, x_t, t, train=False)`."""
   name = config.model.name
@@ -117,9 +184,10 @@ def model(config: ConfigDict) -> nn.Module:
   if name not in known:
     raise errors.unknown('model', name, known)
   module = importlib.import_module(f'ddpm_jax.models.{name}')
-  return call(
-    module.build, config.model, image_size(config), config.data.channels
-  )
+  channels = config.data.channels
+  if variances.is_learned(config.model.variance):
+    channels *= 2
+  return call(module.build, config.model, image_size(config), channels)
 
 
 def schedule(config: ConfigDict) -> schedules.Schedule:
@@ -127,10 +195,11 @@ def schedule(config: ConfigDict) -> schedules.Schedule:
   return call(function, config.schedule)
 
 
-def source(config: ConfigDict) -> Any:
-  """The data set; see `data/sources.py`."""
+def source(config: ConfigDict, split: str = '') -> Any:
+  """The data set, or another split of it; see `data/sources.py`."""
   function = named(sources, config.data.name, 'image_size', 'data set')
-  return call(function, config.data, image_size=image_size(config))
+  data = dict(config.data) | {'image_size': image_size(config)}
+  return call(function, data | ({'split': split} if split else {}))
 
 
 def mesh(config: ConfigDict) -> jax.sharding.Mesh:
@@ -151,9 +220,9 @@ def mesh(config: ConfigDict) -> jax.sharding.Mesh:
 
 
 def stream(seed: int, use: str) -> jax.Array:
-  """The key of one use of a seed: `init`, `train` or `sample`."""
-  use_id = ('init', 'train', 'sample').index(use)
-  return jax.random.fold_in(jax.random.key(seed), use_id)
+  """The key of one use of a seed."""
+  uses = ('init', 'train', 'sample', 'evaluate')
+  return jax.random.fold_in(jax.random.key(seed), uses.index(use))
 
 
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -189,7 +258,9 @@ def loss_fn(config: ConfigDict) -> Callable[..., jax.Array]:
   The randomness of an example follows from `key` and its `batch['index']`.
   """
   network, table = model(config), schedule(config)
-  objective = named(objectives, config.loss.name, 'x0', 'loss')
+  objective = named(objectives, config.loss.name, 'model_fn', 'loss')
+  options = reverse(config, config.model.variance)
+  check_loss(config)
   draw_t = named(timesteps, config.loss.t, 'key', 'choice of t')
   n, T = config.batch_size, table.T
   fold = jax.vmap(jax.random.fold_in, (None, 0))
@@ -210,7 +281,7 @@ def loss_fn(config: ConfigDict) -> Callable[..., jax.Array]:
         variables, x_t, t, train=True, index=index, rngs=rngs
       )
 
-    return objective(table, model_fn, fold(k_eps, index), x0, t)
+    return objective(table, model_fn, fold(k_eps, index), x0, t, **options)
 
   return loss
 
@@ -242,11 +313,11 @@ def sampler(config: ConfigDict, seed: int, snapshots: int = 0) -> Callable:
   """
   c, network = config.sampler, model(config)
   step = named(samplers, c.name, 'x_t', 'sampler')
-  if c.sigma2 not in ('beta', 'beta_tilde'):
-    raise errors.unknown('sampler.sigma2', c.sigma2, ('beta', 'beta_tilde'))
   short = call(schedules.stride, c, schedule(config))
   names = inspect.signature(step).parameters
-  step = functools.partial(step, **{k: v for k, v in c.items() if k in names})
+  options = {k: v for k, v in c.items() if k in names}
+  options |= reverse(config, c.variance)
+  step = functools.partial(step, **options)
   shape = (*image_size(config), config.data.channels)
 
   def sample(params: Any, index: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -266,3 +337,25 @@ def sampler(config: ConfigDict, seed: int, snapshots: int = 0) -> Callable:
     return pixels.to_uint8(x_0), pixels.to_uint8(seen.swapaxes(0, 1))
 
   return sample
+
+
+def bound(config: ConfigDict, seed: int) -> Callable:
+  """(params, batch) -> `likelihood.Bound` of the images of a batch."""
+  network, table = model(config), schedule(config)
+  options = reverse(config, config.sampler.variance)
+
+  def evaluate(params: Any, batch: dict[str, jax.Array]) -> likelihood.Bound:
+    def model_fn(x_t: jax.Array, t: jax.Array) -> Any:
+      return network.apply({'params': params}, x_t, t)
+
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    return likelihood.bound(
+      table,
+      model_fn,
+      fold(stream(seed, 'evaluate'), batch['index']),
+      pixels.to_float(batch['image']),
+      draws=config.evaluate.draws,
+      **options,
+    )
+
+  return evaluate

@@ -13,13 +13,15 @@ LAYERS = [
   ['jobs'],
   ['build'],
   ['recipe'],
-  ['diffusion', 'models', 'data', 'runtime'],
+  ['diffusion', 'models', 'data', 'metrics', 'runtime'],
   ['errors'],
 ]
 INSIDE = {  # Rooms whose files have an order of their own.
   'diffusion': [
     ['samplers', 'objectives'],
+    ['likelihood'],
     ['process'],
+    ['predictions', 'variances'],
     ['schedules'],
     ['pixels', 'timesteps', 'training'],
   ],

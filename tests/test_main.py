@@ -354,7 +354,7 @@ def mistake(*args):
     ([f'--config={DIGITS}', '--config.loss.name=simpel'], "'simple'"),
     ([f'--config={DIGITS}', '--config.sampler.name=sample'], 'ancestral'),
     ([f'--config={DIGITS}', '--config.sampler.steps=2000'], '2000'),
-    ([f'--config={DIGITS}', '--config.sampler.sigma2=small'], 'beta_tilde'),
+    ([f'--config={DIGITS}', '--config.sampler.variance=small'], 'beta_tilde'),
     ([f'--config={DIGITS}', '--config.checkpoint.every=0'], 'checkpoint.every'),
     ([f'--config={DIGITS}', '--config.steps=-1'], 'steps'),
     (['--mode=sample', '--workdir=runs/none'], 'runs/none'),

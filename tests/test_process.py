@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
 
@@ -57,7 +58,7 @@ def test_x0_from_eps_inverts_q_sample():
   eps = jax.random.normal(jax.random.key(1), (T, 5))
   t = jnp.arange(1, T + 1)
   x_t = jax.vmap(process.q_sample, (None, 0, 0, 0))(S, x0, t, eps)
-  back = jax.vmap(process.x0_from_eps, (None, 0, 0, 0))(S, x_t, t, eps)
+  back = jax.vmap(predictions.eps.to_x0, (None, 0, 0, 0))(S, x_t, eps, t)
   # x_t's rounding, 6e-8 of about 4, is divided by √ᾱ_T = 0.0064.
   np.testing.assert_allclose(back, x0, atol=1e-4)
   early = slice(0, 500)

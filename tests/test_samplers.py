@@ -11,6 +11,7 @@ import pytest
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import variances
 
 T = 100
 S = schedules.linear(T, 1e-3, 0.2)  # the paper's, in a tenth of the steps
@@ -28,7 +29,9 @@ def chain(mean, variance, sigma2, n=N):
 
   def body(x_t, t):
     k = jax.vmap(jax.random.fold_in, (0, None))(keys(n), t)
-    x, _ = samplers.ancestral(S, net, k, x_t, t, sigma2=sigma2, clip=False)
+    x, _ = samplers.ancestral(
+      S, net, k, x_t, t, variance=getattr(variances, sigma2), clip=False
+    )
     return x, x[:, 0]
 
   return jax.jit(lambda: jax.lax.scan(body, x_T, jnp.arange(T, 0, -1))[1])()

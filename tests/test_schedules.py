@@ -5,7 +5,9 @@ import pytest
 
 from ddpm_jax.diffusion import schedules
 
-ALL = [schedules.linear, schedules.cosine]
+NAMES = ['linear', 'cosine', 'sqrt_linear', 'scaled_linear']
+NAMES += ['quad', 'sqrt', 'const', 'su']
+ALL = [getattr(schedules, name) for name in NAMES]
 
 
 def float64_linear() -> np.ndarray:
@@ -48,6 +50,26 @@ def test_cosine_follows_its_formula_until_beta_is_cut():
   f = np.cos((t / 1000 + 8e-3) / 1.008 * np.pi / 2) ** 2
   np.testing.assert_allclose(s.alpha_bar[:900], f / f[0], rtol=1e-6)
   assert s.beta[1000] == np.float32(0.999)
+
+
+def test_each_schedule_is_its_formula():
+  beta = {name: getattr(schedules, name)().beta[1:] for name in NAMES}
+  line = np.linspace(1e-4, 0.02, 1000)
+  roots = np.linspace(0.01, 0.02**0.5, 1000)
+  t = np.arange(1, 1001)
+  np.testing.assert_allclose(beta['sqrt_linear'], line, rtol=1e-6)
+  np.testing.assert_allclose(beta['scaled_linear'], roots**2, rtol=1e-6)
+  np.testing.assert_array_equal(beta['quad'], beta['scaled_linear'])
+  np.testing.assert_allclose(beta['sqrt'] ** 2, line, rtol=1e-6)
+  np.testing.assert_allclose(beta['const'], 0.02, rtol=1e-6)
+  np.testing.assert_allclose(beta['su'], 2e-5 * t, rtol=1e-6)
+
+
+def test_log_alpha_bar_T_of_su_is_about_minus_5():
+  """In its own notation, where ᾱ_T is our √ᾱ_T."""
+  assert 0.5 * np.log(schedules.su().alpha_bar[1000]) == pytest.approx(
+    -5, abs=0.1
+  )
 
 
 @pytest.mark.parametrize('beta', [[0.1, 0.0], [0.1, 1.0], [-0.1]])

@@ -9,9 +9,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import variances
 
 Schedule = schedules.Schedule
+
+# (schedule, what the network says of it, t) -> log σ_t².
+Variance = Callable[[Schedule, jax.Array | None, jax.Array], jax.Array]
 
 # All that is asked of a network: (x_t (B, ...), t (B,) in 1..T) -> (B, ...).
 ModelFn = Callable[[jax.Array, jax.Array], jax.Array]
@@ -43,44 +48,44 @@ def q_posterior(
   schedule: Schedule, x0: jax.Array, x_t: jax.Array, t: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Mean μ̃_t(x_t, x_0) and variance β̃_t of q(x_{t-1} | x_t, x_0)  (eq. 6-7)."""
-  beta = schedule.beta[t]
-  one_minus = schedule.one_minus_alpha_bar
-  of_x0 = jnp.sqrt(schedule.alpha_bar[t - 1]) * beta / one_minus[t]
-  of_x_t = jnp.sqrt(1 - beta) * one_minus[t - 1] / one_minus[t]
+  of_x0, of_x_t = predictions.posterior_weights(schedule, t)
   return of_x0 * x0 + of_x_t * x_t, schedule.beta_tilde[t]
-
-
-def x0_from_eps(
-  schedule: Schedule, x_t: jax.Array, t: jax.Array, eps: jax.Array
-) -> jax.Array:
-  """x_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t, the inverse of eq. 4  (eq. 15)."""
-  noise = jnp.sqrt(schedule.one_minus_alpha_bar[t])
-  return (x_t - noise * eps) / jnp.sqrt(schedule.alpha_bar[t])
 
 
 def p_mean_variance(
   schedule: Schedule,
-  eps_hat: jax.Array,
+  out: jax.Array,
   x_t: jax.Array,
   t: jax.Array,
   *,
-  sigma2: str = 'beta',
+  predict: predictions.Prediction = predictions.eps,
+  variance: Variance = variances.beta,
   clip: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Mean μ_θ and variance σ_t² of p(x_{t-1} | x_t), and x̂_0  (eq. 11).
+  """Mean μ_θ and log σ_t² of p(x_{t-1} | x_t), and x̂_0  (eq. 1, 11).
 
   Args:
     schedule: of T steps.
-    eps_hat: ε_θ(x_t, t), what the network makes of x_t.
+    out: what the network makes of x_t: as many channels (last axis), or twice
+      as many, of which the second half is for a learned variance.
     x_t: of any shape.
     t: a time in 1..T.
-    sigma2: the table that holds σ_t²: `beta` ("fixed large", optimal for x_0
-      from N(0, I)) or `beta_tilde` ("fixed small", optimal for one fixed x_0).
-    clip: x̂_0 to [-1, 1], as the authors' code does. Without it the mean is
-      eq. 11 to the letter.
+    predict: what the network predicts.
+    variance: what σ_t² is.
+    clip: x̂_0 to [-1, 1], as the authors' code does. Without it, and with
+      ε predicted, the mean is eq. 11 to the letter.
   """
-  x0_hat = x0_from_eps(schedule, x_t, t, eps_hat)
+  out, raw = split(out, x_t)
+  x0_hat = predict.to_x0(schedule, x_t, out, t)
   if clip:
     x0_hat = jnp.clip(x0_hat, -1, 1)
   mean, _ = q_posterior(schedule, x0_hat, x_t, t)
-  return mean, getattr(schedule, sigma2)[t], x0_hat
+  return mean, variance(schedule, raw, t), x0_hat
+
+
+def split(out: jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+  """What a network says of the mean, and of the variance if it does."""
+  C = x_t.shape[-1] if x_t.ndim else 1
+  if out.ndim and out.shape[-1] == 2 * C:
+    return out[..., :C], out[..., C:]
+  return out, None

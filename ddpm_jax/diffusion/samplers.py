@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import variances
 
 Step = Callable[..., tuple[jax.Array, jax.Array]]
 
@@ -23,15 +25,16 @@ def ancestral(
   x_t: jax.Array,
   t: jax.Array,
   *,
-  sigma2: str = 'beta',
+  predict: predictions.Prediction = predictions.eps,
+  variance: process.Variance = variances.beta,
   clip: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
   """x_{t-1} = μ_θ(x_t, t) + σ_t z, z = 0 at t = 1  (Algorithm 2, one step)."""
-  eps_hat = model_fn(x_t, jnp.full(len(x_t), t))
-  mean, variance, x0_hat = process.p_mean_variance(
-    schedule, eps_hat, x_t, t, sigma2=sigma2, clip=clip
+  out = model_fn(x_t, jnp.full(len(x_t), t))
+  mean, log_variance, x0_hat = process.p_mean_variance(
+    schedule, out, x_t, t, predict=predict, variance=variance, clip=clip
   )
-  sigma = jnp.where(t > 1, jnp.sqrt(variance), 0.0)
+  sigma = jnp.where(t > 1, jnp.exp(log_variance / 2), 0.0)
   return mean + sigma * process.normal(keys, x_t.shape[1:]), x0_hat
 
 

@@ -59,6 +59,40 @@ def linear(
   return from_beta(np.linspace(beta_1, beta_T, T, dtype=np.float64))
 
 
+def sqrt_linear(
+  T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02
+) -> Schedule:
+  """`linear`, under the name of Rombach et al. 2022's code."""
+  return linear(T, beta_1, beta_T)
+
+
+def scaled_linear(
+  T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02
+) -> Schedule:
+  """√β_t in equal steps: the `linear` of Rombach et al. 2022's code."""
+  return from_beta(np.linspace(beta_1**0.5, beta_T**0.5, T) ** 2)
+
+
+def quad(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
+  """`scaled_linear`, under the name of Ho et al. 2020's code."""
+  return scaled_linear(T, beta_1, beta_T)
+
+
+def sqrt(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
+  """√ of β in equal steps from β_1 to β_T  (Rombach et al. 2022's code)."""
+  return from_beta(np.linspace(beta_1, beta_T, T) ** 0.5)
+
+
+def const(T: int = 1000, beta_T: float = 0.02) -> Schedule:
+  """β_t = β_T, always  (Ho et al. 2020's code)."""
+  return from_beta(np.full(T, beta_T))
+
+
+def su(T: int = 1000) -> Schedule:
+  """β_t = 0.02 t/T; in Su's notation α_t = √(1 - 0.02 t/T)  (Su 2022)."""
+  return from_beta(0.02 * np.arange(1, T + 1) / T)
+
+
 def cosine(T: int = 1000, s: float = 8e-3) -> Schedule:
   """ᾱ_t = f(t)/f(0), f(t) = cos²((t/T + s)/(1 + s)·π/2), β_t ≤ 0.999.
 

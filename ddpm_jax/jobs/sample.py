@@ -27,10 +27,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   Raises:
     UserError: if there is no run in `--workdir`, or `--output` is taken.
   """
-  if args.workdir is None or not args.workdir.is_dir():
-    raise errors.UserError(
-      f'no run in {args.workdir}: name one, as --workdir=runs/NAME'
-    )
+  check_workdir(args.workdir)
   seed = config.seed if args.seed is None else args.seed
   output = args.output or args.workdir / f'samples_seed{seed}'
   check_output(output, args.num_samples)
@@ -45,6 +42,13 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   drawn = (image for image, _ in draw(params))
   save(output, drawn, args.num_samples)
   logs.say(f'{args.num_samples} images: {output}')
+
+
+def check_workdir(folder: pathlib.Path | None) -> None:
+  if folder is None or not folder.is_dir():
+    raise errors.UserError(
+      f'no run in {folder}: name one, as --workdir=runs/NAME'
+    )
 
 
 def restore_ema(

@@ -44,6 +44,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   source = build.source(config)
   workdir.write_config(folder, recipe.to_json(config))
   logs.say(f'{len(source)} images, {mesh.size} device(s), workdir {folder}')
+  build.warn_of_signal(config)
 
   with contextlib.ExitStack() as stack:
     stop_asked = stack.enter_context(stop.requests())

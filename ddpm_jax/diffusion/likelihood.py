@@ -1,0 +1,193 @@
+"""The variational bound on -log p(x_0)  (Ho et al. 2020, eq. 5).
+
+Everything is in nats a dimension, a mean over the dimensions of an example;
+`BITS` makes bits a dimension of it.
+"""
+
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.diffusion import predictions
+from ddpm_jax.diffusion import process
+from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import variances
+
+BITS = 1 / np.log(2)
+
+
+def normal_kl(
+  mean_1: jax.Array,
+  log_var_1: jax.Array,
+  mean_2: jax.Array | float,
+  log_var_2: jax.Array | float,
+) -> jax.Array:
+  """KL(N(mean_1, var_1) ‖ N(mean_2, var_2)), elementwise, in nats."""
+  ratio = log_var_1 - log_var_2
+  distance = jnp.square(mean_1 - mean_2) * jnp.exp(-jnp.asarray(log_var_2))
+  return 0.5 * (jnp.expm1(ratio) - ratio + distance)
+
+
+def decoder_log_prob(
+  x0: jax.Array, mean: jax.Array, log_var: jax.Array
+) -> jax.Array:
+  """log of N(mean, var)'s mass in x_0's bin, elementwise, in nats  (eq. 13).
+
+  The bins are ±1/255 about the 256 grays of [-1, 1]; the first and the last are
+  open. Exact in the far tails too, where a difference of two CDFs would be 0.
+  """
+  inverse = jnp.exp(-log_var / 2)
+  a, b = (x0 - 1 / 255 - mean) * inverse, (x0 + 1 / 255 - mean) * inverse
+  # Φ(b) - Φ(a) = Φ(-a) - Φ(-b): take the side where both are small.
+  upper = a + b > 0
+  low, high = jnp.where(upper, -b, a), jnp.where(upper, -a, b)
+  log_high = jax.scipy.special.log_ndtr(high)
+  between = log_high + jnp.log1p(
+    -jnp.exp(jax.scipy.special.log_ndtr(low) - log_high)
+  )
+  first, last = x0 < -0.999, x0 > 0.999
+  return jnp.where(
+    first,
+    jax.scipy.special.log_ndtr(b),
+    jnp.where(last, jax.scipy.special.log_ndtr(-a), between),
+  )
+
+
+def prior(schedule: schedules.Schedule, x0: jax.Array) -> jax.Array:
+  """L_T = KL(q(x_T | x_0) ‖ N(0, I)), for one example of any shape."""
+  mean = jnp.sqrt(schedule.alpha_bar[-1]) * x0
+  log_var = jnp.log(schedule.one_minus_alpha_bar[-1])
+  return jnp.mean(normal_kl(mean, log_var, 0.0, 0.0))
+
+
+def terms(
+  schedule: schedules.Schedule,
+  model_fn: process.ModelFn,
+  keys: jax.Array,
+  x0: jax.Array,
+  t: jax.Array,
+  *,
+  predict: predictions.Prediction = predictions.eps,
+  variance: process.Variance = variances.beta,
+  clip: bool = True,
+) -> tuple[jax.Array, jax.Array]:
+  """L_{t-1} of each example at its own t, one draw of x_t  (eq. 5).
+
+  Args:
+    schedule: of T steps.
+    model_fn: the network.
+    keys: (B,), for the noise of x_t.
+    x0: (B, ...) in [-1, 1], grays of 256.
+    t: (B,) in 1..T.
+    predict: what the network predicts.
+    variance: what σ_t² is.
+    clip: x̂_0 to [-1, 1].
+
+  Returns:
+    (B,) KL(q(x_{t-1} | x_t, x_0) ‖ p(x_{t-1} | x_t)), or for t = 1 the
+    decoder's -log p(x_0 | x_1); and (B,) mean squared errors of x̂_0.
+  """
+  eps = process.normal(keys, x0.shape[1:])
+  x_t = jax.vmap(process.q_sample, (None, 0, 0, 0))(schedule, x0, t, eps)
+  out = model_fn(x_t, t)
+  return jax.vmap(
+    functools.partial(
+      term, schedule, predict=predict, variance=variance, clip=clip
+    )
+  )(x0, x_t, out, t)
+
+
+def term(
+  schedule: schedules.Schedule,
+  x0: jax.Array,
+  x_t: jax.Array,
+  out: jax.Array,
+  t: jax.Array,
+  *,
+  predict: predictions.Prediction,
+  variance: process.Variance,
+  clip: bool,
+) -> tuple[jax.Array, jax.Array]:
+  """L_{t-1} and the squared error of x̂_0, for one example; see `terms`."""
+  mean, log_var, x0_hat = process.p_mean_variance(
+    schedule, out, x_t, t, predict=predict, variance=variance, clip=clip
+  )
+  true_mean, _ = process.q_posterior(schedule, x0, x_t, t)
+  true_log_var = variances.beta_tilde(schedule, None, t)
+  kl = normal_kl(true_mean, true_log_var, mean, log_var)
+  decoder = -decoder_log_prob(x0, mean, log_var)
+  return (
+    jnp.mean(jnp.where(t > 1, kl, decoder)),
+    jnp.mean(jnp.square(x0 - x0_hat)),
+  )
+
+
+class Bound(NamedTuple):
+  """What `bound` gives for each of B examples, in nats a dimension."""
+
+  prior: jax.Array  # (B,), L_T
+  t: jax.Array  # (B, N), the times that were looked at; the first is 1
+  terms: jax.Array  # (B, N), L_{t-1} at them
+  mse: jax.Array  # (B, N), squared errors of x̂_0 at them
+
+
+def bound(
+  schedule: schedules.Schedule,
+  model_fn: process.ModelFn,
+  keys: jax.Array,
+  x0: jax.Array,
+  *,
+  draws: int = 0,
+  predict: predictions.Prediction = predictions.eps,
+  variance: process.Variance = variances.beta,
+) -> Bound:
+  """The terms of the bound, at all times or at some drawn for each example.
+
+  Args:
+    schedule: of T steps.
+    model_fn: the network.
+    keys: (B,).
+    x0: (B, ...) in [-1, 1], grays of 256.
+    draws: 0 for all T terms, one draw of x_t each; else t = 1 and so many times
+      drawn uniformly from 2..T, of which `totals` makes an unbiased estimate.
+    predict: what the network predicts.
+    variance: what σ_t² is.
+  """
+  if draws:
+    drawn = jax.vmap(
+      lambda key: jax.random.randint(key, (draws,), 2, schedule.T + 1)
+    )(jax.vmap(jax.random.fold_in, (0, None))(keys, schedule.T + 1))
+    times = jnp.pad(drawn.T, ((1, 0), (0, 0)), constant_values=1)
+  else:
+    every = jnp.arange(1, schedule.T + 1)
+    times = jnp.broadcast_to(every[:, None], (schedule.T, len(x0)))
+
+  def body(row: Any, t: jax.Array) -> tuple[Any, Any]:
+    row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, row)
+    nats, mse = terms(
+      schedule, model_fn, row_keys, x0, t, predict=predict, variance=variance
+    )
+    return row + 1, (nats, mse)
+
+  _, (nats, mse) = jax.lax.scan(body, 0, times)
+  prior_nats = jax.vmap(lambda x: prior(schedule, x))(x0)
+  return Bound(prior_nats, times.T, nats.T, mse.T)
+
+
+def totals(parts: Bound, T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """L_T, Σ L_{t-1} over 2..T, and L_0 of each example, (B,) each.
+
+  The sum is exact where all times were looked at, and T - 1 times the mean of
+  those that were, which is right in expectation, where they were drawn.
+  """
+  between = np.asarray(parts.terms, np.float64)[:, 1:]
+  share = (T - 1) / max(between.shape[1], 1)
+  return (
+    np.asarray(parts.prior, np.float64),
+    share * between.sum(1),
+    np.asarray(parts.terms, np.float64)[:, 0],
+  )

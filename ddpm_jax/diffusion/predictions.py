@@ -1,0 +1,84 @@
+"""What a network may predict of x_t: ε, x_0, v or the posterior mean μ̃.
+
+`config.model.predict` names one. Each says what the network is to answer, and
+what its answer makes x_0 to be; one is the inverse of the other.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.diffusion import schedules
+
+Schedule = schedules.Schedule
+
+
+class Prediction(NamedTuple):
+  """Two functions of one time t and an x of any shape."""
+
+  # (schedule, x0, eps, t) -> what the network should answer to x_t
+  target: Callable[[Schedule, jax.Array, jax.Array, jax.Array], jax.Array]
+  # (schedule, x_t, out, t) -> x̂_0, given its answer
+  to_x0: Callable[[Schedule, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def _signal_noise(s: Schedule, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """√ᾱ_t and √(1-ᾱ_t)."""
+  return jnp.sqrt(s.alpha_bar[t]), jnp.sqrt(s.one_minus_alpha_bar[t])
+
+
+def posterior_weights(s: Schedule, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The weights of x_0 and of x_t in μ̃_t(x_t, x_0)  (eq. 7)."""
+  beta, one_minus = s.beta[t], s.one_minus_alpha_bar
+  of_x0 = jnp.sqrt(s.alpha_bar[t - 1]) * beta / one_minus[t]
+  of_x_t = jnp.sqrt(1 - beta) * one_minus[t - 1] / one_minus[t]
+  return of_x0, of_x_t
+
+
+def _eps_to_x0(
+  s: Schedule, x_t: jax.Array, out: jax.Array, t: jax.Array
+) -> jax.Array:
+  """x_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t  (eq. 15)."""
+  signal, noise = _signal_noise(s, t)
+  return (x_t - noise * out) / signal
+
+
+def _v_target(
+  s: Schedule, x0: jax.Array, eps: jax.Array, t: jax.Array
+) -> jax.Array:
+  """v = √ᾱ_t ε - √(1-ᾱ_t) x_0  (Salimans & Ho 2022, section 4)."""
+  signal, noise = _signal_noise(s, t)
+  return signal * eps - noise * x0
+
+
+def _v_to_x0(
+  s: Schedule, x_t: jax.Array, out: jax.Array, t: jax.Array
+) -> jax.Array:
+  """x_0 = √ᾱ_t x_t - √(1-ᾱ_t) v."""
+  signal, noise = _signal_noise(s, t)
+  return signal * x_t - noise * out
+
+
+def _mu_target(
+  s: Schedule, x0: jax.Array, eps: jax.Array, t: jax.Array
+) -> jax.Array:
+  """μ̃_t(x_t, x_0)  (eq. 7)."""
+  signal, noise = _signal_noise(s, t)
+  of_x0, of_x_t = posterior_weights(s, t)
+  return of_x0 * x0 + of_x_t * (signal * x0 + noise * eps)
+
+
+def _mu_to_x0(
+  s: Schedule, x_t: jax.Array, out: jax.Array, t: jax.Array
+) -> jax.Array:
+  """Eq. 7, solved for x_0."""
+  of_x0, of_x_t = posterior_weights(s, t)
+  return (out - of_x_t * x_t) / of_x0
+
+
+eps = Prediction(lambda s, x0, eps, t: eps, _eps_to_x0)
+x0 = Prediction(lambda s, x0, eps, t: x0, lambda s, x_t, out, t: out)
+v = Prediction(_v_target, _v_to_x0)
+mu = Prediction(_mu_target, _mu_to_x0)
