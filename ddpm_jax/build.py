@@ -166,7 +166,7 @@ def check(config: ConfigDict) -> None:
 
 
 def warn_of_signal(config: ConfigDict) -> None:
-  """Warns if x_T is not nearly the standard normal that sampling starts from."""
+  """Warns if x_T is not nearly the standard normal of the prior."""
   bits = likelihood.prior(schedule(config), jnp.ones(1)) * likelihood.BITS
   # The paper's is 3e-5 for x_0 = ±1.
   if bits > 1e-3:

@@ -6,12 +6,30 @@ that `test_main.py` starts are compiled as a user's are.
 
 import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
+
+DIGITS = str(pathlib.Path(__file__).parents[1] / 'configs' / 'digits.py')
+TINY = [
+  f'--config={DIGITS}',
+  '--config.model.channels=8',
+  '--config.model.multipliers=(1,)',
+  '--config.model.groups=4',
+  '--config.model.dropout=0.1',
+  '--config.data.flip=true',
+  '--config.batch_size=16',
+  '--config.optimizer.warmup=5',
+  '--config.sampler.steps=10',
+  '--config.log.every=1',
+  '--config.checkpoint.every=40',
+  '--num_samples=9',
+]
 
 
 @pytest.fixture(scope='session')
@@ -28,3 +46,20 @@ def user_env(tmp_path_factory):
   }
   del env['XLA_FLAGS']
   return env
+
+
+@pytest.fixture(scope='session')
+def tiny_run(tmp_path_factory, user_env):
+  """A run of 200 steps that nothing happened to: (workdir, stderr)."""
+  workdir = tmp_path_factory.mktemp('runs') / 'undisturbed'
+  process = subprocess.run(
+    [
+      *(sys.executable, '-m', 'ddpm_jax.main', *TINY),
+      *('--config.steps=200', f'--workdir={workdir}'),
+    ],
+    env=user_env,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return workdir, process.stderr

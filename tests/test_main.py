@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import conftest
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,21 +21,8 @@ from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import parallel
 
 ROOT = pathlib.Path(__file__).parents[1]
-DIGITS = str(ROOT / 'configs' / 'digits.py')
-TINY = [
-  f'--config={DIGITS}',
-  '--config.model.channels=8',
-  '--config.model.multipliers=(1,)',
-  '--config.model.groups=4',
-  '--config.model.dropout=0.1',
-  '--config.data.flip=true',
-  '--config.batch_size=16',
-  '--config.optimizer.warmup=5',
-  '--config.sampler.steps=10',
-  '--config.log.every=1',
-  '--config.checkpoint.every=40',
-  '--num_samples=9',
-]
+DIGITS = conftest.DIGITS
+TINY = conftest.TINY
 
 
 @pytest.fixture
@@ -111,25 +99,8 @@ def assert_equal(a, b, atol=0.0):
   )
 
 
-@pytest.fixture(scope='module')
-def undisturbed(tmp_path_factory, user_env):
-  """A run of 200 steps that nothing happened to."""
-  workdir = tmp_path_factory.mktemp('runs') / 'undisturbed'
-  process = subprocess.run(
-    [
-      *(sys.executable, '-m', 'ddpm_jax.main', *TINY),
-      *('--config.steps=200', f'--workdir={workdir}'),
-    ],
-    env=user_env,
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  return workdir, process.stderr
-
-
-def test_a_run_leaves_what_the_readme_promises(undisturbed):
-  workdir, err = undisturbed
+def test_a_run_leaves_what_the_readme_promises(tiny_run):
+  workdir, err = tiny_run
   names = {path.name for path in workdir.iterdir()}
   assert names == {
     'checkpoints',
@@ -154,8 +125,8 @@ def test_a_run_leaves_what_the_readme_promises(undisturbed):
   assert 'images/s=' in err
 
 
-def test_the_command_printed_last_works(undisturbed, run, tmp_path):
-  _, err = undisturbed
+def test_the_command_printed_last_works(tiny_run, run, tmp_path):
+  _, err = tiny_run
   command = err.strip().splitlines()[-1].split()
   assert command[:3] == ['python', '-m', 'ddpm_jax.main']
   output = tmp_path / 'out'
@@ -164,8 +135,8 @@ def test_the_command_printed_last_works(undisturbed, run, tmp_path):
   assert len(list(output.iterdir())) == 7
 
 
-def test_the_same_images_in_every_format_and_batch(undisturbed, tmp_path):
-  workdir, _ = undisturbed
+def test_the_same_images_in_every_format_and_batch(tiny_run, tmp_path):
+  workdir, _ = tiny_run
   common = ['--mode=sample', f'--workdir={workdir}', '--num_samples=21']
   for output, size in (('a.npz', 256), ('b.npz', 8), ('c', 8), ('d.png', 16)):
     main.run(
@@ -189,7 +160,7 @@ def test_the_same_images_in_every_format_and_batch(undisturbed, tmp_path):
 
 
 def test_a_run_stopped_by_SIGTERM_and_resumed_is_the_undisturbed_run(
-  undisturbed, start, run, tmp_path
+  tiny_run, start, run, tmp_path
 ):
   workdir = tmp_path / 'stopped'
   args = [*TINY, '--config.steps=200', f'--workdir={workdir}']
@@ -207,15 +178,15 @@ def test_a_run_stopped_by_SIGTERM_and_resumed_is_the_undisturbed_run(
   code, err = run(*args)  # the same command again
   assert code == 0, err
   assert f'going on from step {step}' in err
-  assert metrics(workdir) == metrics(undisturbed[0])
-  assert_equal(weights(workdir), weights(undisturbed[0]))
+  assert metrics(workdir) == metrics(tiny_run[0])
+  assert_equal(weights(workdir), weights(tiny_run[0]))
   for name in ('samples.png', 'progress.png'):
-    a, b = workdir / name, undisturbed[0] / name
+    a, b = workdir / name, tiny_run[0] / name
     assert a.read_bytes() == b.read_bytes()
 
 
 def test_a_run_that_was_killed_and_resumed_is_the_undisturbed_run(
-  undisturbed, start, run, tmp_path
+  tiny_run, start, run, tmp_path
 ):
   workdir = tmp_path / 'killed'
   process = start(*TINY, '--config.steps=200', f'--workdir={workdir}')
@@ -227,11 +198,11 @@ def test_a_run_that_was_killed_and_resumed_is_the_undisturbed_run(
   code, err = run(f'--workdir={workdir}', '--num_samples=9')
   assert code == 0, err
   assert 'going on from step' in err
-  assert metrics(workdir) == metrics(undisturbed[0])
-  assert_equal(weights(workdir), weights(undisturbed[0]))
+  assert metrics(workdir) == metrics(tiny_run[0])
+  assert_equal(weights(workdir), weights(tiny_run[0]))
 
 
-def test_a_run_goes_on_on_other_devices(undisturbed, run, tmp_path):
+def test_a_run_goes_on_on_other_devices(tiny_run, run, tmp_path):
   workdir = tmp_path / 'moved'
   first = [*TINY, f'--workdir={workdir}']
   code, err = run(*first, '--config.steps=30')
@@ -248,15 +219,15 @@ def test_a_run_goes_on_on_other_devices(undisturbed, run, tmp_path):
   assert code == 0, err
   losses = [
     [json.loads(line)['loss'] for line in metrics(w).splitlines()]
-    for w in (workdir, undisturbed[0])
+    for w in (workdir, tiny_run[0])
   ]
   # To rounding, which training magnifies: Adam divides by small numbers.
   np.testing.assert_allclose(*losses, rtol=2e-3)
-  assert_equal(weights(workdir), weights(undisturbed[0]), atol=2e-3)
+  assert_equal(weights(workdir), weights(tiny_run[0]), atol=2e-3)
 
 
-def test_a_finished_run_is_not_trained_again(undisturbed, run):
-  workdir, _ = undisturbed
+def test_a_finished_run_is_not_trained_again(tiny_run, run):
+  workdir, _ = tiny_run
   before = metrics(workdir)
   code, err = run(f'--workdir={workdir}', '--num_samples=9')
   assert code == 0, err
@@ -283,10 +254,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
-  undisturbed, run, tmp_path
+  tiny_run, run, tmp_path
 ):
   workdir = tmp_path / 'damaged'
-  shutil.copytree(undisturbed[0], workdir)
+  shutil.copytree(tiny_run[0], workdir)
   for path in (workdir / 'checkpoints' / '200').rglob('d/*'):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
   common = [f'--workdir={workdir}', '--num_samples=2']
@@ -297,8 +268,8 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
   code, err = run(*common)
   assert code == 0, err
   assert 'going on from step 160' in err
-  assert metrics(workdir) == metrics(undisturbed[0])
-  assert_equal(weights(workdir), weights(undisturbed[0]))
+  assert metrics(workdir) == metrics(tiny_run[0])
+  assert_equal(weights(workdir), weights(tiny_run[0]))
 
 
 def test_mistakes_are_one_line_and_exit_2(run):
@@ -356,6 +327,17 @@ def mistake(*args):
     ([f'--config={DIGITS}', '--config.sampler.steps=2000'], '2000'),
     ([f'--config={DIGITS}', '--config.sampler.variance=small'], 'beta_tilde'),
     ([f'--config={DIGITS}', '--config.checkpoint.every=0'], 'checkpoint.every'),
+    ([f'--config={DIGITS}', '--config.model.predict=epsilon'], "'eps'"),
+    ([f'--config={DIGITS}', '--config.model.variance=learned'], 'vlb'),
+    ([f'--config={DIGITS}', '--config.loss.name=hybrid'], 'learned_range'),
+    (
+      [
+        *(f'--config={DIGITS}', '--config.loss.name=min_snr'),
+        '--config.model.predict=mu',
+      ],
+      'large t',
+    ),
+    (['--config=configs/ablation.py:eps'], 'eps_simple'),
     ([f'--config={DIGITS}', '--config.steps=-1'], 'steps'),
     (['--mode=sample', '--workdir=runs/none'], 'runs/none'),
     (['--mode=sample', f'--config={DIGITS}'], '--workdir'),
@@ -404,10 +386,10 @@ def test_another_recipe_under_an_existing_workdir(begun):
   assert 'seed (0 -> 7)' in message
 
 
-def test_a_checkpoint_of_another_recipe(undisturbed, tmp_path):
+def test_a_checkpoint_of_another_recipe(tiny_run, tmp_path):
   """Put there by hand: config.json says one thing, the checkpoint another."""
   workdir = tmp_path / 'mixed'
-  shutil.copytree(undisturbed[0], workdir)
+  shutil.copytree(tiny_run[0], workdir)
   config = json.loads((workdir / 'config.json').read_text())
   (workdir / 'config.json').write_text(json.dumps(config | {'seed': 5}))
   message = mistake(f'--workdir={workdir}', '--config.parallel.data=1')
