@@ -139,6 +139,14 @@ def test_snapshots_are_predictions_of_evenly_spaced_steps():
     np.testing.assert_array_equal(kept[slot], by_time[t])
 
 
+def test_two_parts_of_a_chain_are_the_whole():
+  whole, _ = run(samplers.ancestral)
+  x_T = process.normal(keys(6, 1), (4,))
+  half, _ = samplers.sample(samplers.ancestral, S, toy, keys(6), x_T, last=41)
+  x_0, _ = samplers.sample(samplers.ancestral, S, toy, keys(6), half, first=40)
+  np.testing.assert_allclose(x_0, whole, atol=1e-5)
+
+
 def test_no_snapshots_by_default():
   _, kept = run(samplers.ancestral)
   assert kept.shape == (0, 6, 4)

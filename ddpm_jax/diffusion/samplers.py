@@ -45,27 +45,31 @@ def sample(
   keys: jax.Array,
   x_T: jax.Array,
   *,
+  first: int | None = None,
+  last: int = 1,
   snapshots: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-  """Runs `step` from t = T down to 1  (Algorithm 2).
+  """Runs `step` from t = T down to 1  (Algorithm 2), or over a part of that.
 
   Args:
     step: such as `ancestral`.
     schedule: of as many steps as are wanted; see `schedules.stride`.
     model_fn: the network, told the times of `schedule.time`.
     keys: (B,), for the noise of each image; step t folds t in.
-    x_T: (B, ...) of N(0, 1).
-    snapshots: K, at most T.
+    x_T: (B, ...) of N(0, 1); or x_first.
+    first: the step to begin with, T by default.
+    last: the step to end with.
+    snapshots: K, at most the number of steps.
 
   Returns:
-    x_0 (B, ...), and K of the predictions x̂_0 made on the way, evenly spaced
+    x_0 (B, ...), or x_{last-1}; and K of the predictions x̂_0 made on the way, evenly spaced
     and ending with the last, (K, B, ...). Memory is O(B·K), not O(B·T).
   """
-  T, K = schedule.T, snapshots
-  times = jnp.arange(T, 0, -1)
+  times = jnp.arange(first or schedule.T, last - 1, -1)
+  N, K = len(times), snapshots
   # Where each step's x̂_0 goes; slot K takes those that are not wanted.
-  kept_steps = jnp.round(jnp.arange(1, K + 1) * T / max(K, 1)).astype(int) - 1
-  slots = jnp.full(T, K).at[kept_steps].set(jnp.arange(K))
+  kept_steps = jnp.round(jnp.arange(1, K + 1) * N / max(K, 1)).astype(int) - 1
+  slots = jnp.full(N, K).at[kept_steps].set(jnp.arange(K))
 
   def told(x_t: jax.Array, t: jax.Array) -> jax.Array:
     return model_fn(x_t, schedule.time[t])
