@@ -15,15 +15,16 @@ def get_config() -> ConfigDict:
   c.accumulate = 1  # parts that a batch is worked through in, to save memory
 
   c.data = ConfigDict()
-  c.data.name = 'tfds'  # digits | tfds | folder | arrays
+  c.data.name = 'tfds'  # digits | tfds | folder | arrays | points
   c.data.tfds = 'cifar10'  # name of the data set, for `tfds`
   c.data.path = (
     ''  # folder of images | .npz or .npy | TFDS folder ('': its own)
   )
   c.data.split = 'train'  # for `tfds`
-  # Side, or (height, width), in pixels: of either type.
+  c.data.points = 'swiss_roll'  # | two_moons | eight_gaussians, for `points`
+  # Side, or (height, width), in pixels; () for points. Of any type.
   c.data.image_size = FieldReference(32, field_type=object)
-  c.data.channels = 3  # 1: gray, 3: RGB
+  c.data.channels = 3  # 1: gray, 3: RGB; coordinates of a point
   c.data.flip = True  # mirror half of the images, left to right
   c.data.max_unreadable = 10  # image files that may be broken before we stop
 
@@ -34,9 +35,10 @@ def get_config() -> ConfigDict:
   # Of p(x_{t-1} | x_t): beta ("fixed large") | beta_tilde ("fixed small") |
   # learned | learned_range (between the two).
   c.model.variance = 'beta'
-  c.model.channels = 128  # of the first level
+  c.model.channels = 128  # of the first level; of every layer of an mlp
   c.model.multipliers = (1, 2, 2, 2)  # of `channels`, a level each
-  c.model.blocks = 2  # residual blocks a level going down; one more going up
+  # Residual blocks a level going down, one more going up; layers of an mlp.
+  c.model.blocks = 2
   c.model.attention = (16,)  # sides in pixels where attention follows a block
   c.model.groups = 32  # of group normalisation
   c.model.dropout = 0.1

@@ -3,12 +3,15 @@
 import functools
 import importlib
 import inspect
+import itertools
 import logging
 import pkgutil
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -46,11 +49,13 @@ POSITIVE = (
 )
 
 
-def named(module: ModuleType, name: str, argument: str, what: str) -> Callable:
+def named(
+  module: ModuleType, name: str, argument: str | None, what: str
+) -> Callable:
   """The function `name` of `module`.
 
   Only functions that have the argument `argument` count: that is what makes a
-  function of a module a schedule, a sampler or a data set, and not a helper.
+  function of a module a schedule or a sampler, and not a helper.
 
   Raises:
     UserError: if there is none, naming those there are.
@@ -59,7 +64,7 @@ def named(module: ModuleType, name: str, argument: str, what: str) -> Callable:
     n: f
     for n, f in inspect.getmembers(module, inspect.isfunction)
     if f.__module__ == module.__name__
-    and argument in inspect.signature(f).parameters
+    and (not argument or argument in inspect.signature(f).parameters)
   }
   if name not in functions:
     raise errors.unknown(what, name, functions)
@@ -131,20 +136,26 @@ def call(function: Callable, section: Mapping[str, Any], *args: Any) -> Any:
     raise errors.UserError(str(e)) from e
 
 
-def image_size(config: ConfigDict) -> tuple[int, int]:
-  """(height, width) in pixels.
+def image_size(config: ConfigDict) -> tuple[int, ...]:
+  """(height, width) in pixels, or () where the data are points.
 
   Raises:
     UserError: if the recipe says something else.
   """
   size = config.data.image_size
   pair = size if isinstance(size, tuple) else (size, size)
-  if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+  whole = all(isinstance(n, int) and n > 0 for n in pair)
+  if len(pair) not in (0, 2) or not whole:
     raise errors.UserError(
       f'config.data.image_size={size!r} is not a side, such as 32, or '
       '(height, width)'
     )
   return pair
+
+
+def shape(config: ConfigDict) -> tuple[int, ...]:
+  """Of one example: (height, width, channels), or (channels,) of a point."""
+  return (*image_size(config), config.data.channels)
 
 
 def check(config: ConfigDict) -> None:
@@ -158,8 +169,8 @@ def check(config: ConfigDict) -> None:
   for key in POSITIVE:
     if flat[key] < 1:
       raise errors.UserError(f'config.{key}={flat[key]} must be at least 1')
-  named(sources, config.data.name, 'image_size', 'data set')
-  if config.data.channels not in (1, 3):
+  named(sources, config.data.name, None, 'data set')
+  if image_size(config) and config.data.channels not in (1, 3):
     raise errors.UserError(
       f'config.data.channels={config.data.channels} is not 1 (gray) or 3 (RGB)'
     )
@@ -197,7 +208,7 @@ def schedule(config: ConfigDict) -> schedules.Schedule:
 
 def source(config: ConfigDict, split: str = '') -> Any:
   """The data set, or another split of it; see `data/sources.py`."""
-  function = named(sources, config.data.name, 'image_size', 'data set')
+  function = named(sources, config.data.name, None, 'data set')
   data = dict(config.data) | {'image_size': image_size(config)}
   return call(function, data | ({'split': split} if split else {}))
 
@@ -240,7 +251,7 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
 def init_state(config: ConfigDict) -> training.TrainState:
   """The state at step 0. Call it under jit."""
   network = model(config)
-  x = jnp.zeros((1, *image_size(config), config.data.channels))
+  x = jnp.zeros((1, *shape(config)))
   t = jnp.ones(1, jnp.int32)
   params = network.init(stream(config.seed, 'init'), x, t)['params']
   return training.TrainState.create(
@@ -306,35 +317,74 @@ def train_step(config: ConfigDict, devices: int) -> Callable:
   )
 
 
-def sampler(config: ConfigDict, seed: int, snapshots: int = 0) -> Callable:
-  """(params, index (B,)) -> images (B, H, W, C), predictions (B, K, H, W, C).
+class Reverse(NamedTuple):
+  """What a sampler needs, for functions of the weights `params`."""
 
-  Both uint8. Image `index` of a seed is the same in a batch of any size.
-  """
+  step: samplers.Step
+  schedule: schedules.Schedule
+  model_fn: Callable[[Any], process.ModelFn]
+
+
+def reverse_process(config: ConfigDict) -> Reverse:
+  """The sampler of a recipe, on its (perhaps shorter) schedule."""
   c, network = config.sampler, model(config)
   step = named(samplers, c.name, 'x_t', 'sampler')
   short = call(schedules.stride, c, schedule(config))
   names = inspect.signature(step).parameters
   options = {k: v for k, v in c.items() if k in names}
   options |= reverse(config, c.variance)
-  step = functools.partial(step, **options)
-  shape = (*image_size(config), config.data.channels)
+
+  def model_fn(params: Any) -> process.ModelFn:
+    return lambda x_t, t: network.apply({'params': params}, x_t, t)  # type: ignore[return-value]
+
+  return Reverse(functools.partial(step, **options), short, model_fn)
+
+
+def noise(config: ConfigDict, seed: int, index: jax.Array) -> Any:
+  """(keys, x_T) of the samples `index` of a seed."""
+  fold = jax.vmap(jax.random.fold_in, (None, 0))
+  keys = fold(stream(seed, 'sample'), index)
+  # Steps fold in their t ≥ 1, so 0 is left for x_T.
+  first = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
+  return keys, process.normal(first, shape(config))
+
+
+def sampler(config: ConfigDict, seed: int, snapshots: int = 0) -> Callable:
+  """(params, index (B,)) -> images (B, H, W, C), predictions (B, K, H, W, C).
+
+  Both uint8; or points, float32. Image `index` of a seed is the same in a batch
+  of any size.
+  """
+  p = reverse_process(config)
 
   def sample(params: Any, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    key = stream(seed, 'sample')
-    each = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-    # Steps fold in their t ≥ 1, so 0 is left for x_T.
-    x_T = process.normal(
-      jax.vmap(jax.random.fold_in, (0, None))(each, 0), shape
-    )
-
-    def model_fn(x_t: jax.Array, t: jax.Array) -> Any:
-      return network.apply({'params': params}, x_t, t)
-
+    keys, x_T = noise(config, seed, index)
     x_0, seen = samplers.sample(
-      step, short, model_fn, each, x_T, snapshots=snapshots
+      *(p.step, p.schedule, p.model_fn(params), keys, x_T), snapshots=snapshots
     )
-    return pixels.to_uint8(x_0), pixels.to_uint8(seen.swapaxes(0, 1))
+    seen = seen.swapaxes(0, 1)
+    if not image_size(config):
+      return x_0, seen
+    return pixels.to_uint8(x_0), pixels.to_uint8(seen)
+
+  return sample
+
+
+def chain(config: ConfigDict, seed: int, times: Sequence[int]) -> Callable:
+  """(params, index (B,)) -> x_t (B, K, ...) at K falling times, from T on."""
+  p = reverse_process(config)
+
+  def sample(params: Any, index: jax.Array) -> jax.Array:
+    keys, x = noise(config, seed, index)
+    kept = [x]
+    for first, after in itertools.pairwise(times):
+      x, _ = samplers.sample(
+        *(p.step, p.schedule, p.model_fn(params), keys, x),
+        first=first,
+        last=after + 1,
+      )
+      kept.append(x)
+    return jnp.stack(kept, axis=1)
 
   return sample
 

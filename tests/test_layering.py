@@ -29,7 +29,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['checkpoint', 'images', 'logs', 'parallel', 'stop', 'workdir'],
     ['fingerprint'],
   ],
-  'models': [['unet']],
+  'models': [['mlp'], ['unet']],
 }
 FILES = sorted(ROOT.rglob('*.py'))
 

@@ -1,9 +1,9 @@
-"""The sources of images by name: `config.data.name` is a function here.
+"""The sources of data by name: `config.data.name` is a function here.
 
-What has an argument `image_size` is a source. It is called with those of these
-keywords that it has: path, tfds, split, image_size = (H, W), channels (1: gray,
-3: RGB) and max_unreadable. It returns a `store.Source`, and raises UserError
-for what is missing or does not fit.
+A source is called with those of these keywords that it has: path, tfds, split,
+points, image_size = (H, W), channels (1: gray, 3: RGB) and max_unreadable. It
+returns a `store.Source`, and raises UserError for what is missing or does not
+fit.
 """
 
 import os
@@ -14,6 +14,7 @@ from ddpm_jax import errors
 from ddpm_jax.data import arrayfile
 from ddpm_jax.data import decode
 from ddpm_jax.data import listing
+from ddpm_jax.data import points as point_sets
 from ddpm_jax.data import store
 
 
@@ -104,3 +105,19 @@ def tfds(
 
   files = store.Files(len(data), read, lambda i: f'{tfds}[{i}]', class_names)
   return store.from_files(files, shape, max_unreadable)
+
+
+def points(
+  *, points: str, image_size: tuple[int, ...], channels: int
+) -> store.Source:
+  """Points of the plane: a function of `data/points.py`, by name."""
+  known = ('swiss_roll', 'two_moons', 'eight_gaussians')
+  if points not in known:
+    raise errors.unknown('set of points', points, known)
+  if tuple(image_size) != () or channels != 2:
+    raise errors.UserError(
+      'points have no pixels and 2 coordinates; set '
+      '--config.data.image_size=() --config.data.channels=2'
+    )
+  data = getattr(point_sets, points)()
+  return store.from_arrays(data, np.full(len(data), -1, np.int32))

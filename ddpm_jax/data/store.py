@@ -28,7 +28,7 @@ class Source:
   """`length` images; `gather(indices)` reads some of them.
 
   gather: int (b,) -> dict(image=uint8 (b, H, W, C), label=int32 (b,)), where
-    label is -1 for an image that has none.
+    label is -1 for an image that has none. Points are float32 (b, 2).
   class_names: what the labels 0, 1, ... are called; () without labels.
   """
 
@@ -57,7 +57,7 @@ class Files:
 def from_arrays(
   images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...] = ()
 ) -> Source:
-  """A source of uint8 (n, H, W, C), in memory or mapped, and int32 (n,)."""
+  """A source of (n, ...), in memory or mapped, and int32 labels (n,)."""
 
   def gather(indices: np.ndarray) -> Batch:
     return {'image': np.asarray(images[indices]), 'label': labels[indices]}

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 
 
 def to_float(images: jax.Array) -> jax.Array:
-  """uint8 [0, 255] -> float32 [-1, 1], without noise  (section 3.3)."""
+  """uint8 [0, 255] -> float32 [-1, 1], without noise  (section 3.3).
+
+  What is float already, such as points, stays as it is.
+  """
+  if jnp.issubdtype(images.dtype, jnp.floating):
+    return images
   return images.astype(jnp.float32) / 127.5 - 1
 
 

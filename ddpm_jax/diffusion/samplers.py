@@ -62,8 +62,9 @@ def sample(
     snapshots: K, at most the number of steps.
 
   Returns:
-    x_0 (B, ...), or x_{last-1}; and K of the predictions x̂_0 made on the way, evenly spaced
-    and ending with the last, (K, B, ...). Memory is O(B·K), not O(B·T).
+    x_0 (B, ...), or x_{last-1}; and K of the predictions x̂_0 made on the way,
+    evenly spaced and ending with the last, (K, B, ...). Memory is O(B·K), not
+    O(B·T).
   """
   times = jnp.arange(first or schedule.T, last - 1, -1)
   N, K = len(times), snapshots

@@ -29,6 +29,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   if args.output:
     raise errors.UserError('--output is for images: evaluate has --workdir')
   build.check(config)
+  if not build.image_size(config):
+    raise errors.UserError('bits/dim are of images: points have no grays')
   mesh = build.mesh(config)
   seed = config.seed if args.seed is None else args.seed
   split = config.evaluate.split or config.data.split

@@ -29,7 +29,10 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   """
   check_workdir(args.workdir)
   seed = config.seed if args.seed is None else args.seed
-  output = args.output or args.workdir / f'samples_seed{seed}'
+  kind = '' if build.image_size(config) else '.npz'
+  output = args.output or args.workdir / f'samples_seed{seed}{kind}'
+  if kind and output.suffix != kind:
+    raise errors.UserError(f'--output={output}: points go into an .npz')
   check_output(output, args.num_samples)
   build.check(config)
   mesh = build.mesh(config)

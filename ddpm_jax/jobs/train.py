@@ -11,14 +11,17 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import recipe
 from ddpm_jax.data import pipeline
+from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import training
 from ddpm_jax.jobs import sample
+from ddpm_jax.metrics import distances
 from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import logs
@@ -177,6 +180,8 @@ def picture_maker(
   count: int,
 ) -> Callable[[Any, str], None]:
   """(EMA weights, suffix) -> samples.png, and progress.png: x̂_0 ten times."""
+  if not build.image_size(config):
+    return point_pictures(config, mesh, folder)
   snapshots = min(10, config.sampler.steps)
   draw = sample.sampler(config, mesh, count, config.seed, snapshots)
 
@@ -187,6 +192,47 @@ def picture_maker(
     images.save_png(
       folder / f'progress{suffix}.png', images.grid(rows, columns=snapshots)
     )
+
+  return pictures
+
+
+def point_pictures(
+  config: ConfigDict, mesh: jax.sharding.Mesh, folder: pathlib.Path
+) -> Callable[[Any, str], None]:
+  """The same for points: the forward and the reverse process at ten times.
+
+  A two-sample test is printed: the energy distance of samples and data, and how
+  often it would be as large between two halves of one set.
+  """
+  n, T = 2000 // mesh.size * mesh.size, config.sampler.steps
+  # Closer together towards the end, where the shape appears.
+  times = sorted({round(T * (k / 9) ** 2) for k in range(10)}, reverse=True)
+  source, table = build.source(config), build.schedule(config)
+  data = source.gather(np.arange(n))['image']
+  engine = config.parallel.engine
+  index = parallel.put(np.arange(n, dtype=np.int32), mesh, engine)
+  told = [round(config.schedule.T * t / T) for t in times]
+  eps = np.random.default_rng(config.seed).normal(size=data.shape)
+  forward = [np.asarray(process.q_sample(table, data, t, eps)) for t in told]
+
+  def pictures(params: Any, suffix: str) -> None:
+    draw = parallel.compile_map(
+      build.chain(config, config.seed, times), mesh, engine, params
+    )
+    reverse = list(draw(params, index).swapaxes(0, 1))
+    titles = [f't = {t}' for t in told]
+    for ending in ('png', 'gif'):
+      path = folder / f'progress{suffix}.{ending}'
+      images.save_scatter(path, {'q': forward, 'p': reverse}, titles)
+    images.save_scatter(
+      folder / f'samples{suffix}.png',
+      {'': [data, reverse[-1]]},
+      ['data', 'samples'],
+    )
+    rng = np.random.default_rng(config.seed)
+    distance = distances.energy(data, reverse[-1])
+    p_value = distances.energy_p_value(rng, data, reverse[-1], permutations=199)
+    print(f'energy distance {distance:.5f}, p = {p_value:.3f}, n = {n}')
 
   return pictures
 

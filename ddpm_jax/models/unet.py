@@ -227,7 +227,7 @@ class UNet(nn.Module):
 
 
 def build(
-  image_size: tuple[int, int],
+  image_size: tuple[int, ...],
   image_channels: int,
   *,
   channels: int,
@@ -248,6 +248,8 @@ def build(
     ValueError: if the image cannot be halved so often, `groups` does not divide
       the channels, or `dtype` is unknown.
   """
+  if len(image_size) != 2:
+    raise ValueError('model.name=unet is for images; points take mlp')
   factor = 2 ** (len(multipliers) - 1)
   if any(side % factor for side in image_size):
     raise ValueError(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from matplotlib import figure
+from matplotlib.backends import backend_agg
 from PIL import Image
 
 
@@ -67,3 +68,52 @@ def save_curve(
   axes.grid(visible=True, which='both', alpha=0.3)
   with whole(path) as part:
     fig.savefig(part, format='png')
+
+
+def save_scatter(
+  path: pathlib.Path, rows: dict[str, list[np.ndarray]], titles: list[str]
+) -> None:
+  """Point sets (n, 2), a row of them each.
+
+  Args:
+    path: a .png; or a .gif, where each column is a frame.
+    rows: a name, and as many point sets as there are titles.
+    titles: of the columns.
+  """
+  limit = 1.05 * max(np.abs(x).max() for row in rows.values() for x in row)
+
+  def draw(columns: list[int]) -> figure.Figure:
+    fig = figure.Figure(
+      figsize=(2.2 * len(columns), 2.3 * len(rows)),
+      dpi=80,
+      layout='constrained',
+    )
+    axes = fig.subplots(len(rows), len(columns), squeeze=False)
+    for ax_row, (name, row) in zip(axes, rows.items(), strict=True):
+      ax_row[0].set_ylabel(name)
+      for ax, column in zip(ax_row, columns, strict=True):
+        ax.scatter(*row[column].T, s=1, alpha=0.5, linewidths=0)
+        ax.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[])
+        ax.set_aspect('equal')
+        ax.set_title(titles[column], fontsize=9)
+    return fig
+
+  def pixels(fig: figure.Figure) -> Image.Image:
+    canvas = backend_agg.FigureCanvasAgg(fig)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+  every = list(range(len(titles)))
+  with whole(path) as part:
+    if path.suffix == '.png':
+      pixels(draw(every)).save(part, format='PNG')
+      return
+    first, *others = (pixels(draw([column])) for column in every)
+    first.save(
+      part,
+      format='GIF',
+      save_all=True,
+      append_images=others,
+      duration=400,  # ms
+      loop=0,
+    )

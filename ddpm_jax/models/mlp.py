@@ -1,0 +1,57 @@
+"""A multilayer perceptron, for points."""
+
+import flax.linen as nn
+import jax
+
+from ddpm_jax.models import unet
+
+
+class MLP(nn.Module):
+  """ε_θ(x_t, t) for points of a few coordinates.
+
+  Attributes:
+    out_channels: coordinates of the output.
+    channels: of every hidden layer.
+    blocks: hidden layers, each told the time.
+  """
+
+  out_channels: int
+  channels: int = 128
+  blocks: int = 3
+
+  @nn.compact
+  def __call__(
+    self,
+    x_t: jax.Array,
+    t: jax.Array,
+    *,
+    train: bool = False,
+    index: jax.Array | None = None,
+  ) -> jax.Array:
+    """(B, D) and (B,) in 1..T -> float32 (B, out_channels)."""
+    del train, index  # nothing is random here
+    temb = unet.time_embedding(t - 1, self.channels)
+    temb = nn.swish(nn.Dense(self.channels)(temb))
+    h = nn.Dense(self.channels)(x_t)
+    for _ in range(self.blocks):
+      h += nn.Dense(self.channels)(nn.swish(h + nn.Dense(self.channels)(temb)))
+    return nn.Dense(self.out_channels)(nn.swish(h))
+
+
+def build(
+  image_size: tuple[int, ...],
+  image_channels: int,
+  *,
+  channels: int,
+  blocks: int,
+) -> MLP:
+  """The MLP of a recipe, for points of `image_channels` coordinates.
+
+  Raises:
+    ValueError: if the data are images.
+  """
+  if image_size != ():
+    raise ValueError(
+      'model.name=mlp is for points (data.image_size=()); images take unet'
+    )
+  return MLP(image_channels, channels, blocks)
