@@ -18,7 +18,7 @@ LAYERS = [
 ]
 INSIDE = {  # Rooms whose files have an order of their own.
   'diffusion': [
-    ['samplers', 'objectives'],
+    ['editing', 'objectives', 'samplers', 'two_noise'],
     ['likelihood'],
     ['process'],
     ['predictions', 'variances'],

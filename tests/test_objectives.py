@@ -11,6 +11,7 @@ import pytest
 from ddpm_jax.diffusion import objectives
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import timesteps
+from ddpm_jax.diffusion import two_noise
 
 S = schedules.linear()
 ALL = [timesteps.uniform, timesteps.antithetic, timesteps.stratified]
@@ -94,3 +95,27 @@ def test_the_time_of_an_example_follows_from_its_index_alone(choice):
   whole = draw(choice, 16)
   for i in range(16):
     assert choice(key, i, 16, 1000) == whole[i]
+
+
+@pytest.mark.parametrize('t', [1, 2, 100, 900])
+def test_two_noises_and_one_have_the_same_gradient_and_one_varies_less(t):
+  """The notes' claim, for a network ε_θ = a x_t + b and its two parameters."""
+  n = 40_000
+  x0 = 0.3 + 0.5 * jax.random.normal(jax.random.key(8), (n, 1))
+
+  def gradients(objective, seed):
+    keys = jax.random.split(jax.random.key(seed), n)
+
+    def loss(w, key, x0):
+      net = lambda x, t: w[0] * x + w[1]  # noqa: E731
+      return objective(S, net, key[None], x0[None], jnp.full(1, t))[0]
+
+    each = jax.vmap(jax.grad(loss), (None, 0, 0))
+    return jax.jit(each)(jnp.array([0.3, 0.1]), keys, x0)
+
+  one = gradients(two_noise.one_noise, 1)
+  two = gradients(two_noise.two_noise, 2)
+  error = jnp.sqrt((one.var(0) + two.var(0)) / n)
+  assert np.all(np.abs(one.mean(0) - two.mean(0)) < 5 * error)
+  if t > 1:  # at t = 1 there is no noise before, and both are one
+    assert np.all(one.var(0) < two.var(0))

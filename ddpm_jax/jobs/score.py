@@ -1,0 +1,83 @@
+"""`--mode=score`: the small-data score of samples; see `metrics/small.py`."""
+
+import argparse
+import json
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm_jax import build
+from ddpm_jax import errors
+from ddpm_jax.jobs import sample
+from ddpm_jax.metrics import classifier as classifiers
+from ddpm_jax.metrics import small
+from ddpm_jax.runtime import images
+from ddpm_jax.runtime import logs
+
+
+def run(config: ConfigDict, args: argparse.Namespace) -> None:
+  """Draws `--num_samples` images and compares them with the data.
+
+  Writes `score.json`, and `classifier.npz` once, into `--workdir`; prints.
+
+  Raises:
+    UserError: if there is no run in `--workdir`, or its data have no labels.
+  """
+  sample.check_workdir(args.workdir)
+  if args.output:
+    raise errors.UserError('--output is for images: score has --workdir')
+  if args.num_samples < small.LEAST:
+    raise errors.UserError(
+      f'--num_samples={args.num_samples}: a score needs {small.LEAST}, and '
+      'says little below 1000'
+    )
+  build.check(config)
+  mesh = build.mesh(config)
+  seed = config.seed if args.seed is None else args.seed
+  step, params = sample.restore_ema(config, mesh, args.workdir)
+  source = build.source(config)
+  if not source.class_names:
+    raise errors.UserError(
+      f'the data set {config.data.name} has no labels, which the small-data '
+      'score needs for its classifier'
+    )
+  data = source.gather(np.arange(len(source)))
+  classifier = trained(args.workdir / 'classifier.npz', data, source)
+  draw = sample.sampler(config, mesh, args.num_samples, seed)
+  logs.say(f'drawing {args.num_samples} images with the weights of step {step}')
+  with logs.progress(args.num_samples, 0, 'images', show=True) as bar:
+    drawn = []
+    for batch, _ in draw(params):
+      drawn.append(batch)
+      bar.update(len(batch))
+  learnt, held_out = classifiers.split(len(source))
+  result = {
+    **small.score(
+      data['image'][learnt],
+      data['label'][learnt],
+      np.concatenate(drawn),
+      classifier,
+      held_out=data['image'][held_out],
+    ),
+    'step': step,
+    'seed': seed,
+    'sampler': config.sampler.name,
+    'sampler_steps': config.sampler.steps,
+  }
+  with images.whole(args.workdir / 'score.json') as path:
+    path.write_text(json.dumps(result, indent=2) + '\n')
+  print(f'{small.NAME}\n{small.table(result)}')
+  logs.say(f'all of it            {args.workdir}/score.json')
+
+
+def trained(path: Any, data: Any, source: Any) -> classifiers.Classifier:
+  """The classifier of a workdir, made if it is not there yet."""
+  if path.exists():
+    return classifiers.load(path)
+  logs.say(f'training a classifier of {len(source.class_names)} classes')
+  made = classifiers.train(
+    data['image'], data['label'], len(source.class_names)
+  )
+  classifiers.save(path, made)
+  return made
