@@ -59,9 +59,8 @@ def parser() -> Parser:
   p.add_argument(
     '--num_samples',
     type=int,
-    default=64,
     metavar='N',
-    help='how many images to draw (default: 64)',
+    help='how many images to draw (default: 64; of figures each has its own)',
   )
   p.add_argument(
     '--seed', type=int, help='of everything random (default: the recipe says)'
@@ -71,6 +70,11 @@ def parser() -> Parser:
     type=pathlib.Path,
     help='where images go: a folder (a PNG each), a .png (one grid) or an .npz '
     '(uint8 NHWC, `images`); default: a folder in --workdir',
+  )
+  p.add_argument(
+    '--figure',
+    metavar='NAME',
+    help='which figure of the paper to draw, for --mode=figures; it lists them',
   )
   return p
 
@@ -99,8 +103,12 @@ def run(argv: list[str]) -> None:
   modes = [job.name for job in pkgutil.iter_modules(jobs.__path__)]
   if args.mode not in modes:
     raise errors.unknown('mode', args.mode, modes)
-  if args.num_samples < 1:
+  if args.num_samples is not None and args.num_samples < 1:
     raise errors.UserError(f'--num_samples={args.num_samples} is not positive')
+  if args.mode != 'figures':
+    args.num_samples = args.num_samples or 64
+    if args.figure:
+      raise errors.UserError('--figure is for --mode=figures')
   if args.mode == 'train' and args.seed is not None:
     changes['seed'] = str(args.seed)
   if args.mode == 'train' and args.output:
@@ -108,8 +116,10 @@ def run(argv: list[str]) -> None:
   # JAX and the rest take seconds to import; --help and mistakes need none.
   from ddpm_jax import recipe
 
-  config = recipe.resolve(args.config, args.workdir, changes)
   job = importlib.import_module(f'ddpm_jax.jobs.{args.mode}')
+  config = None
+  if getattr(job, 'needs_config', True):
+    config = recipe.resolve(args.config, args.workdir, changes)
   job.run(config, args)
 
 

@@ -187,6 +187,7 @@ def test_nearest_finds_the_planted_copy_exactly():
   training = images(50)
   samples = images(20, seed=1)
   samples[3], samples[11] = training[41], training[0]
+  training[49] = training[41]  # of equals the first is named
   rmse, index = distances.nearest(samples, training, block=SMALL)
   assert (rmse == 0).nonzero()[0].tolist() == [3, 11]
   assert index[[3, 11]].tolist() == [41, 0]
@@ -257,6 +258,10 @@ def test_p_value_counts_ties_against_the_difference():
       distances.energy, rng, same, same, permutations=permutations
     )
     assert p == 1
+  # Of the 6 splits of these four, 2 are as far apart as theirs.
+  a, b = np.array([[0.1], [0.3]]), np.array([[0.7], [0.9]])
+  p = distances.energy_p_value(rng, a, b)
+  assert abs(p - 1 / 3) < 4 * np.sqrt(2 / 9 / 1000)
 
 
 def test_the_quick_p_value_of_energy_is_the_slow_one():

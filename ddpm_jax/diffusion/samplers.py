@@ -38,6 +38,26 @@ def ancestral(
   return mean + sigma * process.normal(keys, x_t.shape[1:]), x0_hat
 
 
+def greedy(
+  schedule: schedules.Schedule,
+  model_fn: process.ModelFn,
+  keys: jax.Array,
+  x_t: jax.Array,
+  t: jax.Array,
+  *,
+  predict: predictions.Prediction = predictions.eps,
+  variance: process.Variance = variances.beta,
+  clip: bool = True,
+) -> tuple[jax.Array, jax.Array]:
+  """x_{t-1} = μ_θ(x_t, t): `ancestral` with σ_t = 0 at every step."""
+  del keys
+  out = model_fn(x_t, jnp.full(len(x_t), t))
+  mean, _, x0_hat = process.p_mean_variance(
+    schedule, out, x_t, t, predict=predict, variance=variance, clip=clip
+  )
+  return mean, x0_hat
+
+
 def sample(
   step: Step,
   schedule: schedules.Schedule,

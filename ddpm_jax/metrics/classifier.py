@@ -19,7 +19,7 @@ BATCH = 500  # images whose features are computed at once
 
 
 class Net(nn.Module):
-  """conv, norm, relu; halved until a side is 4 or less; features, logits."""
+  """conv, norm, relu; halved until no side is over 4; features, logits."""
 
   classes: int
   width: int = 32

@@ -54,6 +54,7 @@ def score(
         f'small-data score, which needs {LEAST}'
       )
   classes = int(classifier.classes)
+  labels = np.asarray(labels)
   seen = labels[labels >= 0]
   real_features, _ = classifiers.features_and_probabilities(classifier, real)
   result: dict[str, Any] = {

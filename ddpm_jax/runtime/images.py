@@ -1,10 +1,12 @@
-"""Pictures: grids, strips and curves, as PNG files."""
+"""Pictures: grids, strips and curves, as PNG files; GIFs where time moves."""
 
 import contextlib
 import math
 import os
 import pathlib
 from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import figure
@@ -25,6 +27,29 @@ def save_png(path: pathlib.Path, image: np.ndarray) -> None:
   flat = image[..., 0] if image.shape[-1] == 1 else image
   with whole(path) as part:
     Image.fromarray(flat).save(part, format='PNG')
+
+
+def save_gif(
+  path: pathlib.Path, frames: Sequence[np.ndarray], milliseconds: int
+) -> None:
+  """Writes uint8 (H, W, 3) frames that begin anew after a second's rest."""
+  first, *others = (Image.fromarray(frame) for frame in frames)
+  with whole(path) as part:
+    first.save(
+      part,
+      format='GIF',
+      save_all=True,
+      append_images=others,
+      duration=[milliseconds] * len(others) + [milliseconds + 1000],
+      loop=0,
+    )
+
+
+def render(fig: figure.Figure) -> np.ndarray:
+  """The pixels of a figure, uint8 (H, W, 3)."""
+  canvas = backend_agg.FigureCanvasAgg(fig)
+  canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def save_npz(path: pathlib.Path, images: np.ndarray) -> None:
@@ -98,22 +123,89 @@ def save_scatter(
         ax.set_title(titles[column], fontsize=9)
     return fig
 
-  def pixels(fig: figure.Figure) -> Image.Image:
-    canvas = backend_agg.FigureCanvasAgg(fig)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
-
   every = list(range(len(titles)))
-  with whole(path) as part:
-    if path.suffix == '.png':
-      pixels(draw(every)).save(part, format='PNG')
-      return
-    first, *others = (pixels(draw([column])) for column in every)
-    first.save(
-      part,
-      format='GIF',
-      save_all=True,
-      append_images=others,
-      duration=400,  # ms
-      loop=0,
+  if path.suffix == '.png':
+    save_png(path, render(draw(every)))
+  else:
+    save_gif(path, [render(draw([column])) for column in every], 400)
+
+
+def labelled(
+  tiles: np.ndarray,
+  titles: Sequence[str] = (),
+  labels: Sequence[str] = (),
+  head: str = '',
+) -> np.ndarray:
+  """A grid of uint8 (R, K, H, W, C) with words to it, (height, width, 3).
+
+  Args:
+    tiles: in R rows and K columns.
+    titles: of the columns.
+    labels: of the rows.
+    head: a line above all.
+  """
+  R, K = tiles.shape[:2]
+  pixels = grid(tiles.reshape(-1, *tiles.shape[2:]), columns=K, width=1200)
+  height, width = pixels.shape[:2]
+  em = 0.62  # width of a letter, in its size; a point is 100/72 pixels
+  longest = max([len(title) for title in titles], default=1)
+  size = min(10, width / K * 72 / 100 / (longest + 1) / em)
+  left = 12 + int(max([len(x) for x in labels], default=0) * 10 * em * 100 / 72)
+  top = 12 + 16 * bool(titles) + 20 * bool(head)
+  full = np.array([left + width + 12, top + height + 12])
+  fig = figure.Figure(figsize=tuple(full / 100), dpi=100)
+  x, y = np.array([left, 12]) / full
+  axes = fig.add_axes((x, y, width / full[0], height / full[1]))
+  # As many pixels as there are: none is blended with its neighbour.
+  axes.imshow(
+    np.broadcast_to(pixels, (height, width, 3)),
+    extent=(0, K, R, 0),
+    aspect='auto',
+    interpolation='nearest',
+  )
+  axes.spines[:].set_visible(False)
+  axes.tick_params(length=0, pad=3, labeltop=True, labelbottom=False)
+  axes.set_xticks(np.arange(len(titles)) + 0.5, titles, fontsize=size)
+  axes.set_yticks(np.arange(len(labels)) + 0.5, labels, fontsize=10)
+  fig.text(x, 1 - 6 / full[1], head, va='top', fontsize=11)
+  return render(fig)
+
+
+def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
+  """(h, w, 3) pictures one below the other, on white."""
+  width = max(picture.shape[1] for picture in pictures)
+  wide = [
+    np.pad(
+      picture,
+      ((0, 0), (0, width - picture.shape[1]), (0, 0)),
+      constant_values=255,
     )
+    for picture in pictures
+  ]
+  return np.concatenate(wide)
+
+
+class Panel(NamedTuple):
+  """Curves that share their axes."""
+
+  xlabel: str
+  ylabel: str
+  curves: dict[str, tuple[np.ndarray, np.ndarray]]  # name: (x, y)
+  log: bool = False  # the y axis
+
+
+def plot(panels: Sequence[Panel], bold: str = '') -> np.ndarray:
+  """Panels side by side, (height, width, 3); the curve `bold` stands out."""
+  fig = figure.Figure(
+    figsize=(4.2 * len(panels), 3.6), dpi=100, layout='constrained'
+  )
+  for axes, panel in zip(fig.subplots(1, len(panels)), panels, strict=True):
+    for name, (x, y) in panel.curves.items():
+      width = 3.0 if name == bold else 1.2
+      axes.plot(x, y, label=name, linewidth=width)
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+    axes.set_yscale('log' if panel.log else 'linear')
+    axes.grid(visible=True, alpha=0.3)
+    if len(panel.curves) > 1 and panel is panels[0]:
+      axes.legend(fontsize=8)
+  return render(fig)
