@@ -29,6 +29,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['checkpoint', 'images', 'logs', 'parallel', 'stop', 'workdir'],
     ['fingerprint'],
   ],
+  'metrics': [['small'], ['classifier', 'distances']],
   'models': [['mlp'], ['unet']],
 }
 FILES = sorted(ROOT.rglob('*.py'))

@@ -60,7 +60,14 @@ def test_keys_in_its_text_exist(key):
 
 @pytest.mark.parametrize('path', re.findall(r'\]\(((?!http)[^)]*)\)', TEXT))
 def test_its_links_lead_somewhere(path):
-  assert (ROOT / path).exists()
+  if path.startswith('#'):
+    headings = re.findall(r'^#+ (.*)$', TEXT, re.M)
+    slugs = [
+      re.sub(r'[^\w -]', '', h).lower().replace(' ', '-') for h in headings
+    ]
+    assert path[1:] in slugs
+  else:
+    assert (ROOT / path).exists()
 
 
 def test_its_python_runs():
