@@ -67,7 +67,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   }
   with images.whole(args.workdir / 'score.json') as path:
     path.write_text(json.dumps(result, indent=2) + '\n')
-  print(f'{small.NAME}\n{small.table(result)}')
+  print(small.table(result))
   logs.say(f'all of it            {args.workdir}/score.json')
 
 

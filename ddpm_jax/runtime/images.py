@@ -145,12 +145,13 @@ def labelled(
     head: a line above all.
   """
   R, K = tiles.shape[:2]
-  pixels = grid(tiles.reshape(-1, *tiles.shape[2:]), columns=K, width=1200)
+  flat = tiles.reshape(-1, *tiles.shape[2:])
+  pixels = grid(flat, columns=K, width=min(1200, 150 * K))
   height, width = pixels.shape[:2]
   em = 0.62  # width of a letter, in its size; a point is 100/72 pixels
   longest = max([len(title) for title in titles], default=1)
   size = min(10, width / K * 72 / 100 / (longest + 1) / em)
-  left = 12 + int(max([len(x) for x in labels], default=0) * 10 * em * 100 / 72)
+  left = 20 + int(max([len(x) for x in labels], default=0) * 10 * em * 100 / 72)
   top = 12 + 16 * bool(titles) + 20 * bool(head)
   full = np.array([left + width + 12, top + height + 12])
   fig = figure.Figure(figsize=tuple(full / 100), dpi=100)
@@ -172,16 +173,13 @@ def labelled(
 
 
 def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
-  """(h, w, 3) pictures one below the other, on white."""
+  """(h, w, 3) pictures one below the other, in the middle, on white."""
   width = max(picture.shape[1] for picture in pictures)
-  wide = [
-    np.pad(
-      picture,
-      ((0, 0), (0, width - picture.shape[1]), (0, 0)),
-      constant_values=255,
-    )
-    for picture in pictures
-  ]
+  wide = []
+  for picture in pictures:
+    left, odd = divmod(width - picture.shape[1], 2)
+    margin = ((0, 0), (left, left + odd), (0, 0))
+    wide.append(np.pad(picture, margin, constant_values=255))
   return np.concatenate(wide)
 
 
@@ -191,20 +189,22 @@ class Panel(NamedTuple):
   xlabel: str
   ylabel: str
   curves: dict[str, tuple[np.ndarray, np.ndarray]]  # name: (x, y)
-  log: bool = False  # the y axis
+  bottom: float = 0.0  # of the y axis, which is logarithmic if that is not 0
 
 
 def plot(panels: Sequence[Panel], bold: str = '') -> np.ndarray:
   """Panels side by side, (height, width, 3); the curve `bold` stands out."""
   fig = figure.Figure(
-    figsize=(4.2 * len(panels), 3.6), dpi=100, layout='constrained'
+    figsize=(12, 8 / len(panels) + 1), dpi=100, layout='constrained'
   )
   for axes, panel in zip(fig.subplots(1, len(panels)), panels, strict=True):
     for name, (x, y) in panel.curves.items():
-      width = 3.0 if name == bold else 1.2
+      width = 3.5 if bold and name == bold else 1.2
       axes.plot(x, y, label=name, linewidth=width)
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
-    axes.set_yscale('log' if panel.log else 'linear')
+    axes.set_yscale('log' if panel.bottom else 'linear')
+    axes.margins(y=0.02)
+    axes.set_ylim(bottom=panel.bottom)
     axes.grid(visible=True, alpha=0.3)
     if len(panel.curves) > 1 and panel is panels[0]:
       axes.legend(fontsize=8)
