@@ -49,26 +49,33 @@ POSITIVE = (
 )
 
 
+def functions(
+  module: ModuleType, argument: str | None = None
+) -> dict[str, Callable]:
+  """The functions of a module, by name; those with an argument of that name.
+
+  An argument is what makes a function a schedule or a sampler, not a helper.
+  """
+  return {
+    name: f
+    for name, f in inspect.getmembers(module, inspect.isfunction)
+    if f.__module__ == module.__name__
+    and (not argument or argument in inspect.signature(f).parameters)
+  }
+
+
 def named(
   module: ModuleType, name: str, argument: str | None, what: str
 ) -> Callable:
-  """The function `name` of `module`.
-
-  Only functions that have the argument `argument` count: that is what makes a
-  function of a module a schedule or a sampler, and not a helper.
+  """The function `name` among the `functions` of a module.
 
   Raises:
     UserError: if there is none, naming those there are.
   """
-  functions = {
-    n: f
-    for n, f in inspect.getmembers(module, inspect.isfunction)
-    if f.__module__ == module.__name__
-    and (not argument or argument in inspect.signature(f).parameters)
-  }
-  if name not in functions:
-    raise errors.unknown(what, name, functions)
-  return functions[name]
+  known = functions(module, argument)
+  if name not in known:
+    raise errors.unknown(what, name, known)
+  return known[name]
 
 
 def reverse(config: ConfigDict, variance: str) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def test_every_figure_is_a_picture(name, tiny_run, tmp_path):
 
 
 def test_these_are_all_figures():
-  assert set(figures.functions(figures, 'trained')) == set(NAMES)
+  assert set(build.functions(figures, 'trained')) == set(NAMES)
 
 
 def test_a_figure_is_put_into_the_workdir(tiny_run, tmp_path):

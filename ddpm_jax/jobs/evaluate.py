@@ -42,16 +42,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     f'evaluating the EMA weights of step {step} on {count} images of '
     f'{split}, {f"t = 1 and {draws} drawn" if draws else f"all {T}"} times each'
   )
-  compiled = parallel.compile_map(
-    build.bound(config, seed), mesh, config.parallel.engine, params
-  )
-  parts = []
-  with logs.progress(count, 0, 'images', show=True) as bar:
-    for batch, real in rows(config, mesh, source, count):
-      part = compiled(params, batch)
-      parts.append(jax.tree.map(lambda x, n=real: x[:n], part))
-      bar.update(real)
-  bound = sample.gather(iter(parts))
+  bound = bound_of(config, mesh, params, source, count, seed)
   result = {
     **summary(bound, T),
     'step': step,
@@ -75,6 +66,27 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   print(table(result))
   logs.say(f'all of it            {args.workdir}/evaluation.json')
   logs.say(f'its terms by t       {args.workdir}/evaluation.png')
+
+
+def bound_of(
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  params: Any,
+  source: Any,
+  count: int,
+  seed: int,
+) -> likelihood.Bound:
+  """The bound of the first `count` images, with a progress bar."""
+  compiled = parallel.compile_map(
+    build.bound(config, seed), mesh, config.parallel.engine, params
+  )
+  parts = []
+  with logs.progress(count, 0, 'images', show=True) as bar:
+    for batch, real in rows(config, mesh, source, count):
+      part = compiled(params, batch)
+      parts.append(jax.tree.map(lambda x, n=real: x[:n], part))
+      bar.update(real)
+  return sample.gather(iter(parts))
 
 
 def rows(

@@ -12,7 +12,6 @@ import pathlib
 import sys
 from collections.abc import Callable
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 from typing import NamedTuple
 
@@ -106,18 +105,8 @@ def save(path: pathlib.Path, drawn: Drawn) -> None:
     logs.say(f'the same, moving     {film}')
 
 
-def functions(module: ModuleType, argument: str) -> dict[str, Callable]:
-  """The functions of a module that have this argument."""
-  return {
-    name: f
-    for name, f in inspect.getmembers(module, inspect.isfunction)
-    if f.__module__ == module.__name__
-    and argument in inspect.signature(f).parameters
-  }
-
-
 def named(name: str | None) -> Callable[..., Drawn]:
-  known = functions(sys.modules[__name__], 'trained')
+  known = build.functions(sys.modules[__name__], 'trained')
   if not name:
     raise errors.UserError(f'name a --figure; known: {", ".join(known)}')
   if name not in known:
@@ -174,7 +163,7 @@ def every_schedule(config: ConfigDict) -> dict[str, tables.Schedule]:
   """All schedules with the keys of a recipe; equal ones share a line."""
   names: dict[bytes, list[str]] = {}
   known: dict[bytes, tables.Schedule] = {}
-  for name, function in functions(tables, 'T').items():
+  for name, function in build.functions(tables, 'T').items():
     table = build.call(function, config.schedule)
     same = np.asarray(table.alpha_bar).tobytes()
     names.setdefault(same, []).append(name)
@@ -349,17 +338,10 @@ def rate_distortion(trained: Trained, count: int = 64) -> Drawn:
   split = config.evaluate.split or config.data.split
   source = build.source(config, split)
   count = min(count, len(source))
-  mesh, engine = trained.mesh, config.parallel.engine
-  compiled = parallel.compile_map(
-    build.bound(config, trained.seed), mesh, engine, trained.params
+  bound = evaluate.bound_of(
+    config, trained.mesh, trained.params, source, count, trained.seed
   )
-  parts = []
-  with logs.progress(count, 0, 'images', show=True) as bar:
-    for batch, n in evaluate.rows(config, mesh, source, count):
-      part = compiled(trained.params, batch)
-      parts.append(jax.tree.map(lambda x, n=n: x[:n], part))
-      bar.update(n)
-  rate, rmse = progress(sample.gather(iter(parts)))
+  rate, rmse = progress(bound)
   print(table(rate, rmse, f'{count} images of {split}'))
   step, words = np.arange(1, len(rate) + 1), 'RMSE of 0..255'
   panels = [
