@@ -177,6 +177,10 @@ def check(config: ConfigDict) -> None:
     if flat[key] < 1:
       raise errors.UserError(f'config.{key}={flat[key]} must be at least 1')
   named(sources, config.data.name, None, 'data set')
+  if not image_size(config) and config.data.flip:
+    raise errors.UserError(
+      'points have no left and right to mirror: set config.data.flip=false'
+    )
   if image_size(config) and config.data.channels not in (1, 3):
     raise errors.UserError(
       f'config.data.channels={config.data.channels} is not 1 (gray) or 3 (RGB)'

@@ -65,6 +65,7 @@ def test_points_train_and_are_drawn_and_sampled(tmp_path, capsys):
     (['--config.data.points=swissroll'], "did you mean 'swiss_roll'"),
     (['--config.data.image_size=8'], 'channels=2'),
     (['--config.model.name=unet'], 'unet is for images'),
+    (['--config.data.flip=true'], 'no left and right'),
   ],
 )
 def test_what_does_not_fit_is_refused(changes, message, tmp_path):

@@ -30,16 +30,13 @@ def run(config: ConfigDict | None, args: argparse.Namespace) -> None:
     UserError: if there are none in `--workdir`.
   """
   del config
+  above = args.workdir or pathlib.Path('runs')
   folders = sorted(
-    {
-      file.parent
-      for name, *_ in COLUMNS
-      for file in (args.workdir or pathlib.Path('runs')).glob(f'*/{name}')
-    }
+    {file.parent for name, *_ in COLUMNS for file in above.glob(f'*/{name}')}
   )
   if not folders:
     raise errors.UserError(
-      f'{args.workdir} holds no run that was evaluated or scored: name the '
+      f'{above} holds no run that was evaluated or scored: name the '
       'folder above them with --workdir'
     )
   titles = ['run', *(title for *_, title, _ in COLUMNS)]
