@@ -60,7 +60,9 @@ def get_config() -> ConfigDict:
   # predict = 'mu' the error of the mean) | vlb (the true bound) | hybrid
   # | min_snr.
   c.loss.name = 'simple'
-  c.loss.t = 'uniform'  # uniform | antithetic | stratified
+  # How t is drawn: uniform | antithetic | stratified | importance (by the
+  # losses of the past; for vlb, whose terms differ by thousands).
+  c.loss.t = 'uniform'
 
   c.optimizer = ConfigDict()  # Adam
   c.optimizer.learning_rate = 2e-4

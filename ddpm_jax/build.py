@@ -265,17 +265,19 @@ def init_state(config: ConfigDict) -> training.TrainState:
   x = jnp.zeros((1, *shape(config)))
   t = jnp.ones(1, jnp.int32)
   params = network.init(stream(config.seed, 'init'), x, t)['params']
+  by_history = config.loss.t == 'importance'
   return training.TrainState.create(
     apply_fn=network.apply,
     params=params,
     # A copy: a donated state must not hold one buffer twice.
     ema_params=jax.tree.map(jnp.copy, params),
     tx=optimizer(config),
+    history=timesteps.no_history(config.schedule.T) if by_history else None,
   )
 
 
-def loss_fn(config: ConfigDict) -> Callable[..., jax.Array]:
-  """(params, key, batch) -> losses (B,): Algorithm 1 for a batch of images.
+def loss_fn(config: ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
+  """Algorithm 1 for a batch of images, as `training.train_step` wants it.
 
   The randomness of an example follows from `key` and its `batch['index']`.
   """
@@ -288,14 +290,20 @@ def loss_fn(config: ConfigDict) -> Callable[..., jax.Array]:
   fold = jax.vmap(jax.random.fold_in, (None, 0))
 
   def loss(
-    params: Any, key: jax.Array, batch: dict[str, jax.Array]
-  ) -> jax.Array:
+    params: Any,
+    key: jax.Array,
+    batch: dict[str, jax.Array],
+    history: timesteps.History | None = None,
+  ) -> tuple[jax.Array, Any]:
     k_flip, k_t, k_eps, k_drop = jax.random.split(key, 4)
     index = batch['index']
     x0 = pixels.to_float(batch['image'])
     if config.data.flip:
       x0 = pixels.random_flip(fold(k_flip, index), x0)
-    t = jax.vmap(lambda i: draw_t(k_t, i, n, T))(index)
+    # Of each t, where it is drawn by its losses of the past.
+    p = None if history is None else timesteps.probabilities(history)
+    draw = draw_t if p is None else functools.partial(draw_t, p=p)
+    t = jax.vmap(lambda i: draw(k_t, i, n, T))(index)
 
     def model_fn(x_t: jax.Array, t: jax.Array) -> Any:
       variables, rngs = {'params': params}, {'dropout': k_drop}
@@ -303,7 +311,9 @@ def loss_fn(config: ConfigDict) -> Callable[..., jax.Array]:
         variables, x_t, t, train=True, index=index, rngs=rngs
       )
 
-    return objective(table, model_fn, fold(k_eps, index), x0, t, **options)
+    losses = objective(table, model_fn, fold(k_eps, index), x0, t, **options)
+    weight = 1.0 if p is None else 1 / (T * p[t - 1])
+    return weight * losses, (index, t, losses)
 
   return loss
 
@@ -402,21 +412,26 @@ def chain(config: ConfigDict, seed: int, times: Sequence[int]) -> Callable:
 
 def bound(config: ConfigDict, seed: int) -> Callable:
   """(params, batch) -> `likelihood.Bound` of the images of a batch."""
+  return bound_by(
+    functools.partial(likelihood.bound, draws=config.evaluate.draws),
+    config,
+    seed,
+  )
+
+
+def bound_by(form: Callable, config: ConfigDict, seed: int) -> Callable:
+  """The same by a `form` that is called as `likelihood.bound` is."""
   network, table = model(config), schedule(config)
   options = reverse(config, config.sampler.variance)
+  fold = jax.vmap(jax.random.fold_in, (None, 0))
 
   def evaluate(params: Any, batch: dict[str, jax.Array]) -> likelihood.Bound:
+    keys = fold(stream(seed, 'evaluate'), batch['index'])
+    x0 = pixels.to_float(batch['image'])
+
     def model_fn(x_t: jax.Array, t: jax.Array) -> Any:
       return network.apply({'params': params}, x_t, t)
 
-    fold = jax.vmap(jax.random.fold_in, (None, 0))
-    return likelihood.bound(
-      table,
-      model_fn,
-      fold(stream(seed, 'evaluate'), batch['index']),
-      pixels.to_float(batch['image']),
-      draws=config.evaluate.draws,
-      **options,
-    )
+    return form(table, model_fn, keys, x0, **options)
 
   return evaluate

@@ -28,12 +28,14 @@ from ddpm_jax.runtime import images
 NAMES = (
   'forward',
   'generation',
+  'gradients',
   'interpolation',
   'nearest',
   'progressive',
   'rate_distortion',
   'schedules',
   'shared',
+  'two_term',
 )
 MOVING = ('forward', 'progressive')
 T = 100

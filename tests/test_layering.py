@@ -18,12 +18,12 @@ LAYERS = [
 ]
 INSIDE = {  # Rooms whose files have an order of their own.
   'diffusion': [
-    ['editing', 'objectives', 'samplers', 'two_noise'],
+    ['editing', 'objectives', 'samplers', 'two_noise', 'two_term'],
     ['likelihood'],
     ['process'],
     ['predictions', 'variances'],
-    ['schedules'],
-    ['pixels', 'timesteps', 'training'],
+    ['schedules', 'training'],
+    ['pixels', 'timesteps'],
   ],
   'runtime': [
     ['checkpoint', 'images', 'logs', 'parallel', 'stop', 'workdir'],

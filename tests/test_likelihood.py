@@ -10,6 +10,7 @@ from scipy import stats
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import two_term
 from ddpm_jax.diffusion import variances
 
 GRAYS = jnp.arange(256) / 127.5 - 1
@@ -177,30 +178,17 @@ def test_the_two_term_form_is_the_three_term_form():
   """E log p(x_T) + Σ E log p(x_{t-1}|x_t)/q(x_t|x_{t-1}), by Monte Carlo."""
   s = schedules.linear(10, 0.02, 0.5)
   net = gaussian.model_fn(s, 0.0, 0.2)
-  n, x0 = 20_000, GRAYS[150]
-  eps = jax.random.normal(jax.random.key(3), (s.T, n, 1))
-  x = [jnp.full((n, 1), x0)]
-  for t in range(1, s.T + 1):
-    x.append(process.q_step(s, x[-1], t, eps[t - 1]))
-
-  def log_normal(x, mean, log_var):
-    return -0.5 * (
-      jnp.log(2 * jnp.pi) + log_var + (x - mean) ** 2 * jnp.exp(-log_var)
-    )
-
-  total = log_normal(x[-1], 0.0, 0.0)
-  for t in range(1, s.T + 1):
-    out = net(x[t], jnp.full(n, t))
-    mean, log_var, _ = process.p_mean_variance(s, out, x[t], t, clip=False)
-    q = log_normal(x[t], jnp.sqrt(1 - s.beta[t]) * x[t - 1], jnp.log(s.beta[t]))
-    p = (
-      likelihood.decoder_log_prob(x0, mean, log_var)
-      if t == 1
-      else log_normal(x[t - 1], mean, log_var)
-    )
-    total += p - q
-  two = -total[:, 0]
-  terms, prior = bound(s, net, jnp.full((n, 1), x0))
+  n = 20_000
+  x0 = jnp.full((n, 1), GRAYS[150])
+  parts = two_term.bound(s, net, keys(n, 3), x0, clip=False)
+  two = parts.terms.sum(1) + parts.prior
+  terms, prior = bound(s, net, x0)
   three = terms.sum(0) + prior
   error = np.sqrt((two.var() + three.var()) / n)
   assert abs(two.mean() - three.mean()) < 5 * error
+
+
+def test_a_normal_has_the_density_that_it_has():
+  x, mean, var = 0.7, -0.2, 0.3
+  got = two_term.log_normal(x, mean, np.log(var))
+  assert got == pytest.approx(stats.norm(mean, np.sqrt(var)).logpdf(x))

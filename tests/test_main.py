@@ -17,6 +17,7 @@ from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax import recipe
+from ddpm_jax.jobs import train
 from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import parallel
 
@@ -81,7 +82,7 @@ def weights(workdir):
   )
   saved = checkpoint.restore(
     workdir / 'checkpoints',
-    {k: getattr(state, k) for k in ('step', 'params', 'opt_state')},
+    train.trained(state),
     state.ema_params,
   )
   return saved
@@ -183,6 +184,25 @@ def test_a_run_stopped_by_SIGTERM_and_resumed_is_the_undisturbed_run(
   for name in ('samples.png', 'progress.png'):
     a, b = workdir / name, tiny_run[0] / name
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_the_history_of_the_losses_is_resumed_too(tmp_path):
+  few = [
+    *('--config.loss.t=importance', '--config.loss.name=vlb'),
+    *('--config.schedule.T=3', '--config.sampler.steps=3'),
+  ]
+
+  def trained(name, *steps):
+    workdir = tmp_path / name
+    for n in steps:
+      main.run([*TINY, *few, f'--workdir={workdir}', f'--config.steps={n}'])
+    return workdir
+
+  whole, parts = trained('whole', 9), trained('parts', 5, 9)
+  assert metrics(whole) == metrics(parts)
+  assert_equal(weights(whole), weights(parts))
+  # All t have a history: later draws, and so losses, follow from it.
+  assert weights(whole).state['history'].seen.min() > 10
 
 
 def test_a_run_that_was_killed_and_resumed_is_the_undisturbed_run(

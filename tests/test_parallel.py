@@ -93,6 +93,43 @@ def test_all_ways_agree_with_one_device(changes):
     assert np.mean(a != b) < 0.01
 
 
+def by_history(**changes):
+  """Losses, t by importance, where all have a history after two of 8 steps."""
+  c = config(loss__t='importance', loss__name='vlb', schedule__T=4, **changes)
+  c.sampler.steps = 4
+  mesh, state = start(c)
+  how = c.parallel.engine
+  step = parallel.compile_step(build.train_step(c, mesh.size), mesh, how, state)
+  losses = []
+  for i in range(8):
+    state, metrics = step(state, parallel.put(batch(i), mesh, how))
+    losses.append(float(metrics['loss']))
+  return np.array(losses), jax.tree.map(np.asarray, state.history)
+
+
+by_history_on_one = functools.cache(
+  functools.partial(by_history, parallel__data=1)
+)
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    dict(parallel__data=2, parallel__fsdp=4),
+    dict(parallel__engine='pmap', parallel__data=4, accumulate=2),
+  ],
+  ids=lambda changes: ' '.join(f'{k}={v}' for k, v in changes.items()),
+)
+def test_all_ways_draw_the_same_t_by_history(changes):
+  losses, history = by_history(**changes)
+  one_losses, one_history = by_history_on_one()
+  assert history.seen.min() > 10
+  np.testing.assert_array_equal(history.seen, one_history.seen)
+  # Float32 sums in another order, as above.
+  np.testing.assert_allclose(losses, one_losses, rtol=2e-5)
+  np.testing.assert_allclose(history.losses, one_history.losses, rtol=2e-4)
+
+
 def test_dropout_and_flip_were_part_of_that():
   """Else the comparison above would say nothing of them."""
   losses = one_device()[0]

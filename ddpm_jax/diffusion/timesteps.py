@@ -1,8 +1,11 @@
 """How the times of a training batch are drawn.
 
 Each function gives the time of example i of n under one key, so that every
-device can draw its own examples' times alone and all agree.
+device can draw its own examples' times alone and all agree. `importance` also
+takes how likely each time is to be, and that follows from a `History`.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,3 +33,62 @@ def stratified(key: jax.Array, i: jax.Array, n: int, T: int) -> jax.Array:
   u = jax.random.uniform(jax.random.fold_in(key, i))
   t = 1 + jnp.floor((i + u) / n * T).astype(jnp.int32)
   return jnp.minimum(t, T)  # i + u can round up to n
+
+
+def importance(
+  key: jax.Array, i: jax.Array, n: int, T: int, p: jax.Array
+) -> jax.Array:
+  """t with probability p (T,), of `probabilities`; a loss weighs 1 / (T p_t).
+
+  By Gumbel's maximum: rounding in p, which differs with the number of devices,
+  then changes a draw T times more rarely than by a cumulative sum.
+  """
+  del n
+  key = jax.random.fold_in(key, i)
+  return 1 + jax.random.categorical(key, jnp.log(p))
+
+
+class History(NamedTuple):
+  """The last losses at every t: what `importance` needs of the past."""
+
+  losses: jax.Array  # (T, K); the row of t is t - 1
+  seen: jax.Array  # (T,) int32, how many there have been
+
+
+def no_history(T: int, K: int = 10) -> History:
+  return History(jnp.zeros((T, K)), jnp.zeros(T, jnp.int32))
+
+
+def probabilities(history: History) -> jax.Array:
+  """p_t ∝ √E[L_t²], with a share of 0.001 uniform  (Nichol & Dhariwal 2021).
+
+  The least variance of L_t / (T p_t) of all p. Uniform until every t has been
+  seen as often as the history is long.
+  """
+  T, K = history.losses.shape
+  size = jnp.sqrt(jnp.mean(jnp.square(history.losses), axis=1))
+  p = 0.999 * size / jnp.sum(size) + 0.001 / T
+  return jnp.where(jnp.all(history.seen >= K), p, 1 / T)
+
+
+def record(
+  history: History, index: jax.Array, t: jax.Array, losses: jax.Array
+) -> History:
+  """The history after the losses (B,) at t (B,) of a batch.
+
+  `index` (B,), the row of each in the whole batch, is the order in which they
+  count: the order of the arrays depends on the devices.
+  """
+  T, K = history.losses.shape
+  order = jnp.lexsort((index, t))
+  t, losses = t[order], losses[order]
+  start = jnp.searchsorted(t, t)
+  rank = jnp.arange(len(t)) - start  # among those of the same t
+  count = jnp.searchsorted(t, t, side='right') - start
+  # Of more than K at one t the last K stay; row T is none, and is dropped.
+  row = jnp.where(rank >= count - K, t - 1, T)
+  slot = (history.seen[t - 1] + rank) % K
+  return History(
+    history.losses.at[row, slot].set(losses, mode='drop'),
+    history.seen.at[t - 1].add(1),
+  )

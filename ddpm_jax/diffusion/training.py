@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
+from ddpm_jax.diffusion import timesteps
+
 
 class TrainState(train_state.TrainState):
   """What a checkpoint must hold; the rest follows from recipe and step."""
 
   ema_params: Any
+  history: timesteps.History | None = None  # if t is drawn by `importance`
 
 
 def split_batch(batch: Any, n: int) -> Any:
@@ -26,12 +29,13 @@ def train_step(
   state: TrainState,
   batch: dict[str, jax.Array],
   *,
-  loss_fn: Callable[..., jax.Array],
+  loss_fn: Callable[..., tuple[jax.Array, Any]],
   key: jax.Array,
   ema: float,
   accumulate: int = 1,
   gather: Callable[[Any], Any] = lambda params: params,
   mean: Callable[[Any], Any] = lambda loss_and_grads: loss_and_grads,
+  rows: Callable[[Any], Any] = lambda rows: rows,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One step of Algorithm 1.
 
@@ -39,33 +43,43 @@ def train_step(
     state: parameters, their average (EMA), the optimiser's state.
     batch: arrays (B, ...), among them `index`, the row of each example in the
       whole batch.
-    loss_fn: (params, key, batch) -> per-example losses (B,).
+    loss_fn: (params, key, batch, history) -> per-example losses (B,), and the
+      (index, t, losses) that `timesteps.record` adds to a history.
     key: of the run; the step is folded in.
     ema: decay of the average of the parameters.
     accumulate: parts that the batch is worked through in.
-    gather: brings together parameters that are spread over devices.
+    gather: brings together arrays that are spread over devices.
     mean: (loss, gradients) of this device's examples -> those of all.
+    rows: arrays with a row for each of this device's examples -> for all.
 
   Returns:
     The next state, and `loss` and `grad_norm` (before clipping).
   """
   key = jax.random.fold_in(key, state.step)
+  history = gather(state.history)
 
-  def loss(params: Any, part: Any) -> jax.Array:
-    return jnp.mean(loss_fn(gather(params), key, part))
+  def loss(params: Any, part: Any) -> tuple[jax.Array, Any]:
+    losses, seen = loss_fn(gather(params), key, part, history)
+    return jnp.mean(losses), seen
 
-  def add(total: Any, part: Any) -> tuple[Any, None]:
-    value = jax.value_and_grad(loss)(state.params, part)
-    return jax.tree.map(lambda a, b: a + b / accumulate, total, value), None
+  def add(total: Any, part: Any) -> tuple[Any, Any]:
+    (value, seen), grads = value_and_grad(state.params, part)
+    total = jax.tree.map(lambda a, b: a + b / accumulate, total, (value, grads))
+    return total, seen
 
+  value_and_grad = jax.value_and_grad(loss, has_aux=True)
   if accumulate == 1:
-    total = jax.value_and_grad(loss)(state.params, batch)
+    (value, seen), grads = value_and_grad(state.params, batch)
+    total = value, grads
   else:
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-    total, _ = jax.lax.scan(add, zero, split_batch(batch, accumulate))
+    total, seen = jax.lax.scan(add, zero, split_batch(batch, accumulate))
+    seen = jax.tree.map(jnp.ravel, seen)
   mean_loss, grads = mean(total)
+  if history is not None:
+    history = timesteps.record(history, *rows(seen))
 
-  state = state.apply_gradients(grads=grads)
+  state = state.apply_gradients(grads=grads, history=history)
   state = state.replace(
     ema_params=optax.incremental_update(state.params, state.ema_params, 1 - ema)
   )

@@ -8,6 +8,7 @@ expectation, with less variance. They are for study: `objectives.simple` is
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
 
@@ -52,6 +53,24 @@ def one_noise(
   out = model_fn(x_t, t)
   root = jnp.sqrt(share).reshape(-1, *(1,) * (x0.ndim - 1))
   return share * _mean_square(eps - out / root)
+
+
+def own_noise(
+  schedule: schedules.Schedule,
+  x_t: jax.Array,
+  out: jax.Array,
+  t: jax.Array,
+  *,
+  predict: predictions.Prediction = predictions.eps,
+) -> jax.Array:
+  """√(β_t / (1-ᾱ_t)) ε̂: what a network of eq. 14 answers to both losses.
+
+  For one example; `out` is its prediction in terms of `predict`.
+  """
+  signal = jnp.sqrt(schedule.alpha_bar[t])
+  rest = x_t - signal * predict.to_x0(schedule, x_t, out, t)
+  one_minus = schedule.one_minus_alpha_bar[t]
+  return jnp.sqrt(schedule.beta[t]) * rest / one_minus
 
 
 def _fold(keys: jax.Array, number: int) -> jax.Array:

@@ -6,6 +6,7 @@ drawn anew from the EMA weights, never from numbers that were stored.
 """
 
 import argparse
+import functools
 import inspect
 import math
 import pathlib
@@ -28,6 +29,8 @@ from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules as tables
+from ddpm_jax.diffusion import two_noise
+from ddpm_jax.diffusion import two_term as two_term_form
 from ddpm_jax.jobs import evaluate
 from ddpm_jax.jobs import sample
 from ddpm_jax.runtime import images
@@ -444,3 +447,124 @@ def generation(trained: Trained, count: int = 10) -> Drawn:
 
   tiles = trained.map(fn, np.arange(count, dtype=np.int32)).swapaxes(0, 1)
   return Drawn(tiles, labels=['$x_T$', 'greedy', *['random'] * draws])
+
+
+def gradients(trained: Trained, count: int = 256) -> Drawn:
+  """How much the gradients of two losses of one minimum vary, by t.
+
+  `two_noise` and `one_noise` of the notes, on the trained network. The variance
+  is the trace of the covariance over `count` images with their noise; its
+  estimate, E_v Var(v·∇L) over directions v ~ N(0, I), needs no gradient an
+  example, but a forward pass with tangents.
+  """
+  config, directions = trained.config, 8
+  x0 = real(config, trained.seed, count)
+  table, network = build.schedule(config), build.reverse_process(config)
+  predict = build.reverse(config, config.model.variance)['predict']
+  times = np.array(spread(table.T, 20)[1:])
+  times = np.unique([1, 2, *times])
+  forms = two_noise.two_noise, two_noise.one_noise
+  own_noise = jax.vmap(
+    functools.partial(two_noise.own_noise, table, predict=predict)
+  )
+
+  def fn(params: Any, rows: dict[str, jax.Array]) -> jax.Array:
+    images, keys = pixels.to_float(rows['x0']), rows['keys']
+
+    def losses(params: Any, t: jax.Array) -> jax.Array:
+      def model_fn(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        out, _ = process.split(network.model_fn(params)(x_t, t), x_t)
+        return own_noise(x_t, out, t)
+
+      t = jnp.full(len(images), t)
+      every = [f(table, model_fn, keys, images, t) for f in forms]
+      return jnp.stack(every, axis=1)
+
+    def slopes(t: jax.Array, direction: jax.Array) -> jax.Array:
+      leaves, tree = jax.tree.flatten(params)
+      k = jax.random.split(jax.random.key(direction), len(leaves))
+      v = [
+        jax.random.normal(k_leaf, leaf.shape)
+        for k_leaf, leaf in zip(k, leaves, strict=True)
+      ]
+      return jax.jvp(
+        lambda p: losses(p, t), (params,), (jax.tree.unflatten(tree, v),)
+      )[1]
+
+    grid = jnp.meshgrid(times, jnp.arange(directions), indexing='ij')
+    each = jax.lax.map(lambda x: slopes(*x), tuple(x.ravel() for x in grid))
+    each = each.reshape(len(times), directions, *each.shape[1:])
+    return jnp.moveaxis(each, 2, 0)  # (B, times, directions, forms)
+
+  keys, _ = build.noise(config, trained.seed, jnp.arange(len(x0)))
+  each = trained.map(fn, {'x0': x0, 'keys': keys}).astype(np.float64)
+  two, one = each.var(0, ddof=1).mean(1).T
+  print(gradient_table(times, two, one))
+  curves = {'two noises': (times, two), 'one noise': (times, one)}
+  bottom = 0.5 * min(two.min(), one.min())
+  panels = [
+    images.Panel('t', 'variance of the gradient', curves, bottom),
+    images.Panel('t', 'two noises / one', {'': (times, two / one)}, 0.5),
+  ]
+  return Drawn(plot=images.plot(panels))
+
+
+def gradient_table(times: np.ndarray, two: np.ndarray, one: np.ndarray) -> str:
+  """For a person."""
+  lines = ['variance of the gradient: t   two noises   one noise   ratio']
+  for row in zip(times, two, one, two / one, strict=True):
+    lines += ['{:27}   {:10.3g}   {:9.3g}   {:5.4g}'.format(*row)]
+  return '\n'.join(lines)
+
+
+def two_term(trained: Trained, count: int = 8) -> Drawn:
+  """How noisy the bound's form in two terms is, beside that in three.
+
+  Each is drawn 16 times for each of `count` images, and noise is the standard
+  deviation over what is drawn for one image.
+  """
+  config, draws = trained.config.copy_and_resolve_references(), 16
+  config.evaluate.draws = 0
+  x0 = real(config, trained.seed, count)
+  index = np.arange(len(x0) * draws, dtype=np.int32)
+  rows = {'image': np.repeat(x0, draws, axis=0), 'index': index}
+  forms = {
+    'three terms': build.bound(config, trained.seed),
+    'two terms': build.bound_by(two_term_form.bound, config, trained.seed),
+  }
+  drawn = {}
+  for name, form in forms.items():
+    bound = trained.map(form, rows)
+    bits = likelihood.BITS * np.column_stack([bound.prior, bound.terms])
+    drawn[name] = bits.reshape(len(x0), draws, -1).astype(np.float64)
+  print(two_term_table(drawn))
+  noise = {
+    name: np.sqrt(x.var(1, ddof=1).mean(0))[1:] for name, x in drawn.items()
+  }
+  three, two = noise.values()
+  t = np.arange(1, len(two) + 1)
+  panels = [
+    images.Panel(
+      't',
+      'noise of a term, bits/dim',
+      {name: (t, x) for name, x in noise.items()},
+      0.5 * min(three.min(), two.min()),
+    ),
+    images.Panel('t', 'two terms / three', {'': (t, two / three)}, 0.5),
+  ]
+  return Drawn(plot=images.plot(panels))
+
+
+def two_term_table(drawn: dict[str, np.ndarray]) -> str:
+  """Of bits/dim (images, draws, 1 + T), L_T first, for a person."""
+  lines = ['                 bound   noise: all t   one t, T times']
+  for name, x in drawn.items():
+    total, terms = x.sum(2), x[..., 1:]
+    whole = np.sqrt(total.var(1, ddof=1).mean())
+    one = terms.shape[2] * np.sqrt(terms.var((1, 2)).mean())
+    error = whole / math.sqrt(total.size)
+    lines += [
+      f'{name:11} {total.mean():.4f} ± {error:.4f}  {whole:9.4f} {one:16.4f}'
+    ]
+  n, draws = total.shape
+  return '\n'.join([*lines, f'bits/dim; {n} images, {draws} draws of each'])

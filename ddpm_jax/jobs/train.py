@@ -84,11 +84,12 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
 
 def trained(state: training.TrainState) -> dict[str, Any]:
   """What a checkpoint holds beside the EMA weights, an item of their own."""
-  return {
+  kept = {
     'step': state.step,
     'params': state.params,
     'opt_state': state.opt_state,
   }
+  return kept if state.history is None else kept | {'history': state.history}
 
 
 def start(

@@ -100,7 +100,7 @@ def compile_step(step: Callable, mesh: Mesh, how: str, state: Any) -> Callable:
   """A training step, such as `training.train_step`, compiled.
 
   Args:
-    step: (state, batch, gather=, mean=) -> (state, metrics).
+    step: (state, batch, gather=, mean=, rows=) -> (state, metrics).
     mesh: of the devices to use.
     how: `jit` or `pmap`.
     state: the state, or its shapes.
@@ -111,7 +111,11 @@ def compile_step(step: Callable, mesh: Mesh, how: str, state: Any) -> Callable:
   """
   if how == 'pmap':
     return jax.pmap(
-      functools.partial(step, mean=lambda x: jax.lax.pmean(x, 'batch')),
+      functools.partial(
+        step,
+        mean=lambda x: jax.lax.pmean(x, 'batch'),
+        rows=lambda x: jax.lax.all_gather(x, 'batch', tiled=True),
+      ),
       axis_name='batch',
       in_axes=(None, 0),
       out_axes=(None, None),
