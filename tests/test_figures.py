@@ -32,6 +32,7 @@ NAMES = (
   'interpolation',
   'nearest',
   'progressive',
+  'quality',
   'rate_distortion',
   'schedules',
   'shared',
@@ -51,7 +52,7 @@ def trained(tiny_run):
     config = recipe.resolve(None, tiny_run[0], changes)
     mesh = build.mesh(config)
     _, params = sample.restore_ema(config, mesh, tiny_run[0])
-    return figures.Trained(config, mesh, params, seed)
+    return figures.Trained(config, mesh, params, seed, tiny_run[0])
 
   return trained
 
@@ -62,7 +63,8 @@ def keys(n, seed=0):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_every_figure_is_a_picture(name, tiny_run, tmp_path):
-  args = ['--mode=figures', f'--figure={name}', f'--workdir={tiny_run[0]}']
+  workdir = shutil.copytree(tiny_run[0], tmp_path / 'run')  # some add to it
+  args = ['--mode=figures', f'--figure={name}', f'--workdir={workdir}']
   count = {'schedules': [], 'interpolation': ['--num_samples=2']}
   args += count.get(name, ['--num_samples=3'])
   main.run([*args, f'--output={tmp_path / "new" / "a.png"}'])

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from ddpm_jax.diffusion import objectives
+from ddpm_jax.diffusion import predictions
+from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import timesteps
 from ddpm_jax.diffusion import two_noise
@@ -119,3 +121,16 @@ def test_two_noises_and_one_have_the_same_gradient_and_one_varies_less(t):
   assert np.all(np.abs(one.mean(0) - two.mean(0)) < 5 * error)
   if t > 1:  # at t = 1 there is no noise before, and both are one
     assert np.all(one.var(0) < two.var(0))
+
+
+@pytest.mark.parametrize('name', ['eps', 'x0', 'v', 'mu'])
+def test_any_prediction_can_be_asked_for_the_noise_of_its_step(name):
+  """Told the truth, the answer is √(β_t / (1-ᾱ_t)) times the noise."""
+  predict, t = getattr(predictions, name), 60
+  x0, eps = jax.random.normal(jax.random.key(2), (2, 5))
+  x_t = process.q_sample(S, x0, t, eps)
+  out = predict.target(S, x0, eps, t)
+  got = two_noise.own_noise(S, x_t, out, t, predict=predict)
+  share = S.beta[t] / S.one_minus_alpha_bar[t]
+  # μ̃ tells of x_0 in proportion to β_t = 0.01, so float32 loses two digits.
+  np.testing.assert_allclose(got, np.sqrt(share) * eps, atol=2e-5)

@@ -33,6 +33,10 @@ from ddpm_jax.diffusion import two_noise
 from ddpm_jax.diffusion import two_term as two_term_form
 from ddpm_jax.jobs import evaluate
 from ddpm_jax.jobs import sample
+from ddpm_jax.jobs import score
+from ddpm_jax.metrics import classifier as classifiers
+from ddpm_jax.metrics import distances
+from ddpm_jax.metrics import small
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
@@ -45,6 +49,7 @@ class Trained(NamedTuple):
   mesh: jax.sharding.Mesh
   params: Any  # the EMA weights
   seed: int
+  workdir: pathlib.Path
 
   def map(self, fn: Callable[[Any, Any], Any], rows: Any) -> Any:
     """fn(params, rows) of arrays with a row an example, over all devices."""
@@ -91,7 +96,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   mesh = build.mesh(config)
   step, params = sample.restore_ema(config, mesh, args.workdir)
   logs.say(f'figure {args.figure}: the EMA weights of step {step}')
-  save(path, figure(Trained(config, mesh, params, seed), **options))
+  trained = Trained(config, mesh, params, seed, args.workdir)
+  save(path, figure(trained, **options))
 
 
 def save(path: pathlib.Path, drawn: Drawn) -> None:
@@ -219,6 +225,38 @@ def progressive(trained: Trained, count: int = 8) -> Drawn:
     frames=seen.swapaxes(0, 1)[:, None],
     heads=heads,
   )
+
+
+def quality(trained: Trained, count: int = 500) -> Drawn:
+  """Sample quality by reverse step: figure 10, with the small-data score.
+
+  Of x̂_0 at twenty times on the way, in the features of a classifier of the
+  data; see `metrics/small.py`.
+  """
+  config, N = trained.config, trained.config.sampler.steps
+  K = min(20, N)
+  data, classifier = score.judge(config, trained.workdir)
+  judged = functools.partial(classifiers.features_and_probabilities, classifier)
+  draw = sample.sampler(config, trained.mesh, count, trained.seed, snapshots=K)
+  _, seen = sample.gather(draw(trained.params))
+  real, _ = judged(data['image'])
+  times, frechet, sure = snapshot_times(config, K), [], []
+  print('    t   Fréchet (classifier)   sure')
+  for k, t in enumerate(times):
+    features, probabilities = judged(seen[:, k])
+    frechet += [
+      distances.frechet(*distances.moments(real), *distances.moments(features))
+    ]
+    sure += [np.mean(probabilities.max(axis=1) > small.SURE)]
+    print(f'{t:5}   {frechet[-1]:20.3f}   {sure[-1]:4.0%}')
+  step = config.schedule.T + 1 - np.array(times)
+  words = 'Fréchet distance, features of a classifier'
+  low, share = 0.5 * min(frechet), f'share that is over {small.SURE:.0%} sure'
+  panels = [
+    images.Panel('reverse step', words, {'': (step, np.array(frechet))}, low),
+    images.Panel('reverse step', share, {'': (step, np.array(sure))}),
+  ]
+  return Drawn(plot=images.plot(panels))
 
 
 def snapshot_times(config: ConfigDict, K: int) -> list[int]:

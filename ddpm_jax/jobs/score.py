@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from typing import Any
+import pathlib
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -36,14 +36,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   mesh = build.mesh(config)
   seed = config.seed if args.seed is None else args.seed
   step, params = sample.restore_ema(config, mesh, args.workdir)
-  source = build.source(config)
-  if not source.class_names:
-    raise errors.UserError(
-      f'the data set {config.data.name} has no labels, which the small-data '
-      'score needs for its classifier'
-    )
-  data = source.gather(np.arange(len(source)))
-  classifier = trained(args.workdir / 'classifier.npz', data, source)
+  data, classifier = judge(config, args.workdir)
   draw = sample.sampler(config, mesh, args.num_samples, seed)
   logs.say(f'drawing {args.num_samples} images with the weights of step {step}')
   with logs.progress(args.num_samples, 0, 'images', show=True) as bar:
@@ -51,7 +44,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     for batch, _ in draw(params):
       drawn.append(batch)
       bar.update(len(batch))
-  learnt, held_out = classifiers.split(len(source))
+  learnt, held_out = classifiers.split(len(data['image']))
   result = {
     **small.score(
       data['image'][learnt],
@@ -71,13 +64,27 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   logs.say(f'all of it            {args.workdir}/score.json')
 
 
-def trained(path: Any, data: Any, source: Any) -> classifiers.Classifier:
-  """The classifier of a workdir, made if it is not there yet."""
+def judge(
+  config: ConfigDict, workdir: pathlib.Path
+) -> tuple[dict[str, np.ndarray], classifiers.Classifier]:
+  """The training data, and the classifier of a workdir, made if need be.
+
+  Raises:
+    UserError: if the data have no labels.
+  """
+  source = build.source(config)
+  if not source.class_names:
+    raise errors.UserError(
+      f'the data set {config.data.name} has no labels, which the small-data '
+      'score needs for its classifier'
+    )
+  data = source.gather(np.arange(len(source)))
+  path = workdir / 'classifier.npz'
   if path.exists():
-    return classifiers.load(path)
+    return data, classifiers.load(path)
   logs.say(f'training a classifier of {len(source.class_names)} classes')
   made = classifiers.train(
     data['image'], data['label'], len(source.class_names)
   )
   classifiers.save(path, made)
-  return made
+  return data, made
