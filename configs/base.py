@@ -27,6 +27,11 @@ def get_config() -> ConfigDict:
   # Side, or (height, width), in pixels; () for points. Of any type.
   c.data.image_size = FieldReference(32, field_type=object)
   c.data.channels = 3  # 1: gray, 3: RGB; coordinates of a point
+  # Texts to images: classes (templates with their names) | file (of a folder:
+  # metadata.jsonl or captions.csv) | a feature of texts, for `tfds`.
+  c.data.captions = ''
+  c.data.templates = ('{}', 'a {}', 'a picture of a {}')
+  c.data.names = ()  # of the classes, in captions; (): those of the data
   c.data.flip = True  # mirror half of the images, left to right
   c.data.max_unreadable = 10  # image files that may be broken before we stop
 
@@ -46,6 +51,16 @@ def get_config() -> ConfigDict:
   c.model.dropout = 0.1
   c.model.dtype = 'float32'  # of activations: float32 | bfloat16
   c.model.remat = False  # recompute blocks in the backward pass: less memory
+
+  c.condition = ConfigDict()  # what the network is told beside x_t and t
+  # '': nothing | label (the class) | text (read by a small transformer that is
+  # trained along) | minilm (by a frozen one).
+  c.condition.name = ''
+  c.condition.drop = 0.1  # share of examples that are told nothing, in training
+  c.condition.classes = 0  # of label
+  c.condition.length = 64  # most bytes of a text; most word pieces of minilm
+  c.condition.width = 128  # of the encoder's states
+  c.condition.depth = 2  # layers of the encoder of text
 
   c.schedule = ConfigDict()
   # A function of ddpm_jax/diffusion/schedules.py: linear | cosine | quad | su
@@ -80,6 +95,11 @@ def get_config() -> ConfigDict:
   # beta and beta_tilde may stand for each other when it comes to sampling.
   c.sampler.variance = c.model.get_oneway_ref('variance')
   c.sampler.clip = True  # the predicted x_0 to [-1, 1], at every step
+  # How much of the condition: 1 as it is, 0 none, more than 1 exaggerates
+  # (classifier-free guidance; the network is asked twice a step).
+  c.sampler.guidance = 1.0
+  c.sampler.guidance_interval = (0.0, 1.0)  # of t / T, where that counts
+  c.sampler.guidance_rescale = 0.0  # to 1: the contrast of no guidance
   c.sampler.batch_size = 256  # images at a time, over all devices
 
   c.evaluate = ConfigDict()

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from ddpm_jax import conditioning
 from ddpm_jax import errors
 from ddpm_jax import models
 from ddpm_jax import recipe
@@ -177,6 +178,7 @@ def check(config: ConfigDict) -> None:
     if flat[key] < 1:
       raise errors.UserError(f'config.{key}={flat[key]} must be at least 1')
   named(sources, config.data.name, None, 'data set')
+  conditioning.check(config)
   if not image_size(config) and config.data.flip:
     raise errors.UserError(
       'points have no left and right to mirror: set config.data.flip=false'
@@ -200,16 +202,21 @@ def warn_of_signal(config: ConfigDict) -> None:
 
 
 def model(config: ConfigDict) -> nn.Module:
-  """The linen module: `model.apply(variables, x_t, t, train=False)`."""
+  """The linen module: `model.apply(variables, x_t, t, train=False)`.
+
+  It takes a condition after t, if the recipe has one.
+  """
   name = config.model.name
   known = [m.name for m in pkgutil.iter_modules(models.__path__)]
+  known.remove('condition')
   if name not in known:
     raise errors.unknown('model', name, known)
   module = importlib.import_module(f'ddpm_jax.models.{name}')
   channels = config.data.channels
   if variances.is_learned(config.model.variance):
     channels *= 2
-  return call(module.build, config.model, image_size(config), channels)
+  network = call(module.build, config.model, image_size(config), channels)
+  return conditioning.wrap(config, network)
 
 
 def schedule(config: ConfigDict) -> schedules.Schedule:
@@ -221,7 +228,8 @@ def source(config: ConfigDict, split: str = '') -> Any:
   """The data set, or another split of it; see `data/sources.py`."""
   function = named(sources, config.data.name, None, 'data set')
   data = dict(config.data) | {'image_size': image_size(config)}
-  return call(function, data | ({'split': split} if split else {}))
+  made = call(function, data | ({'split': split} if split else {}))
+  return conditioning.attach(config, made)
 
 
 def mesh(config: ConfigDict) -> jax.sharding.Mesh:
@@ -295,7 +303,7 @@ def loss_fn(config: ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
     batch: dict[str, jax.Array],
     history: timesteps.History | None = None,
   ) -> tuple[jax.Array, Any]:
-    k_flip, k_t, k_eps, k_drop = jax.random.split(key, 4)
+    k_flip, k_t, k_eps, k_drop, k_cond = jax.random.split(key, 5)
     index = batch['index']
     x0 = pixels.to_float(batch['image'])
     if config.data.flip:
@@ -305,10 +313,13 @@ def loss_fn(config: ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
     draw = draw_t if p is None else functools.partial(draw_t, p=p)
     t = jax.vmap(lambda i: draw(k_t, i, n, T))(index)
 
+    told = conditioning.of_batch(config, batch, fold(k_cond, index))
+    args = () if told is None else (told,)
+
     def model_fn(x_t: jax.Array, t: jax.Array) -> Any:
       variables, rngs = {'params': params}, {'dropout': k_drop}
       return network.apply(
-        variables, x_t, t, train=True, index=index, rngs=rngs
+        variables, x_t, t, *args, train=True, index=index, rngs=rngs
       )
 
     losses = objective(table, model_fn, fold(k_eps, index), x0, t, **options)
@@ -343,7 +354,8 @@ class Reverse(NamedTuple):
 
   step: samplers.Step
   schedule: schedules.Schedule
-  model_fn: Callable[[Any], process.ModelFn]
+  # Of the weights, and of a condition if the recipe has one (else: nothing).
+  model_fn: Callable[..., process.ModelFn]
 
 
 def reverse_process(config: ConfigDict) -> Reverse:
@@ -355,7 +367,9 @@ def reverse_process(config: ConfigDict) -> Reverse:
   options = {k: v for k, v in c.items() if k in names}
   options |= reverse(config, c.variance)
 
-  def model_fn(params: Any) -> process.ModelFn:
+  def model_fn(params: Any, condition: Any = None) -> process.ModelFn:
+    if condition is not None:
+      return conditioning.model_fn(config, network, params, condition)
     return lambda x_t, t: network.apply({'params': params}, x_t, t)  # type: ignore[return-value]
 
   return Reverse(functools.partial(step, **options), short, model_fn)
@@ -371,17 +385,24 @@ def noise(config: ConfigDict, seed: int, index: jax.Array) -> Any:
 
 
 def sampler(config: ConfigDict, seed: int, snapshots: int = 0) -> Callable:
-  """(params, index (B,)) -> images (B, H, W, C), predictions (B, K, H, W, C).
+  """(params, rows) -> images (B, H, W, C), predictions (B, K, H, W, C).
 
-  Both uint8; or points, float32. Image `index` of a seed is the same in a batch
+  Both uint8; or points, float32. `rows` holds `index` (B,) and, if the recipe
+  has one, a `condition`; or it is the index alone, and then the classes take
+  turns, or nothing is asked for. Image `index` of a seed is the same in a batch
   of any size.
   """
   p = reverse_process(config)
 
-  def sample(params: Any, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def sample(params: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
+    rows = rows if isinstance(rows, dict) else {'index': rows}
+    index, told = rows['index'], rows.get('condition')
+    if told is None and config.condition.name == 'label':
+      told = index % config.condition.classes
     keys, x_T = noise(config, seed, index)
     x_0, seen = samplers.sample(
-      *(p.step, p.schedule, p.model_fn(params), keys, x_T), snapshots=snapshots
+      *(p.step, p.schedule, p.model_fn(params, told), keys, x_T),
+      snapshots=snapshots,
     )
     seen = seen.swapaxes(0, 1)
     if not image_size(config):
@@ -428,9 +449,11 @@ def bound_by(form: Callable, config: ConfigDict, seed: int) -> Callable:
   def evaluate(params: Any, batch: dict[str, jax.Array]) -> likelihood.Bound:
     keys = fold(stream(seed, 'evaluate'), batch['index'])
     x0 = pixels.to_float(batch['image'])
+    told = conditioning.of_batch(config, batch)
+    args = () if told is None else (told,)
 
     def model_fn(x_t: jax.Array, t: jax.Array) -> Any:
-      return network.apply({'params': params}, x_t, t)
+      return network.apply({'params': params}, x_t, t, *args)
 
     return form(table, model_fn, keys, x0, **options)
 

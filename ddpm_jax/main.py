@@ -66,6 +66,29 @@ def parser() -> Parser:
     '--seed', type=int, help='of everything random (default: the recipe says)'
   )
   p.add_argument(
+    '--prompt',
+    action='append',
+    metavar='TEXT',
+    help='what the images shall be of, for a model of texts; may be repeated. '
+    '--num_samples is then of each (default: 8)',
+  )
+  p.add_argument(
+    '--prompts', type=pathlib.Path, metavar='FILE', help='the same, a line each'
+  )
+  p.add_argument(
+    '--label',
+    action='append',
+    metavar='CLASS',
+    help='the class, a number, for a model of classes; may be repeated '
+    '(default: all take turns)',
+  )
+  p.add_argument(
+    '--guidance',
+    metavar='W',
+    help='how much of it: 1 as it is, more exaggerates; short for '
+    '--config.sampler.guidance',
+  )
+  p.add_argument(
     '--output',
     type=pathlib.Path,
     help='where images go: a folder (a PNG each), a .png (one grid) or an .npz '
@@ -105,8 +128,13 @@ def run(argv: list[str]) -> None:
     raise errors.unknown('mode', args.mode, modes)
   if args.num_samples is not None and args.num_samples < 1:
     raise errors.UserError(f'--num_samples={args.num_samples} is not positive')
+  asked = args.prompt or args.prompts or args.label
+  if asked and args.mode != 'sample':
+    raise errors.UserError('--prompt and --label are for --mode=sample')
+  if args.guidance is not None:
+    changes['sampler.guidance'] = args.guidance
   if args.mode != 'figures':
-    args.num_samples = args.num_samples or 64
+    args.num_samples = args.num_samples or (8 if asked else 64)
     if args.figure:
       raise errors.UserError('--figure is for --mode=figures')
   if args.mode == 'train' and args.seed is not None:

@@ -100,10 +100,7 @@ def rows(
   size = math.ceil(min(count, config.evaluate.batch_size) / n) * n
   for start in range(0, count, size):
     index = np.arange(start, start + size, dtype=np.int32)
-    batch = {
-      'image': source.gather(np.minimum(index, count - 1))['image'],
-      'index': index,
-    }
+    batch = source.gather(np.minimum(index, count - 1)) | {'index': index}
     real = min(size, count - start)
     yield parallel.put(batch, mesh, config.parallel.engine), real
 
