@@ -147,7 +147,24 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
-  return ConfigDict(_tuples(values)).lock()
+  """The recipe that was saved.
+
+  A key that came later has the value of configs/base.py, which changes nothing.
+  """
+  config = ConfigDict(_tuples(values))
+  with contextlib.suppress(ImportError), _importing_configs():
+    from configs import base
+
+    for key, value in flatten(base.get_config()).items():
+      *sections, name = key.split('.')
+      at = config
+      for section in sections:
+        if section not in at:
+          at[section] = ConfigDict()
+        at = at[section]
+      if name not in at:
+        at[name] = value
+  return config.lock()
 
 
 def check_same(config: ConfigDict, begun: ConfigDict, where: Any) -> None:

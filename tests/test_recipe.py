@@ -95,3 +95,12 @@ def test_what_is_learned_must_not_change_and_the_rest_may():
 def test_an_unknown_key_names_the_nearest():
   with pytest.raises(errors.UserError, match=r"'config\.model\.channels'"):
     overridden(model__chanels='3')
+
+
+def test_a_recipe_saved_before_a_key_was_there_is_as_it_was():
+  c = base.get_config()
+  saved = recipe.to_json(c)
+  del saved['condition'], saved['sampler']['guidance'], saved['log']['every']
+  again = recipe.from_json(saved)
+  assert recipe.flatten(again) == recipe.flatten(c)
+  recipe.check_same(c, again, 'here')
