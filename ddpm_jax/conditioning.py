@@ -97,8 +97,9 @@ def encode(config: ConfigDict, texts: Sequence[str]) -> Any:
   path = workdir.cache() / f'{hashlib.sha256(told).hexdigest()[:32]}.npz'
   if not path.exists():
     workdir.create(path.parent)
+    made: Any = minilm.encode(texts, c.length)
     with images.whole(path) as part, part.open('wb') as file:
-      np.savez(file, **minilm.encode(texts, c.length))
+      np.savez(file, **made)
   with np.load(path) as file:
     return dict(file)
 

@@ -23,7 +23,7 @@ FEATURES = 384
 OF_A_HEAD = 32  # of them
 BATCH = 256  # texts at a time
 
-Weights = dict[str, jax.Array]
+Weights = Any  # arrays by their names in the file
 
 
 def folder() -> pathlib.Path:
