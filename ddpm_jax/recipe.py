@@ -147,7 +147,13 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
-  return ConfigDict(_tuples(values)).lock()
+  """A recipe of JSON; keys that are younger than it have their defaults."""
+  with _importing_configs():
+    from configs import base
+  config = base.get_config()
+  with config.unlocked(), config.ignore_type():
+    config.update(_tuples(values))
+  return config.copy_and_resolve_references().lock()
 
 
 def check_same(config: ConfigDict, begun: ConfigDict, where: Any) -> None:

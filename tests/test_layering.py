@@ -23,7 +23,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['process'],
     ['predictions', 'variances'],
     ['schedules'],
-    ['pixels', 'timesteps', 'training'],
+    ['pixels', 'spacings', 'timesteps', 'training'],
   ],
   'runtime': [
     ['checkpoint', 'images', 'logs', 'parallel', 'stop', 'workdir'],

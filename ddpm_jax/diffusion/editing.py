@@ -1,6 +1,7 @@
 """What can be made of given images: chains entered, left and mixed midway."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ def between(
 
   Before and after that x_t waits. So rows that begin or end at different times
   are one scan and one program; `samplers.sample` has such a part for all alike.
+  What was found while a row waited is kept from it.
   """
 
   def part(
@@ -24,8 +26,10 @@ def between(
     keys: jax.Array,
     x_t: jax.Array,
     t: jax.Array,
+    before: Any,
   ) -> tuple[jax.Array, jax.Array]:
-    x_prev, x0_hat = step(schedule, model_fn, keys, x_t, t)
+    before = before._replace(t=jnp.where(t < first, before.t, 0))
+    x_prev, x0_hat = step(schedule, model_fn, keys, x_t, t, before)
     moves = jnp.broadcast_to((t <= first) & (t >= last), len(x_t))
     rows = moves.reshape(-1, *[1] * (x_t.ndim - 1))
     return jnp.where(rows, x_prev, x_t), x0_hat
