@@ -89,6 +89,10 @@ def get_config() -> ConfigDict:
   c.sampler.clip = True  # the predicted x_0 to [-1, 1], at every step
   c.sampler.batch_size = 256  # images at a time, over all devices
 
+  c.edit = ConfigDict()  # of an image with a mask (RePaint)
+  c.edit.jump = 10  # steps back, to take them again
+  c.edit.resample = 10  # times that each step is taken, in all
+
   c.evaluate = ConfigDict()
   c.evaluate.split = ''  # of the data; '': the one that was trained on
   c.evaluate.images = 0  # how many; 0: all

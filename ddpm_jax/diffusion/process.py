@@ -44,6 +44,19 @@ def q_step(
   return jnp.sqrt(1 - beta) * x_prev + jnp.sqrt(beta) * eps
 
 
+def q_between(
+  schedule: Schedule,
+  x_s: jax.Array,
+  s: jax.Array,
+  t: jax.Array,
+  eps: jax.Array,
+) -> jax.Array:
+  """x_t = √(ᾱ_t/ᾱ_s) x_s + √(1-ᾱ_t/ᾱ_s) ε, for s ≤ t: t - s times eq. 2."""
+  alpha_bar, one_minus = schedule.alpha_bar, schedule.one_minus_alpha_bar
+  added = (one_minus[t] - one_minus[s]) / alpha_bar[s]
+  return jnp.sqrt(alpha_bar[t] / alpha_bar[s]) * x_s + jnp.sqrt(added) * eps
+
+
 def q_posterior(
   schedule: Schedule, x0: jax.Array, x_t: jax.Array, t: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
