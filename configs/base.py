@@ -69,6 +69,8 @@ def get_config() -> ConfigDict:
   c.schedule.T = 1000
   c.schedule.beta_1 = 1e-4  # of linear and those like it
   c.schedule.beta_T = 0.02
+  # Shift it so that x_T is noise alone (Lin et al. 2023); not with eps.
+  c.schedule.zero_terminal_snr = False
 
   c.loss = ConfigDict()
   # A function of ddpm_jax/diffusion/objectives.py: simple (eq. 14; with
@@ -89,9 +91,16 @@ def get_config() -> ConfigDict:
   c.optimizer.ema = 0.9999  # decay, a step, of the weights that sample
 
   c.sampler = ConfigDict()
-  c.sampler.name = 'ancestral'  # a function of ddpm_jax/diffusion/samplers.py
-  # T, or fewer: an even stride. (One way: setting it leaves T alone.)
+  # A function of ddpm_jax/diffusion/samplers.py: ancestral (the paper) | greedy
+  # | ddim | dpm_solver_pp_2m | dpm_solver_pp_2m_sde | heun (which asks the
+  # network twice a step).
+  c.sampler.name = 'ancestral'
+  # T, or fewer. (One way: setting it leaves T alone.)
   c.sampler.steps = c.schedule.get_oneway_ref('T')
+  # Of fewer: linear ("trailing": even, from T on) | quadratic (denser near the
+  # image) | leading (as in DDIM's code; begins below T).
+  c.sampler.spacing = 'linear'
+  c.sampler.eta = 0.0  # of ddim: 0 (x_T decides) to 1 (as random as ancestral)
   # beta and beta_tilde may stand for each other when it comes to sampling.
   c.sampler.variance = c.model.get_oneway_ref('variance')
   c.sampler.clip = True  # the predicted x_0 to [-1, 1], at every step
@@ -101,6 +110,10 @@ def get_config() -> ConfigDict:
   c.sampler.guidance_interval = (0.0, 1.0)  # of t / T, where that counts
   c.sampler.guidance_rescale = 0.0  # to 1: the contrast of no guidance
   c.sampler.batch_size = 256  # images at a time, over all devices
+
+  c.edit = ConfigDict()  # of an image with a mask (RePaint)
+  c.edit.jump = 10  # steps back, to take them again
+  c.edit.resample = 10  # times that each step is taken, in all
 
   c.evaluate = ConfigDict()
   c.evaluate.split = ''  # of the data; '': the one that was trained on

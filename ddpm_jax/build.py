@@ -7,6 +7,7 @@ import itertools
 import logging
 import pkgutil
 from collections.abc import Callable
+from collections.abc import Container
 from collections.abc import Mapping
 from collections.abc import Sequence
 from types import ModuleType
@@ -31,6 +32,7 @@ from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import spacings
 from ddpm_jax.diffusion import timesteps
 from ddpm_jax.diffusion import training
 from ddpm_jax.diffusion import variances
@@ -61,6 +63,7 @@ def functions(
     name: f
     for name, f in inspect.getmembers(module, inspect.isfunction)
     if f.__module__ == module.__name__
+    and not name.startswith('_')
     and (not argument or argument in inspect.signature(f).parameters)
   }
 
@@ -220,8 +223,21 @@ def model(config: ConfigDict) -> nn.Module:
 
 
 def schedule(config: ConfigDict) -> schedules.Schedule:
+  """The schedule of all T steps.
+
+  Raises:
+    UserError: if there is none of the name, or the prediction does not fit it.
+  """
   function = named(schedules, config.schedule.name, 'T', 'schedule')
-  return call(function, config.schedule)
+  table = call(function, config.schedule)
+  if not config.schedule.zero_terminal_snr:
+    return table
+  if config.model.predict == 'eps':
+    raise errors.UserError(
+      'config.schedule.zero_terminal_snr leaves nothing of x_0 in x_T, so that '
+      'ε does not tell x_0 there: set config.model.predict to v or x0'
+    )
+  return call(schedules.zero_terminal_snr, {}, table)
 
 
 def source(config: ConfigDict, split: str = '') -> Any:
@@ -362,10 +378,13 @@ def reverse_process(config: ConfigDict) -> Reverse:
   """The sampler of a recipe, on its (perhaps shorter) schedule."""
   c, network = config.sampler, model(config)
   step = named(samplers, c.name, 'x_t', 'sampler')
-  short = call(schedules.stride, c, schedule(config))
+  spacing = named(spacings, c.spacing, 'steps', 'spacing')
+  strided = {'steps': c.steps, 'spacing': spacing}
+  short = call(schedules.stride, strided, schedule(config))
   names = inspect.signature(step).parameters
-  options = {k: v for k, v in c.items() if k in names}
-  options |= reverse(config, c.variance)
+  options = {**c, **reverse(config, c.variance)}
+  options = {k: v for k, v in options.items() if k in names}
+  check_sampler(config, names)
 
   def model_fn(params: Any, condition: Any = None) -> process.ModelFn:
     if condition is not None:
@@ -373,6 +392,37 @@ def reverse_process(config: ConfigDict) -> Reverse:
     return lambda x_t, t: network.apply({'params': params}, x_t, t)  # type: ignore[return-value]
 
   return Reverse(functools.partial(step, **options), short, model_fn)
+
+
+def check_sampler(config: ConfigDict, options: Container[str]) -> None:
+  """Refuses what a sampler with these options cannot do, or would not look at.
+
+  Raises:
+    UserError: with the reason.
+  """
+  c, T = config.sampler, config.schedule.T
+  if not 0 <= c.eta <= 1:
+    raise errors.UserError(f'config.sampler.eta={c.eta} must be in 0..1')
+  if c.eta and 'eta' not in options:
+    raise errors.UserError(
+      f'config.sampler.eta={c.eta} is of ddim; {c.name} has none'
+    )
+  if config.schedule.zero_terminal_snr and c.spacing == 'leading':
+    raise errors.UserError(
+      'config.sampler.spacing=leading does not begin at T, where '
+      'config.schedule.zero_terminal_snr has its zero; set linear or quadratic'
+    )
+  # Both are of one step of T, and say nothing of a jump.
+  of_a_step = {
+    'model.predict': config.model.predict == 'mu',
+    'sampler.variance': c.variance == 'learned' and 'variance' in options,
+  }
+  for key, wrong in of_a_step.items():
+    if wrong and c.steps < T:
+      raise errors.UserError(
+        f'config.{key}={recipe.flatten(config)[key]} is learned for the step '
+        f'from t to t - 1, not for jumps: set config.sampler.steps={T}'
+      )
 
 
 def noise(config: ConfigDict, seed: int, index: jax.Array) -> Any:
@@ -418,13 +468,15 @@ def chain(config: ConfigDict, seed: int, times: Sequence[int]) -> Callable:
 
   def sample(params: Any, index: jax.Array) -> jax.Array:
     keys, x = noise(config, seed, index)
-    kept = [x]
+    kept, before = [x], None
     for first, after in itertools.pairwise(times):
-      x, _ = samplers.sample(
+      x, seen = samplers.sample(
         *(p.step, p.schedule, p.model_fn(params), keys, x),
-        first=first,
-        last=after + 1,
+        times=range(first, after, -1),
+        before=before,
+        snapshots=1,
       )
+      before = samplers.Before(seen[0], jnp.full(len(x), after + 1))
       kept.append(x)
     return jnp.stack(kept, axis=1)
 

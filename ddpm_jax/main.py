@@ -99,6 +99,32 @@ def parser() -> Parser:
     metavar='NAME',
     help='which figure of the paper to draw, for --mode=figures; it lists them',
   )
+  p.add_argument(
+    '--image',
+    type=pathlib.Path,
+    metavar='FILE',
+    help='for --mode=edit: the image to make others of',
+  )
+  p.add_argument(
+    '--mask',
+    type=pathlib.Path,
+    metavar='FILE',
+    help='for --mode=edit: white where --image is made anew, black where it is '
+    'kept; of its size',
+  )
+  p.add_argument(
+    '--to',
+    type=pathlib.Path,
+    metavar='FILE',
+    help='for --mode=edit: the image that --image turns into',
+  )
+  p.add_argument(
+    '--strength',
+    type=float,
+    metavar='S',
+    help='for --mode=edit without --mask: how noisy --image is made first, of '
+    'T; from 0 (it is kept) to 1 (it is forgotten); default: 0.5',
+  )
   return p
 
 
@@ -137,6 +163,9 @@ def run(argv: list[str]) -> None:
     args.num_samples = args.num_samples or (8 if asked else 64)
     if args.figure:
       raise errors.UserError('--figure is for --mode=figures')
+  for name in ('image', 'mask', 'to', 'strength'):
+    if args.mode != 'edit' and getattr(args, name) is not None:
+      raise errors.UserError(f'--{name} is for --mode=edit')
   if args.mode == 'train' and args.seed is not None:
     changes['seed'] = str(args.seed)
   if args.mode == 'train' and args.output:

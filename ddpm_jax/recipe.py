@@ -17,7 +17,10 @@ from ddpm_jax.runtime import workdir
 
 # Sections and keys that may change under a run that has begun: they say how
 # long, where and how it is watched, not what is learned.
-FREE = ('steps', 'sampler', 'evaluate', 'parallel', 'checkpoint', 'log')
+FREE = (
+  *('steps', 'sampler', 'edit', 'evaluate'),
+  *('parallel', 'checkpoint', 'log'),
+)
 
 
 def resolve(

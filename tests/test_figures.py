@@ -146,7 +146,8 @@ def test_interpolation_starts_there_and_shows_the_originals(trained):
   x_t = process.q_sample(p.schedule, a[1] / 127.5 - 1, first, eps[0])
   x_0, _ = jax.jit(
     lambda params: samplers.sample(
-      *(p.step, p.schedule, p.model_fn(params), k, x_t[None]), first=first
+      *(p.step, p.schedule, p.model_fn(params), k, x_t[None]),
+      times=range(first, 0, -1),
     )
   )(run.params)
   expected = np.clip(np.asarray(x_0[0]) * 127.5 + 127.5, 0, 255)
@@ -172,8 +173,7 @@ def test_rows_of_their_own_parts_are_the_parts_of_samples():
   for i in (0, 1):
     alone, _ = samplers.sample(
       *(samplers.ancestral, S, net, k[i : i + 1], x[i : i + 1]),
-      first=int(first[i]),
-      last=int(last[i]),
+      times=range(first[i], last[i] - 1, -1),
     )
     np.testing.assert_allclose(x_0[i], alone[0], atol=1e-5)
   np.testing.assert_array_equal(x_0[2], x[2])

@@ -24,7 +24,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['process'],
     ['predictions', 'variances'],
     ['schedules', 'training'],
-    ['pixels', 'timesteps'],
+    ['pixels', 'spacings', 'timesteps'],
   ],
   'runtime': [
     ['checkpoint', 'images', 'logs', 'parallel', 'stop', 'workdir'],

@@ -172,8 +172,10 @@ def every_schedule(config: ConfigDict) -> dict[str, tables.Schedule]:
   """All schedules with the keys of a recipe; equal ones share a line."""
   names: dict[bytes, list[str]] = {}
   known: dict[bytes, tables.Schedule] = {}
-  for name, function in build.functions(tables, 'T').items():
-    table = build.call(function, config.schedule)
+  for name in build.functions(tables, 'T'):
+    c = config.copy_and_resolve_references()
+    c.schedule.name = name
+    table = build.schedule(c)
     same = np.asarray(table.alpha_bar).tobytes()
     names.setdefault(same, []).append(name)
     known[same] = table
@@ -266,7 +268,9 @@ def snapshot_times(config: ConfigDict, K: int) -> list[int]:
   """
   table = build.reverse_process(config).schedule
 
-  def clock(table: Any, model_fn: Any, keys: Any, x: Any, t: Any) -> Any:
+  def clock(
+    table: Any, model_fn: Any, keys: Any, x: Any, t: Any, before: Any
+  ) -> Any:
     return x, jnp.full_like(x, table.time[t])
 
   keys = jax.random.split(jax.random.key(0), 1)

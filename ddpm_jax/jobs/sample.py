@@ -131,29 +131,37 @@ def sampler(
   is one, that gives, batch by batch, uint8 images (b, H, W, C) and predictions
   on the way (b, K, H, W, C); `count` in all.
   """
+  return in_batches(config, mesh, count, build.sampler(config, seed, snapshots))
+
+
+def in_batches(
+  config: ConfigDict, mesh: jax.sharding.Mesh, count: int, draw: Callable
+) -> Callable[..., Iterator[Any]]:
+  """Compiles (params, index (B,)) -> arrays with a row an image, for all.
+
+  Returns a function of the weights, and of a condition for each image if `draw`
+  takes one (see `build.sampler`), that gives them batch by batch, of `count`
+  images in all.
+  """
   n = mesh.size
   size = math.ceil(min(count, config.sampler.batch_size) / n) * n
+  engine = config.parallel.engine
   init = functools.partial(build.init_state, config)
-  draw = parallel.compile_map(
-    build.sampler(config, seed, snapshots),
-    mesh,
-    config.parallel.engine,
-    jax.eval_shape(init).ema_params,
+  compiled = parallel.compile_map(
+    draw, mesh, engine, jax.eval_shape(init).ema_params
   )
 
-  def batches(
-    params: Any, told: Any = None
-  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  def batches(params: Any, told: Any = None) -> Iterator[Any]:
     for start in range(0, count, size):
       # The last batch is drawn whole, for one program serves all, and cut.
       index = np.arange(start, start + size, dtype=np.int32)
-      rows = {'index': index}
+      rows: Any = index
       if told is not None:
         at = np.minimum(index, count - 1)
-        rows['condition'] = jax.tree.map(lambda x, at=at: x[at], told)
-      rows = parallel.put(rows, mesh, config.parallel.engine)
-      drawn, seen = draw(params, rows)
-      yield drawn[: count - start], seen[: count - start]
+        told_now = jax.tree.map(lambda x, at=at: x[at], told)
+        rows = {'index': index, 'condition': told_now}
+      drawn = compiled(params, parallel.put(rows, mesh, engine))
+      yield jax.tree.map(lambda x, real=count - start: x[:real], drawn)
 
   return batches
 
