@@ -69,7 +69,14 @@ def parser() -> Parser:
     '--output',
     type=pathlib.Path,
     help='where images go: a folder (a PNG each), a .png (one grid) or an .npz '
-    '(uint8 NHWC, `images`); default: a folder in --workdir',
+    '(uint8 NHWC, `images`); default: a folder in --workdir. Of convert: the '
+    'new folder',
+  )
+  p.add_argument(
+    '--input',
+    metavar='MODEL',
+    help='for --mode=convert: a folder of diffusers, its name on '
+    'huggingface.co, or a .ckpt of pytorch_diffusion (with --config)',
   )
   p.add_argument(
     '--figure',
@@ -109,6 +116,8 @@ def run(argv: list[str]) -> None:
     args.num_samples = args.num_samples or 64
     if args.figure:
       raise errors.UserError('--figure is for --mode=figures')
+  if args.input and args.mode != 'convert':
+    raise errors.UserError('--input is for --mode=convert')
   if args.mode == 'train' and args.seed is not None:
     changes['seed'] = str(args.seed)
   if args.mode == 'train' and args.output:
@@ -116,6 +125,7 @@ def run(argv: list[str]) -> None:
   # JAX and the rest take seconds to import; --help and mistakes need none.
   from ddpm_jax import recipe
 
+  args.changes = changes
   job = importlib.import_module(f'ddpm_jax.jobs.{args.mode}')
   config = None
   if getattr(job, 'needs_config', True):

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ddpm_jax import errors
 from ddpm_jax.runtime import workdir
 
+CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 # Sections and keys that may change under a run that has begun: they say how
 # long, where and how it is watched, not what is learned.
 FREE = ('steps', 'sampler', 'evaluate', 'parallel', 'checkpoint', 'log')
@@ -63,10 +64,15 @@ def load(spec: str) -> ConfigDict:
   return config.lock()
 
 
+def shipped(name: str) -> ConfigDict:
+  """The recipe of that name in configs/, wherever the program was started."""
+  return load(str(CONFIGS / f'{name}.py'))
+
+
 @contextlib.contextmanager
 def _importing_configs() -> Iterator[None]:
   """Lets a recipe say `from configs import base`, wherever one stands."""
-  checkout = str(pathlib.Path(__file__).parents[1])
+  checkout = str(CONFIGS.parent)
   sys.path.append(checkout)
   try:
     yield

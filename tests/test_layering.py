@@ -13,7 +13,7 @@ LAYERS = [
   ['jobs'],
   ['build'],
   ['recipe'],
-  ['diffusion', 'models', 'data', 'metrics', 'runtime'],
+  ['diffusion', 'models', 'data', 'metrics', 'interop', 'runtime'],
   ['errors'],
 ]
 INSIDE = {  # Rooms whose files have an order of their own.
