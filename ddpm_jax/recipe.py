@@ -160,9 +160,12 @@ def check_same(config: ConfigDict, begun: ConfigDict, where: Any) -> None:
   """Refuses a recipe that is not the one that was begun.
 
   Raises:
-    UserError: naming the keys outside `FREE` that differ.
+    UserError: naming the keys outside `FREE` that differ. A path of the data
+      that was not named, as in an imported run, may be.
   """
   here, there = flatten(config), flatten(begun)
+  if not there.get('data.path'):
+    there['data.path'] = here.get('data.path')
   changed = [
     f'{key} ({there.get(key, "absent")!r} -> {here.get(key, "absent")!r})'
     for key in here | there

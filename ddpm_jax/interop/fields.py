@@ -216,11 +216,10 @@ def from_recipe(
     'clip_sample': keys['sampler.clip'],
     'clip_sample_range': 1.0,
   }
-  alias = {'sqrt_linear': 'linear', 'quad': 'scaled_linear'}
-  schedule = keys['schedule.name']
-  schedule = _back(SCHEDULES).get(alias.get(schedule, schedule))
-  if schedule:
-    scheduler['beta_schedule'] = schedule
+  # Each under two names here.
+  named = _back(SCHEDULES) | {'sqrt_linear': 'linear', 'quad': 'scaled_linear'}
+  if keys['schedule.name'] in named:
+    scheduler['beta_schedule'] = named[keys['schedule.name']]
   else:
     scheduler['trained_betas'] = [float(beta) for beta in betas]
   return unet, scheduler
@@ -250,7 +249,7 @@ def _check_exportable(keys: Fields) -> None:
 
 def _back(table: Mapping[str, str]) -> dict[str, str]:
   """The inverse; the first of several names that mean the same."""
-  return {ours: theirs for theirs, ours in reversed(table.items())}
+  return {ours: theirs for theirs, ours in reversed([*table.items()])}
 
 
 def _attended(types: Sequence[str]) -> list[int]:

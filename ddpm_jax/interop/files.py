@@ -42,8 +42,8 @@ def locate(name: str) -> pathlib.Path:
     import huggingface_hub
   except ImportError:
     raise errors.UserError(
-      f'no such folder: {name}; if it is a model of huggingface.co: pip install '
-      "'ddpm_jax[hub]'"
+      f'no such folder: {name}; if it is a model of huggingface.co: '
+      "pip install 'ddpm_jax[hub]'"
     ) from None
   try:
     known = set(huggingface_hub.list_repo_files(name))

@@ -1,4 +1,4 @@
-"""`--mode=convert`: other people's weights into a run, and a run into theirs."""
+"""`--mode=convert`: other people's weights to a run, and a run to theirs."""
 
 import argparse
 import functools
@@ -41,8 +41,8 @@ def run(config: ConfigDict | None, args: argparse.Namespace) -> None:
   del config
   if not args.output or bool(args.input) == bool(args.workdir):
     raise errors.UserError(
-      'convert takes --input=FOLDER --output=WORKDIR, or back: --workdir=WORKDIR '
-      '--output=FOLDER'
+      'convert takes --input=FOLDER --output=WORKDIR, or, to go back, '
+      '--workdir=WORKDIR --output=FOLDER'
     )
   if args.output.exists() and (
     not args.output.is_dir() or any(args.output.iterdir())
@@ -87,10 +87,9 @@ def take_in(args: argparse.Namespace) -> None:
   count = sum(math.prod(x.shape) for x in tensors.values())
   logs.say(f'{count:,} parameters of {weights}: {args.output}')
   data = config.data
-  where = data.path or (data.tfds if data.name == 'tfds' else 'not named')
   logs.say(
-    f'to be evaluated and trained on with the data set {data.name} ({where}); '
-    'others: convert again with --config.data.name and --config.data.path'
+    f'its data, to evaluate and to train on: data.name={data.name}, data.path='
+    f'{data.path!r}; others are to be named here'
   )
   again = shlex.quote(str(args.output))
   logs.say('to draw from it:')
@@ -112,6 +111,7 @@ def recipe_of(args: argparse.Namespace, keys: dict[str, Any]) -> ConfigDict:
     like = (keys['data.image_size'], keys['data.channels'])
     nearest = {(32, 3): 'cifar', (256, 3): 'celebahq'}
     config = recipe.shipped(nearest.get(like, 'folder'))
+    config.data.path = ''  # not named: the model may be of any data
   config.update_from_flattened_dict(keys)
   recipe.override(config, args.changes)
   flat = recipe.flatten(config)

@@ -111,7 +111,7 @@ def answer(model, x: np.ndarray, t) -> np.ndarray:
 
 
 def step(scheduler, out, x, t: int, noise: np.ndarray | float) -> np.ndarray:
-  """One step of a scheduler with this noise, NHWC (all but the order is its)."""
+  """One step of a scheduler, given the noise that it would draw; NHWC."""
   import importlib
   import inspect
 

@@ -1,0 +1,221 @@
+"""Side by side with torch and diffusers, where they are installed.
+
+  pip install torch diffusers && python -m pytest -n 0 tests/test_diffusers.py
+
+Elsewhere `test_convert.py` holds us to what they answered.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import make_diffusers as golden
+
+from ddpm_jax import build
+from ddpm_jax import main
+from ddpm_jax import recipe
+from ddpm_jax.diffusion import predictions
+from ddpm_jax.diffusion import process
+from ddpm_jax.diffusion import samplers
+from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import variances
+from ddpm_jax.interop import fields
+from ddpm_jax.jobs import sample
+
+torch = pytest.importorskip('torch')
+diffusers = pytest.importorskip('diffusers')
+
+PLAIN, ATTENTION = golden.PLAIN, golden.ATTENTION
+NETWORKS = {
+  'rgb_32': {
+    'sample_size': 32,
+    'block_out_channels': [32, 64, 64],
+    'down_block_types': [PLAIN, ATTENTION, PLAIN],
+    'layers_per_block': 2,
+    'norm_num_groups': 32,
+  },
+  'gray_32': {
+    'sample_size': 32,
+    'in_channels': 1,
+    'out_channels': 1,
+    'block_out_channels': [16, 48],
+    'down_block_types': [PLAIN, PLAIN],
+    'layers_per_block': 1,
+    'norm_num_groups': 8,
+    'attention_head_dim': 48,
+  },
+  'rgb_64_attention_at_two_levels': {
+    'sample_size': 64,
+    'block_out_channels': [16, 16, 32, 64],
+    'down_block_types': [PLAIN, PLAIN, ATTENTION, ATTENTION],
+    'layers_per_block': 2,
+    'norm_num_groups': 4,
+  },
+  'learned_64_by_32': {
+    'sample_size': [64, 32],
+    'out_channels': 6,
+    'block_out_channels': [16, 32],
+    'down_block_types': [PLAIN, ATTENTION],
+    'layers_per_block': 3,
+    'norm_num_groups': 16,
+  },
+}
+SCHEDULERS = {
+  'learned_64_by_32': {
+    'variance_type': 'learned_range',
+    'beta_schedule': 'squaredcos_cap_v2',
+    'prediction_type': 'v_prediction',
+  }
+}
+
+
+def ours(workdir):
+  """(recipe, weights) of a run."""
+  config = recipe.resolve(None, workdir, {'parallel.data': '1'})
+  _, params = sample.restore_ema(config, build.mesh(config), workdir)
+  return config, params
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_outputs_are_the_same_both_ways(name, tmp_path):
+  unet = NETWORKS[name]
+  model = golden.random_model(unet)
+  scheduler = diffusers.DDPMScheduler(**SCHEDULERS.get(name, {}))
+  theirs, run, back = (tmp_path / x for x in ('theirs', 'run', 'back'))
+  diffusers.DDPMPipeline(model, scheduler).save_pretrained(theirs)
+  main.run(['--mode=convert', f'--input={theirs}', f'--output={run}'])
+  main.run(['--mode=convert', f'--workdir={run}', f'--output={back}'])
+  config, params = ours(run)
+  x = golden.noise(5, (3, *build.shape(config)))
+  t = np.array([0, 321, 999])
+  there = golden.answer(model, x, t)
+  here = jax.jit(build.model(config).apply)({'params': params}, x, t + 1)
+  again = diffusers.DDPMPipeline.from_pretrained(back)
+  difference = np.max(np.abs(here - there)) / np.max(np.abs(there))
+  print(f'{name}: {difference:.1e} of its scale')
+  # Sums of up to 1152 float32 products, in another order.
+  assert difference < 1e-4
+  np.testing.assert_array_equal(golden.answer(again.unet.eval(), x, t), there)
+  for key, value in scheduler.config.items():
+    if not key.startswith('_'):
+      assert again.scheduler.config[key] == value, key
+
+
+def test_our_weights_are_the_same_network_there(tmp_path):
+  """A network of ours at its start, but with what it sets to 0 random too."""
+  run, back = tmp_path / 'run', tmp_path / 'back'
+  model = golden.random_model(NETWORKS['rgb_32'], seed=3)
+  model.save_pretrained(tmp_path / 'in')
+  diffusers.DDPMScheduler().save_pretrained(tmp_path / 'in')
+  main.run(['--mode=convert', f'--input={tmp_path}/in', f'--output={run}'])
+  main.run(['--mode=convert', f'--workdir={run}', f'--output={back}'])
+  pipeline = diffusers.DDPMPipeline.from_pretrained(back)
+  drawn = pipeline(num_inference_steps=2, output_type='np').images
+  assert drawn.shape == (1, 32, 32, 3)
+  for name, p in model.named_parameters():
+    assert torch.equal(p, dict(pipeline.unet.named_parameters())[name]), name
+
+
+def noise_of(keys, t, shape):
+  """What a step at time t draws from these keys."""
+  at_t = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
+  return np.asarray(process.normal(at_t, shape))
+
+
+def test_a_chain_of_1000_steps_is_the_same(tmp_path):
+  """`ancestral` with its own noise, which the other is given."""
+  model = golden.random_model(golden.MODELS['rgb'][0])
+  scheduler = diffusers.DDPMScheduler(variance_type='fixed_large')
+  diffusers.DDPMPipeline(model, scheduler).save_pretrained(tmp_path / 'in')
+  main.run(
+    ['--mode=convert', f'--input={tmp_path}/in', f'--output={tmp_path}/run']
+  )
+  config, params = ours(tmp_path / 'run')
+  p = build.reverse_process(config)
+  keys, x_T = build.noise(config, 0, jnp.arange(2))
+  x_0, _ = samplers.sample(p.step, p.schedule, p.model_fn(params), keys, x_T)
+  x, worst = np.asarray(x_T), 0.0
+  for t in scheduler.timesteps.tolist():
+    out = golden.answer(model, x, [t] * 2)
+    x = golden.step(scheduler, out, x, t, noise_of(keys, t + 1, x.shape[1:]))
+  worst = np.max(np.abs(x - x_0))
+  print(f'chain: {worst:.1e}')
+  assert worst < 1e-3
+
+
+@pytest.mark.parametrize('spacing', ['leading', 'trailing'])
+@pytest.mark.parametrize('eta', [0.0, 0.3, 1.0])
+@pytest.mark.parametrize('prediction', fields.PREDICTIONS)
+def test_a_strided_ddim_step_is_the_same(prediction, eta, spacing):
+  if not hasattr(samplers, 'ddim'):
+    pytest.skip('there is no samplers.ddim yet')
+  whole = schedules.linear()
+  scheduler = diffusers.DDIMScheduler(
+    prediction_type=prediction, timestep_spacing=spacing
+  )
+  scheduler.set_timesteps(10)
+  x = golden.noise(1, (2, 4, 4, 3))
+  out = golden.noise(2, x.shape)
+  keys = jax.random.split(jax.random.key(0), 2)
+  z = np.asarray(process.normal(keys, x.shape[1:]))
+  for t in scheduler.timesteps.tolist():
+    # One jump from the paper's t + 1 to 100 earlier, or to the image.
+    before = max(t + 1 - 100, 0)
+    table = two_steps(whole, before, t + 1)
+    here, _ = samplers.ddim(
+      *(table, lambda x, t: out, keys, x, jnp.array(len(table.beta) - 1)),
+      predict=getattr(predictions, fields.PREDICTIONS[prediction]),
+      eta=eta,
+    )
+    there = scheduler.step(
+      *(torch.tensor(a).permute(0, 3, 1, 2) for a in (out,)),
+      t,
+      torch.tensor(x).permute(0, 3, 1, 2),
+      eta=eta,
+      # ε is what x_t and the clipped x̂_0 make it, as in the paper.
+      use_clipped_model_output=True,
+      variance_noise=torch.tensor(z).permute(0, 3, 1, 2),
+    ).prev_sample.permute(0, 2, 3, 1)
+    np.testing.assert_allclose(here, there, atol=1e-4)
+
+
+def two_steps(schedule, *times):
+  """The schedule that stops at these times only."""
+  log_alpha_bar = np.cumsum(np.log1p(-np.asarray(schedule.beta, np.float64)))
+  at = np.unique([0, *times])
+  return schedules.from_beta(-np.expm1(np.diff(log_alpha_bar[at])), at)
+
+
+@pytest.mark.parametrize('variance', golden.VARIANCES)
+@pytest.mark.parametrize('prediction', fields.PREDICTIONS)
+def test_a_step_in_double_precision_tables_is_the_same(prediction, variance):
+  """What differs from a plain DDPMScheduler is the rounding of its tables."""
+  scheduler = diffusers.DDPMScheduler(
+    prediction_type=prediction, variance_type=variance
+  )
+  betas = np.linspace(1e-4, 0.02, 1000)
+  scheduler.alphas_cumprod = torch.tensor(np.cumprod(1 - betas))
+  scheduler.one = torch.tensor(1.0, dtype=torch.float64)
+  x = golden.noise(1, (2, 4, 4, 3))
+  keys = jax.random.split(jax.random.key(0), 2)
+  z = np.asarray(process.normal(keys, x.shape[1:]))
+  width = 6 if variance == 'learned_range' else 3
+  out = golden.noise(2, (*x.shape[:-1], width))
+  for t in golden.TIMES:
+    here, _ = samplers.ancestral(
+      *(schedules.linear(), lambda x, t: out, keys, x, jnp.array(t + 1)),
+      predict=getattr(predictions, fields.PREDICTIONS[prediction]),
+      variance=getattr(variances, fields.VARIANCES[variance]),
+    )
+    there = golden.step(scheduler, out, x, t, z)
+    np.testing.assert_allclose(here, there, atol=2e-6)
+
+
+def test_golden_is_what_the_script_makes():
+  for seed, (name, (unet, _)) in enumerate(golden.MODELS.items()):
+    model = golden.random_model(unet, seed)
+    expected = np.load(pathlib.Path(golden.FOLDER) / name / 'expected.npz')
+    here = golden.answer(model, expected['x'], expected['t'])
+    np.testing.assert_allclose(here, expected['out'], rtol=0, atol=1e-5)
