@@ -6,7 +6,9 @@ Elsewhere `test_convert.py` holds us to what they answered.
 """
 
 import pathlib
+import pickle
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from golden import make_diffusers as golden
 
 from ddpm_jax import build
+from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax.diffusion import predictions
@@ -21,6 +24,7 @@ from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import variances
+from ddpm_jax.interop import diffusers as interop
 from ddpm_jax.interop import fields
 from ddpm_jax.jobs import sample
 
@@ -221,6 +225,44 @@ def test_a_step_in_double_precision_tables_is_the_same(prediction, variance):
     )
     there = golden.step(scheduler, out, x, t, z)
     np.testing.assert_allclose(here, there, atol=2e-6)
+
+
+def test_pickles_of_tensors_are_read_and_others_are_not(tmp_path):
+  model = golden.random_model(golden.MODELS['rgb'][0])
+  model.save_pretrained(tmp_path / 'in', safe_serialization=False)
+  diffusers.DDPMScheduler().save_pretrained(tmp_path / 'in')
+  weights = tmp_path / 'in' / 'diffusion_pytorch_model.bin'
+  convert = ['--mode=convert', f'--input={tmp_path}/in']
+  main.run([*convert, f'--output={tmp_path}/run'])
+  _, params = ours(tmp_path / 'run')
+  np.testing.assert_array_equal(
+    params['conv_in']['bias'], model.conv_in.bias.detach().numpy()
+  )
+  whole = weights.read_bytes()
+  torch.save([1, 2], tmp_path / 'list.bin')
+  for other in (
+    pickle.dumps(pathlib.Path('x')),
+    whole[: len(whole) // 2],
+    b'',
+    (tmp_path / 'list.bin').read_bytes(),
+  ):
+    weights.write_bytes(other)
+    with pytest.raises(errors.UserError, match='not a file of weights alone'):
+      main.run([*convert, f'--output={tmp_path}/other'])
+
+
+def test_a_ckpt_has_the_recipe_that_is_named(tiny_run, tmp_path):
+  workdir, _ = tiny_run
+  _, params = ours(workdir)
+  tensors = interop.from_params(
+    jax.device_get(params), interop.PYTORCH_DIFFUSION
+  )
+  path = tmp_path / 'model-200.ckpt'
+  torch.save({k: torch.tensor(x) for k, x in tensors.items()}, path)
+  convert = ['--mode=convert', f'--input={path}', f'--output={tmp_path}/run']
+  main.run([*convert, *conftest.TINY])
+  _, again = ours(tmp_path / 'run')
+  jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
 def test_golden_is_what_the_script_makes():
