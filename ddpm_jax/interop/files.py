@@ -46,11 +46,14 @@ def locate(name: str) -> pathlib.Path:
       "pip install 'ddpm_jax[hub]'"
     ) from None
   try:
-    known = set(huggingface_hub.list_repo_files(name))
-    wanted = [*UNET, *SCHEDULER, *(SAFE if known & {*SAFE} else PICKLED)]
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(name, allow_patterns=wanted)
-    )
+    # Half a gigabyte of pickles only where there is nothing else.
+    for weights in (SAFE, PICKLED):
+      folder = huggingface_hub.snapshot_download(
+        name, allow_patterns=[*UNET, *SCHEDULER, *weights]
+      )
+      if any((pathlib.Path(folder) / file).exists() for file in weights):
+        break
+    return pathlib.Path(folder)
   except Exception as e:  # No network, no such model, no right to it.
     reason = ' '.join(str(e).split())
     raise errors.UserError(
