@@ -289,9 +289,14 @@ def init_state(config: ConfigDict) -> training.TrainState:
   x = jnp.zeros((1, *shape(config)))
   t = jnp.ones(1, jnp.int32)
   params = network.init(stream(config.seed, 'init'), x, t)['params']
+  return begin(config, params)
+
+
+def begin(config: ConfigDict, params: Any) -> training.TrainState:
+  """The state at step 0 with these weights. Call it under jit."""
   by_history = config.loss.t == 'importance'
   return training.TrainState.create(
-    apply_fn=network.apply,
+    apply_fn=model(config).apply,
     params=params,
     # A copy: a donated state must not hold one buffer twice.
     ema_params=jax.tree.map(jnp.copy, params),

@@ -25,6 +25,20 @@ stopped goes on when its --workdir is named again.
 """
 
 
+# The flags that not all modes have, and those that do.
+ONLY = {
+  'figure': ['figures'],
+  'image': ['edit'],
+  'input': ['convert'],
+  'label': ['sample'],
+  'mask': ['edit'],
+  'prompt': ['sample'],
+  'prompts': ['sample'],
+  'strength': ['edit'],
+  'to': ['edit'],
+}
+
+
 class Parser(argparse.ArgumentParser):
   """One line for a mistake, where argparse would print the usage as well."""
 
@@ -92,7 +106,14 @@ def parser() -> Parser:
     '--output',
     type=pathlib.Path,
     help='where images go: a folder (a PNG each), a .png (one grid) or an .npz '
-    '(uint8 NHWC, `images`); default: a folder in --workdir',
+    '(uint8 NHWC, `images`); default: a folder in --workdir. Of convert: the '
+    'new folder',
+  )
+  p.add_argument(
+    '--input',
+    metavar='MODEL',
+    help='for --mode=convert: a folder of diffusers, its name on '
+    'huggingface.co, or a .ckpt of pytorch_diffusion (with --config)',
   )
   p.add_argument(
     '--figure',
@@ -154,18 +175,14 @@ def run(argv: list[str]) -> None:
     raise errors.unknown('mode', args.mode, modes)
   if args.num_samples is not None and args.num_samples < 1:
     raise errors.UserError(f'--num_samples={args.num_samples} is not positive')
+  for name, only in ONLY.items():
+    if getattr(args, name) is not None and args.mode not in only:
+      raise errors.UserError(f'--{name} is for --mode={" or ".join(only)}')
   asked = args.prompt or args.prompts or args.label
-  if asked and args.mode != 'sample':
-    raise errors.UserError('--prompt and --label are for --mode=sample')
   if args.guidance is not None:
     changes['sampler.guidance'] = args.guidance
   if args.mode != 'figures':
     args.num_samples = args.num_samples or (8 if asked else 64)
-    if args.figure:
-      raise errors.UserError('--figure is for --mode=figures')
-  for name in ('image', 'mask', 'to', 'strength'):
-    if args.mode != 'edit' and getattr(args, name) is not None:
-      raise errors.UserError(f'--{name} is for --mode=edit')
   if args.mode == 'train' and args.seed is not None:
     changes['seed'] = str(args.seed)
   if args.mode == 'train' and args.output:
@@ -173,6 +190,7 @@ def run(argv: list[str]) -> None:
   # JAX and the rest take seconds to import; --help and mistakes need none.
   from ddpm_jax import recipe
 
+  args.changes = changes
   job = importlib.import_module(f'ddpm_jax.jobs.{args.mode}')
   config = None
   if getattr(job, 'needs_config', True):

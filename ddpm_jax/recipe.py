@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ddpm_jax import errors
 from ddpm_jax.runtime import workdir
 
+CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 # Sections and keys that may change under a run that has begun: they say how
 # long, where and how it is watched, not what is learned.
 FREE = (
@@ -66,10 +67,15 @@ def load(spec: str) -> ConfigDict:
   return config.lock()
 
 
+def shipped(name: str) -> ConfigDict:
+  """The recipe of that name in configs/, wherever the program was started."""
+  return load(str(CONFIGS / f'{name}.py'))
+
+
 @contextlib.contextmanager
 def _importing_configs() -> Iterator[None]:
   """Lets a recipe say `from configs import base`, wherever one stands."""
-  checkout = str(pathlib.Path(__file__).parents[1])
+  checkout = str(CONFIGS.parent)
   sys.path.append(checkout)
   try:
     yield
@@ -174,9 +180,12 @@ def check_same(config: ConfigDict, begun: ConfigDict, where: Any) -> None:
   """Refuses a recipe that is not the one that was begun.
 
   Raises:
-    UserError: naming the keys outside `FREE` that differ.
+    UserError: naming the keys outside `FREE` that differ. A path of the data
+      that was not named, as in an imported run, may be.
   """
   here, there = flatten(config), flatten(begun)
+  if not there.get('data.path'):
+    there['data.path'] = here.get('data.path')
   changed = [
     f'{key} ({there.get(key, "absent")!r} -> {here.get(key, "absent")!r})'
     for key in here | there

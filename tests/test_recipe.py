@@ -92,6 +92,14 @@ def test_what_is_learned_must_not_change_and_the_rest_may():
   assert "loss.t ('uniform' -> 'stratified')" in str(caught.value)
 
 
+def test_a_path_of_the_data_may_be_named_later_but_not_changed():
+  recipe.check_same(overridden(data__path='x'), base.get_config(), 'here')
+  with pytest.raises(errors.UserError, match=r"data\.path \('x' -> 'y'\)"):
+    recipe.check_same(
+      overridden(data__path='y'), overridden(data__path='x'), 'here'
+    )
+
+
 def test_an_unknown_key_names_the_nearest():
   with pytest.raises(errors.UserError, match=r"'config\.model\.channels'"):
     overridden(model__chanels='3')

@@ -80,10 +80,10 @@ def abstract_state(init: Callable[[], Any], mesh: Mesh) -> Any:
   )
 
 
-def init_state(init: Callable[[], Any], mesh: Mesh) -> Any:
-  """The state that `init` returns, made in place, never whole on one device."""
-  sharding = state_sharding(mesh, jax.eval_shape(init))
-  return jax.jit(init, out_shardings=sharding)()
+def init_state(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
+  """The state that `init` makes of `args`, never whole on one device."""
+  sharding = state_sharding(mesh, jax.eval_shape(init, *args))
+  return jax.jit(init, out_shardings=sharding)(*args)
 
 
 def put(tree: Any, mesh: Mesh, how: str) -> Any:
