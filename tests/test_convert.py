@@ -152,9 +152,7 @@ def test_a_chain_of_1000_steps_is_that_of_diffusers():
   p = build.reverse_process(config)
 
   def step(schedule, model_fn, keys, x_t, t, *_):
-    mean, x0_hat = samplers.greedy(
-      schedule, model_fn, keys, x_t, t, variance=variances.beta
-    )
+    mean, x0_hat = samplers.greedy(schedule, model_fn, keys, x_t, t)
     sigma = jnp.where(t > 1, jnp.exp(variances.beta(schedule, None, t) / 2), 0)
     return mean + sigma * noise[t - 1], x0_hat
 
@@ -295,7 +293,7 @@ def test_another_network_is_refused_by_its_field(field, value):
     ('num_train_timesteps', 0),
     ('predict_epsilon', False),
     ('prediction_type', 'flow'),
-    ('rescale_betas_zero_snr', True),
+    ('rescale_betas_zero_snr', 'yes'),
     ('sigma_data', 0.5),
     ('steps_offset', 1),
     ('thresholding', True),
@@ -333,6 +331,7 @@ def test_a_learned_variance_needs_as_many_channels():
   ('key', 'value'),
   [
     ('model.name', 'mlp'),
+    ('condition.name', 'text'),
     ('model.predict', 'mu'),
     ('sampler.variance', 'learned'),
     ('model.multipliers', (2, 2)),
@@ -342,6 +341,15 @@ def test_what_has_no_counterpart_is_not_written(key, value):
   keys = recipe.flatten(recipe.shipped('cifar')) | {key: value}
   with pytest.raises(errors.UserError, match=re.escape(f'config.{key}=')):
     fields.from_recipe(keys, [])
+
+
+def test_zero_terminal_snr_is_kept_both_ways():
+  zero = {'rescale_betas_zero_snr': True, 'prediction_type': 'v_prediction'}
+  keys = fields.to_recipe(CIFAR, SCHEDULER | zero)
+  assert keys['schedule.zero_terminal_snr']
+  whole = recipe.flatten(recipe.shipped('cifar')) | keys
+  _, scheduler = fields.from_recipe(whole, [])
+  assert zero.items() <= scheduler.items()
 
 
 def copy_of(name, folder):

@@ -101,7 +101,7 @@ SCHEDULER: Fields = {
   # The three are one with as many steps as T.
   'timestep_spacing': ('leading', 'linspace', 'trailing'),
   'steps_offset': (0,),
-  'rescale_betas_zero_snr': (False,),
+  'rescale_betas_zero_snr': (False, True),
   'predict_epsilon': (True,),
   'timestep_values': (None,),
 }
@@ -160,6 +160,7 @@ def to_recipe(unet: Fields, scheduler: Fields) -> dict[str, Any]:
     'schedule.T': s['num_train_timesteps'],
     'schedule.beta_1': float(s['beta_start']),
     'schedule.beta_T': float(s['beta_end']),
+    'schedule.zero_terminal_snr': s['rescale_betas_zero_snr'],
     'sampler.clip': s['clip_sample'],
     # The one that trains such a variance; else the recipe's own.
     **({'loss.name': 'hybrid'} if variance == 'learned_range' else {}),
@@ -213,6 +214,7 @@ def from_recipe(
     'beta_end': keys['schedule.beta_T'],
     'variance_type': _back(VARIANCES)[variance],
     'prediction_type': _back(PREDICTIONS)[keys['model.predict']],
+    'rescale_betas_zero_snr': keys['schedule.zero_terminal_snr'],
     'clip_sample': keys['sampler.clip'],
     'clip_sample_range': 1.0,
   }
@@ -228,6 +230,7 @@ def from_recipe(
 def _check_exportable(keys: Fields) -> None:
   for key, known, why in (
     ('model.name', ('unet',), 'diffusers has no such network'),
+    ('condition.name', ('',), 'a UNet2DModel is told nothing of the kind'),
     ('model.predict', PREDICTIONS.values(), 'a DDPMScheduler has no such'),
     (
       'sampler.variance',
@@ -238,7 +241,7 @@ def _check_exportable(keys: Fields) -> None:
     if keys[key] not in known:
       raise errors.UserError(
         f'config.{key}={keys[key]} cannot be written: {why}; '
-        f'{", ".join(dict.fromkeys(known))} can'
+        f'{", ".join(repr(x) for x in dict.fromkeys(known))} can'
       )
   if keys['model.multipliers'][0] != 1:
     raise errors.UserError(
