@@ -84,7 +84,7 @@ def test_a_solver_has_its_order(name, order):
     return float(jnp.abs(x_end - flow(table, x, n, end)).max())
 
   with jax.enable_x64(True):
-    measured = orders(error, [32, 64, 128, 256])
+    measured = orders(error, [32, 64, 128])
   # What is left of the next order at 32 steps is 1-2% of the order.
   np.testing.assert_allclose(measured, order, atol=0.05)
 
@@ -113,10 +113,10 @@ def test_inverting_ddim_and_going_back_is_the_identity_to_order_1():
     return float(there), float(back)
 
   with jax.enable_x64(True):
-    error = np.array([there_and_back(n) for n in (256, 512, 1024)])
+    error = np.array([there_and_back(n) for n in (256, 512)])
   # What is left of the next order is a few hundredths of the order.
-  np.testing.assert_allclose(np.log2(error[:-1] / error[1:]), 1, atol=0.1)
-  assert error[-1].max() < 0.02
+  np.testing.assert_allclose(np.log2(error[0] / error[1]), 1, atol=0.1)
+  assert error[-1].max() < 0.04
 
 
 def test_a_step_inverted_with_its_own_eps_is_undone_exactly():
@@ -312,9 +312,10 @@ def test_a_zero_terminal_snr_is_zero_and_leaves_the_first_step():
       assert table.alpha_bar[table.T] == 0
 
 
-@pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('predict', ['v', 'x0'])
-@pytest.mark.parametrize('steps', [1, 2, 25])
+@pytest.mark.parametrize(
+  ('name', 'predict'), [*((name, 'v') for name in NAMES), ('ddim', 'x0')]
+)
+@pytest.mark.parametrize('steps', [1, 25])
 def test_every_sampler_begins_at_a_zero_terminal_snr(name, predict, steps):
   """With x_T of noise alone, in float32; the data's mean is met."""
   full = schedules.zero_terminal_snr(S)
@@ -467,6 +468,7 @@ def test_a_run_that_is_older_than_a_key_gets_its_default(tiny_run, tmp_path):
   recipe.check_same(found, recipe.from_json(config), 'here')
 
 
+@pytest.mark.slow
 def test_the_table_of_a_run(tiny_run, tmp_path, monkeypatch, capsys):
   workdir = tmp_path / 'run'
   shutil.copytree(tiny_run[0], workdir)

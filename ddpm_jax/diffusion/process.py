@@ -52,9 +52,8 @@ def q_between(
   eps: jax.Array,
 ) -> jax.Array:
   """x_t = √(ᾱ_t/ᾱ_s) x_s + √(1-ᾱ_t/ᾱ_s) ε, for s ≤ t: t - s times eq. 2."""
-  alpha_bar, one_minus = schedule.alpha_bar, schedule.one_minus_alpha_bar
-  added = (one_minus[t] - one_minus[s]) / alpha_bar[s]
-  return jnp.sqrt(alpha_bar[t] / alpha_bar[s]) * x_s + jnp.sqrt(added) * eps
+  kept = schedule.alpha_bar[t] / schedule.alpha_bar[s]
+  return jnp.sqrt(kept) * x_s + jnp.sqrt(1 - kept) * eps
 
 
 def q_posterior(

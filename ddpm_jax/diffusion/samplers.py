@@ -84,8 +84,9 @@ def ddim(
 ) -> tuple[jax.Array, jax.Array]:
   """x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-σ_t²) ε̂ + σ_t z, σ_t² = η² β̃_t.
 
-  Song et al. 2021, eq. 12. With η = 0 the image follows from x_T, and the order
-  is 1; η = 1 is `ancestral` with σ² = β̃.
+  Song et al. 2021, eq. 12; ε̂ is what x_t holds beside x̂_0, clipped or not.
+  With η = 0 the image follows from x_T, and the order is 1; η = 1 is
+  `ancestral` with σ² = β̃.
   """
   del before
   x0_hat = _x0_hat(schedule, model_fn, x_t, t, predict, clip)

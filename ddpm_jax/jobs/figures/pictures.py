@@ -265,7 +265,7 @@ def generation(trained: common.Trained, count: int = 10) -> common.Drawn:
   ways = []
   for name in ('greedy', 'ancestral'):
     c = config.copy_and_resolve_references()
-    c.sampler.name = name
+    c.sampler.update(name=name, eta=0.0)
     ways.append(build.reverse_process(c))
   greedy, random = ways
 
