@@ -29,7 +29,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['checkpoint', 'images', 'logs', 'parallel', 'stop', 'workdir'],
     ['fingerprint'],
   ],
-  'metrics': [['small'], ['classifier', 'distances']],
+  'metrics': [['small', 'weights'], ['classifier', 'distances', 'inception']],
   'models': [['mlp'], ['unet']],
 }
 FILES = sorted(ROOT.rglob('*.py'))
