@@ -60,7 +60,8 @@ def parser() -> Parser:
     '--num_samples',
     type=int,
     metavar='N',
-    help='how many images to draw (default: 64; of figures each has its own)',
+    help='how many images to draw (default: 64; of figures each has its own); '
+    'for --mode=evaluate, how many to score: the papers take 50000',
   )
   p.add_argument(
     '--seed', type=int, help='of everything random (default: the recipe says)'
@@ -75,6 +76,33 @@ def parser() -> Parser:
     '--figure',
     metavar='NAME',
     help='which figure of the paper to draw, for --mode=figures; it lists them',
+  )
+  scores = p.add_argument_group('for --mode=evaluate')
+  scores.add_argument(
+    '--inception',
+    type=pathlib.Path,
+    metavar='FILE',
+    help='the weights of Inception-v3, .safetensors or .pth: FID and the like '
+    'need them',
+  )
+  scores.add_argument(
+    '--reference',
+    type=pathlib.Path,
+    metavar='FILE.npz',
+    help='statistics to compare with, `mu` and `sigma`; default: of the data '
+    'set, computed once',
+  )
+  scores.add_argument(
+    '--images',
+    type=pathlib.Path,
+    metavar='PATH',
+    help='score these, a folder or an .npz, in the place of samples',
+  )
+  scores.add_argument(
+    '--step',
+    type=int,
+    metavar='N',
+    help='of the checkpoint to evaluate (default: the newest)',
   )
   return p
 
@@ -105,10 +133,13 @@ def run(argv: list[str]) -> None:
     raise errors.unknown('mode', args.mode, modes)
   if args.num_samples is not None and args.num_samples < 1:
     raise errors.UserError(f'--num_samples={args.num_samples} is not positive')
-  if args.mode != 'figures':
+  for name in ('inception', 'reference', 'images', 'step'):
+    if args.mode != 'evaluate' and getattr(args, name) is not None:
+      raise errors.UserError(f'--{name} is for --mode=evaluate')
+  if args.mode not in ('evaluate', 'figures'):
     args.num_samples = args.num_samples or 64
-    if args.figure:
-      raise errors.UserError('--figure is for --mode=figures')
+  if args.mode != 'figures' and args.figure:
+    raise errors.UserError('--figure is for --mode=figures')
   if args.mode == 'train' and args.seed is not None:
     changes['seed'] = str(args.seed)
   if args.mode == 'train' and args.output:

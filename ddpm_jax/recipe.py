@@ -30,7 +30,7 @@ def resolve(
       workdir was begun with.
   """
   saved = workdir.read_config(folder) if folder else None
-  begun = from_json(saved) if saved else None
+  begun = completed(from_json(saved)) if saved else None
   if spec:
     config = load(spec)
   elif begun:
@@ -148,6 +148,19 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
   return ConfigDict(_tuples(values)).lock()
+
+
+def completed(begun: ConfigDict) -> ConfigDict:
+  """With the base's value of every free key that is younger than the run."""
+  with _importing_configs():
+    from configs import base
+  config = begun.copy_and_resolve_references()
+  for section in FREE:
+    if isinstance(config.get(section), ConfigDict):
+      base_section = base.get_config()[section].copy_and_resolve_references()
+      with config.unlocked():
+        config[section] = ConfigDict({**base_section, **config[section]})
+  return config.lock()
 
 
 def check_same(config: ConfigDict, begun: ConfigDict, where: Any) -> None:

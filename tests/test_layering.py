@@ -29,7 +29,11 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['checkpoint', 'images', 'logs', 'parallel', 'stop', 'workdir'],
     ['fingerprint'],
   ],
-  'metrics': [['small', 'weights'], ['classifier', 'distances', 'inception']],
+  'metrics': [
+    ['fidelity', 'small', 'weights'],
+    ['running'],
+    ['classifier', 'distances', 'inception'],
+  ],
   'models': [['mlp'], ['unet']],
 }
 FILES = sorted(ROOT.rglob('*.py'))

@@ -28,8 +28,8 @@ from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules as tables
-from ddpm_jax.jobs import evaluate
 from ddpm_jax.jobs import sample
+from ddpm_jax.jobs.evaluate import bound as bounds
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
@@ -338,7 +338,7 @@ def rate_distortion(trained: Trained, count: int = 64) -> Drawn:
   split = config.evaluate.split or config.data.split
   source = build.source(config, split)
   count = min(count, len(source))
-  bound = evaluate.bound_of(
+  bound = bounds.bound_of(
     config, trained.mesh, trained.params, source, count, trained.seed
   )
   rate, rmse = progress(bound)

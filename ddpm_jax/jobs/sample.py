@@ -55,12 +55,45 @@ def check_workdir(folder: pathlib.Path | None) -> None:
 
 
 def restore_ema(
-  config: ConfigDict, mesh: jax.sharding.Mesh, folder: pathlib.Path
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  folder: pathlib.Path,
+  step: int | None = None,
 ) -> tuple[int, Any]:
-  """(step, weights) of the newest whole checkpoint of a run."""
+  """(step, weights) of the newest whole checkpoint of a run, or at `step`."""
   init = functools.partial(build.init_state, config)
   abstract = parallel.abstract_state(init, mesh).ema_params
-  return checkpoint.restore_ema(folder / 'checkpoints', abstract)
+  return checkpoint.restore_item(folder / 'checkpoints', 'ema', abstract, step)
+
+
+def drawer(
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  count: int,
+  seed: int,
+  snapshots: int = 0,
+) -> tuple[int, Callable[[Any, int], tuple[np.ndarray, np.ndarray]]]:
+  """Compiles the drawing of images in batches, of a size for `count` of them.
+
+  Returns the size b, and a function of the weights and of the index of the
+  first image that gives uint8 images (b, H, W, C) and predictions on the way
+  (b, K, H, W, C).
+  """
+  n = mesh.size
+  size = math.ceil(min(count, config.sampler.batch_size) / n) * n
+  init = functools.partial(build.init_state, config)
+  compiled = parallel.compile_map(
+    build.sampler(config, seed, snapshots),
+    mesh,
+    config.parallel.engine,
+    jax.eval_shape(init).ema_params,
+  )
+
+  def draw(params: Any, start: int) -> tuple[np.ndarray, np.ndarray]:
+    index = np.arange(start, start + size, dtype=np.int32)
+    return compiled(params, parallel.put(index, mesh, config.parallel.engine))
+
+  return size, draw
 
 
 def sampler(
@@ -70,27 +103,13 @@ def sampler(
   seed: int,
   snapshots: int = 0,
 ) -> Callable[[Any], Iterator[tuple[np.ndarray, np.ndarray]]]:
-  """Compiles the drawing of `count` images.
-
-  Returns a function of the weights that gives, batch by batch, uint8 images
-  (b, H, W, C) and predictions on the way (b, K, H, W, C); `count` in all.
-  """
-  n = mesh.size
-  size = math.ceil(min(count, config.sampler.batch_size) / n) * n
-  init = functools.partial(build.init_state, config)
-  draw = parallel.compile_map(
-    build.sampler(config, seed, snapshots),
-    mesh,
-    config.parallel.engine,
-    jax.eval_shape(init).ema_params,
-  )
+  """`drawer` of `count` images in all, batch by batch."""
+  size, draw = drawer(config, mesh, count, seed, snapshots)
 
   def batches(params: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for start in range(0, count, size):
       # The last batch is drawn whole, for one program serves all, and cut.
-      index = np.arange(start, start + size, dtype=np.int32)
-      index = parallel.put(index, mesh, config.parallel.engine)
-      drawn, seen = draw(params, index)
+      drawn, seen = draw(params, start)
       yield drawn[: count - start], seen[: count - start]
 
   return batches

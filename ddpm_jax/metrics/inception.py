@@ -6,10 +6,10 @@ of pytorch-fid, whose weights it takes, with their batch norms folded in.
 
 There are two ways into it. `tensorflow` is the original's, of Heusel et al.
 2017 and of the papers that evaluate with TensorFlow (DDPM among them), ADM,
-StyleGAN, EDM and torch-fidelity. `pytorch_fid` is that package's: pixels are
-half a source pixel elsewhere (5 of 299 for an image of 32), so that features
-differ by some percent; a FID of the one is not to be compared with a FID of the
-other, least of all with statistics of the other.
+StyleGAN, EDM and torch-fidelity. `pytorch_fid` is that package's: its pixels
+are up to half a pixel of the source elsewhere, 4 of 299 for an image of 32, so
+that features differ (by 4% of their spread, for photographs of that size and
+random weights). Both are published as FID. Statistics must be of the same way.
 """
 
 from collections.abc import Mapping
@@ -53,19 +53,19 @@ def pytorch_fid(images: jax.Array) -> jax.Array:
   return _bilinear(images, *at) / 127.5 - 1
 
 
-def _bilinear(images: jax.Array, y: np.ndarray, x: np.ndarray) -> jax.Array:
-  """The images at y times x; what lies outside is as the edge."""
+def _bilinear(source: jax.Array, y: np.ndarray, x: np.ndarray) -> jax.Array:
+  """Images (B, H, W, 3) at y times x; what lies outside is as the edge."""
 
   def weights(at: np.ndarray, n: int) -> np.ndarray:
     at = np.clip(at, 0, n - 1)
     distance = np.abs(at[:, None] - np.arange(n))
     return np.maximum(1 - distance, 0).astype(np.float32)
 
-  H, W = images.shape[1:3]
+  H, W = source.shape[1:3]
   return jnp.einsum(
     'iy,byxc,jx->bijc',
     weights(y, H),
-    images.astype(jnp.float32),
+    source.astype(jnp.float32),
     weights(x, W),
     precision=PRECISION,
   )

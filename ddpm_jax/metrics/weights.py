@@ -32,7 +32,7 @@ class Weights(NamedTuple):
 def missing() -> errors.UserError:
   return errors.UserError(
     'FID and the like need the weights of Inception-v3, which are not ours to '
-    f'ship: fetch {URL} (92 MB), put it anywhere, and name it with '
+    f'ship: fetch {URL} (96 MB), put it anywhere, and name it with '
     f'--inception={NAME} where torch is installed; elsewhere name what '
     f'{CONVERT} has made of it'
   )
