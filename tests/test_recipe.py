@@ -1,5 +1,6 @@
 """Recipes: overrides take the type of what they replace; JSON comes back."""
 
+import json
 import pathlib
 
 import pytest
@@ -95,3 +96,14 @@ def test_what_is_learned_must_not_change_and_the_rest_may():
 def test_an_unknown_key_names_the_nearest():
   with pytest.raises(errors.UserError, match=r"'config\.model\.channels'"):
     overridden(model__chanels='3')
+
+
+def test_a_run_that_is_older_than_a_key_has_the_bases_value(tmp_path):
+  config = recipe.to_json(base.get_config())
+  del config['evaluate']['resize']
+  config['evaluate']['draws'] = 3
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  resolved = recipe.resolve(None, tmp_path, {'sampler.steps': '10'})
+  assert resolved.evaluate.resize == base.get_config().evaluate.resize
+  assert resolved.evaluate.draws == 3
+  assert resolved.sampler.steps == 10

@@ -1,7 +1,9 @@
 """Images made elsewhere, exactly as they are."""
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -18,7 +20,7 @@ def load(path: pathlib.Path) -> tuple[store.Source, decode.Shape]:
 
   Raises:
     UserError: there are none, they are not uint8, gray or RGB, or not all of
-      one size; a file that cannot be read is named when it is gathered.
+      one size; so does `gather` for a file that cannot be decoded.
   """
   if not path.exists():
     raise errors.UserError(
@@ -39,30 +41,39 @@ def _array(path: pathlib.Path) -> tuple[store.Source, decode.Shape]:
 
 def _folder(path: pathlib.Path) -> tuple[store.Source, decode.Shape]:
   names = listing.find(str(path))
-
-  def read(i: int) -> np.ndarray:
-    file = os.path.join(path, names[i])
-    try:
-      with Image.open(file) as image:
-        gray = image.mode in ('1', 'L', 'I;16')
-        size = image.height, image.width, 1 if gray else 3
-      return decode.read(file, size)
-    except Exception as error:  # Pillow's are of many types
-      reason = ' '.join(str(error).split())
-      raise errors.UserError(f'{file} cannot be read ({reason})') from error
-
-  shape = read(0).shape
+  files = [os.path.join(path, name) for name in names]
+  shape = _header(files[0])
+  H, W, _ = shape
+  for file in files:
+    h, w, _ = _header(file)
+    if (h, w) != (H, W):
+      raise errors.UserError(
+        f'{file} is {h}x{w}, and {names[0]} is {H}x{W}: scores are of images '
+        'of one size'
+      )
 
   def gather(indices: np.ndarray) -> store.Batch:
-    images = [read(i) for i in indices.tolist()]
-    for i, image in zip(indices, images, strict=True):
-      if image.shape != shape:
-        raise errors.UserError(
-          f'{os.path.join(path, names[i])} is {image.shape} (height, width, '
-          f'channels), and {names[0]} is {shape}: scores are of images of one '
-          'size'
-        )
-    labels = np.full(len(images), -1, np.int32)
-    return {'image': np.stack(images), 'label': labels}
+    images = np.empty((len(indices), *shape), np.uint8)
+    for row, i in enumerate(indices.tolist()):
+      with _named(files[i]):
+        images[row] = decode.read(files[i], shape)
+    return {'image': images, 'label': np.full(len(indices), -1, np.int32)}
 
   return store.Source(len(names), gather), shape
+
+
+def _header(file: str) -> decode.Shape:
+  """The shape of an image, without decoding it."""
+  with _named(file), Image.open(file) as image:
+    turned = image.getexif().get(0x0112, 1) >= 5  # by a quarter, when shown
+    W, H = image.size[::-1] if turned else image.size
+    return H, W, 1 if image.mode in ('1', 'L', 'I;16') else 3
+
+
+@contextlib.contextmanager
+def _named(file: str) -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:  # Pillow's are of many types
+    reason = ' '.join(str(error).split())
+    raise errors.UserError(f'{file} cannot be read ({reason})') from error

@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import Any
 
+from ddpm_jax import errors
 from ddpm_jax.runtime import images
 
 NAME = 'evaluation.json'
@@ -11,8 +12,16 @@ SCORES = 'scores_of_samples'
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
+  """What was found in a workdir; {} if nothing was.
+
+  Raises:
+    UserError: if the file is damaged.
+  """
   path = folder / NAME
-  return json.loads(path.read_text()) if path.exists() else {}
+  try:
+    return json.loads(path.read_text()) if path.exists() else {}
+  except ValueError as e:
+    raise errors.UserError(f'{path} is damaged ({e}): remove it') from None
 
 
 def write_bound(folder: pathlib.Path, bound: dict[str, Any]) -> None:
@@ -61,13 +70,19 @@ def table(entries: list[dict[str, Any]]) -> str:
   return '\n'.join(rows)
 
 
+def least(entries: list[dict[str, Any]]) -> tuple[str, float, int]:
+  """Name, value and step of the best FID."""
+  entry = min(entries, key=lambda e: _fid(e)[1])
+  return *_fid(entry), entry['step']
+
+
 def best(entries: list[dict[str, Any]], entry: dict[str, Any]) -> str:
   """The best FID over the checkpoints scored as `entry` was; '' if one."""
   alike = [e for e in entries if _protocol(e) == _protocol(entry)]
   if len(alike) < 2:
     return ''
-  name, value = _fid(least := min(alike, key=lambda e: _fid(e)[1]))
-  return f'\nbest of {len(alike)}: {name} {value:.3f} at step {least["step"]}'
+  name, value, step = least(alike)
+  return f'\nbest of {len(alike)}: {name} {value:.3f} at step {step}'
 
 
 def details(entry: dict[str, Any]) -> str:
