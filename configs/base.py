@@ -117,9 +117,18 @@ def get_config() -> ConfigDict:
 
   c.evaluate = ConfigDict()
   c.evaluate.split = ''  # of the data; '': the one that was trained on
-  c.evaluate.images = 0  # how many; 0: all
+  c.evaluate.images = 0  # how many of them; 0: all
   c.evaluate.draws = 0  # times t an image; 0: all T of them
   c.evaluate.batch_size = 256  # images at a time, over all devices
+  c.evaluate.weights = 'ema'  # | raw: as trained, without averaging
+  # Of FID and the like: how images come to 299 x 299, tensorflow | pytorch_fid;
+  # see ddpm_jax/metrics/inception.py.
+  c.evaluate.resize = 'tensorflow'
+  # Images of each side whose features are compared one by one, for KID,
+  # precision and recall; the time grows with the square.
+  c.evaluate.neighbours = 10_000
+  # Folder of statistics of data sets; '': `reference` beside the workdir.
+  c.evaluate.cache = ''
 
   c.parallel = ConfigDict()
   c.parallel.engine = 'jit'  # jit | pmap

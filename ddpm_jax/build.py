@@ -36,6 +36,7 @@ from ddpm_jax.diffusion import spacings
 from ddpm_jax.diffusion import timesteps
 from ddpm_jax.diffusion import training
 from ddpm_jax.diffusion import variances
+from ddpm_jax.metrics import inception
 from ddpm_jax.runtime import parallel
 
 POSITIVE = (
@@ -248,8 +249,8 @@ def source(config: ConfigDict, split: str = '') -> Any:
   return conditioning.attach(config, made)
 
 
-def mesh(config: ConfigDict) -> jax.sharding.Mesh:
-  """The devices of a run.
+def mesh(config: ConfigDict, *, local: bool = False) -> jax.sharding.Mesh:
+  """The devices of a run; with `local`, those of this process.
 
   Raises:
     UserError: if there are not as many, or the engine is not for them.
@@ -262,7 +263,7 @@ def mesh(config: ConfigDict) -> jax.sharding.Mesh:
       'pmap keeps the whole state on every device: set parallel.fsdp=1, or '
       'parallel.engine=jit'
     )
-  return parallel.make_mesh(wanted.data, wanted.fsdp)
+  return parallel.make_mesh(wanted.data, wanted.fsdp, local=local)
 
 
 def stream(seed: int, use: str) -> jax.Array:
@@ -515,3 +516,15 @@ def bound_by(form: Callable, config: ConfigDict, seed: int) -> Callable:
     return form(table, model_fn, keys, x0, **options)
 
   return evaluate
+
+
+def features(config: ConfigDict) -> Callable:
+  """(Inception's parameters, uint8 (B, H, W, 1 or 3)) -> its features."""
+  prepare = named(inception, config.evaluate.resize, 'images', 'resize')
+
+  def apply(params: Any, images: jax.Array) -> inception.Features:
+    B, H, W, _ = images.shape
+    images = jnp.broadcast_to(images, (B, H, W, 3))  # gray is repeated
+    return inception.Inception().apply({'params': params}, prepare(images))  # type: ignore[return-value]
+
+  return apply

@@ -29,11 +29,15 @@ stopped goes on when its --workdir is named again.
 ONLY = {
   'figure': ['figures'],
   'image': ['edit'],
+  'images': ['evaluate'],
+  'inception': ['evaluate'],
   'input': ['convert'],
   'label': ['sample'],
   'mask': ['edit'],
   'prompt': ['sample'],
   'prompts': ['sample'],
+  'reference': ['evaluate'],
+  'step': ['evaluate'],
   'strength': ['edit'],
   'to': ['edit'],
 }
@@ -74,7 +78,8 @@ def parser() -> Parser:
     '--num_samples',
     type=int,
     metavar='N',
-    help='how many images to draw (default: 64; of figures each has its own)',
+    help='how many images to draw (default: 64; of figures each has its own); '
+    'for --mode=evaluate, how many to score: the papers take 50000',
   )
   p.add_argument(
     '--seed', type=int, help='of everything random (default: the recipe says)'
@@ -146,6 +151,33 @@ def parser() -> Parser:
     help='for --mode=edit without --mask: how noisy --image is made first, of '
     'T; from 0 (it is kept) to 1 (it is forgotten); default: 0.5',
   )
+  scores = p.add_argument_group('for --mode=evaluate')
+  scores.add_argument(
+    '--inception',
+    type=pathlib.Path,
+    metavar='FILE',
+    help='the weights of Inception-v3, .safetensors or .pth: FID and the like '
+    'need them',
+  )
+  scores.add_argument(
+    '--reference',
+    type=pathlib.Path,
+    metavar='FILE.npz',
+    help='statistics to compare with, `mu` and `sigma`; default: of the data '
+    'set, computed once',
+  )
+  scores.add_argument(
+    '--images',
+    type=pathlib.Path,
+    metavar='PATH',
+    help='score these, a folder or an .npz, in the place of samples',
+  )
+  scores.add_argument(
+    '--step',
+    type=int,
+    metavar='N',
+    help='of the checkpoint to evaluate (default: the newest)',
+  )
   return p
 
 
@@ -181,7 +213,7 @@ def run(argv: list[str]) -> None:
   asked = args.prompt or args.prompts or args.label
   if args.guidance is not None:
     changes['sampler.guidance'] = args.guidance
-  if args.mode != 'figures':
+  if args.mode not in ('evaluate', 'figures'):
     args.num_samples = args.num_samples or (8 if asked else 64)
   if args.mode == 'train' and args.seed is not None:
     changes['seed'] = str(args.seed)

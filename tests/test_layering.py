@@ -30,7 +30,11 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['checkpoint', 'images', 'logs', 'parallel', 'stop', 'workdir'],
     ['fingerprint'],
   ],
-  'metrics': [['small'], ['classifier', 'distances']],
+  'metrics': [
+    ['fidelity', 'small', 'weights'],
+    ['running'],
+    ['classifier', 'distances', 'inception'],
+  ],
   'models': [['condition', 'mlp'], ['unet']],
 }
 FILES = sorted(ROOT.rglob('*.py'))

@@ -110,38 +110,25 @@ def check_workdir(folder: pathlib.Path | None) -> None:
 
 
 def restore_ema(
-  config: ConfigDict, mesh: jax.sharding.Mesh, folder: pathlib.Path
-) -> tuple[int, Any]:
-  """(step, weights) of the newest whole checkpoint of a run."""
-  init = functools.partial(build.init_state, config)
-  abstract = parallel.abstract_state(init, mesh).ema_params
-  return checkpoint.restore_ema(folder / 'checkpoints', abstract)
-
-
-def sampler(
   config: ConfigDict,
   mesh: jax.sharding.Mesh,
-  count: int,
-  seed: int,
-  snapshots: int = 0,
-) -> Callable[..., Iterator[tuple[np.ndarray, np.ndarray]]]:
-  """Compiles the drawing of `count` images.
-
-  Returns a function of the weights, and of a condition for each image if there
-  is one, that gives, batch by batch, uint8 images (b, H, W, C) and predictions
-  on the way (b, K, H, W, C); `count` in all.
-  """
-  return in_batches(config, mesh, count, build.sampler(config, seed, snapshots))
+  folder: pathlib.Path,
+  step: int | None = None,
+) -> tuple[int, Any]:
+  """(step, weights) of the newest whole checkpoint of a run, or at `step`."""
+  init = functools.partial(build.init_state, config)
+  abstract = parallel.abstract_state(init, mesh).ema_params
+  return checkpoint.restore_item(folder / 'checkpoints', 'ema', abstract, step)
 
 
-def in_batches(
+def drawer(
   config: ConfigDict, mesh: jax.sharding.Mesh, count: int, draw: Callable
-) -> Callable[..., Iterator[Any]]:
-  """Compiles (params, index (B,)) -> arrays with a row an image, for all.
+) -> tuple[int, Callable[..., Any]]:
+  """Compiles (params, index (B,)) -> arrays with a row an image.
 
-  Returns a function of the weights, and of a condition for each image if `draw`
-  takes one (see `build.sampler`), that gives them batch by batch, of `count`
-  images in all.
+  Returns a size b of batches, for `count` images, and a function of the
+  weights, of the index of the first image, and of a condition for each image if
+  `draw` takes one (see `build.sampler`), that gives the arrays of b images.
   """
   n = mesh.size
   size = math.ceil(min(count, config.sampler.batch_size) / n) * n
@@ -151,19 +138,43 @@ def in_batches(
     draw, mesh, engine, jax.eval_shape(init).ema_params
   )
 
+  def batch(params: Any, start: int, told: Any = None) -> Any:
+    rows: Any = np.arange(start, start + size, dtype=np.int32)
+    if told is not None:
+      at = np.minimum(rows, count - 1)
+      rows = {
+        'index': rows,
+        'condition': jax.tree.map(lambda x: x[at], told),
+      }
+    return compiled(params, parallel.put(rows, mesh, engine))
+
+  return size, batch
+
+
+def in_batches(
+  config: ConfigDict, mesh: jax.sharding.Mesh, count: int, draw: Callable
+) -> Callable[..., Iterator[Any]]:
+  """`drawer` of `count` images in all, batch by batch."""
+  size, batch = drawer(config, mesh, count, draw)
+
   def batches(params: Any, told: Any = None) -> Iterator[Any]:
     for start in range(0, count, size):
       # The last batch is drawn whole, for one program serves all, and cut.
-      index = np.arange(start, start + size, dtype=np.int32)
-      rows: Any = index
-      if told is not None:
-        at = np.minimum(index, count - 1)
-        told_now = jax.tree.map(lambda x, at=at: x[at], told)
-        rows = {'index': index, 'condition': told_now}
-      drawn = compiled(params, parallel.put(rows, mesh, engine))
+      drawn = batch(params, start, told)
       yield jax.tree.map(lambda x, real=count - start: x[:real], drawn)
 
   return batches
+
+
+def sampler(
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  count: int,
+  seed: int,
+  snapshots: int = 0,
+) -> Callable[..., Iterator[tuple[np.ndarray, np.ndarray]]]:
+  """Uint8 images (b, H, W, C), and predictions on the way (b, K, H, W, C)."""
+  return in_batches(config, mesh, count, build.sampler(config, seed, snapshots))
 
 
 def gather(batches: Iterator[Any]) -> Any:

@@ -17,9 +17,9 @@ from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import two_noise
 from ddpm_jax.diffusion import two_term as two_term_form
-from ddpm_jax.jobs import evaluate
 from ddpm_jax.jobs import sample
 from ddpm_jax.jobs import score
+from ddpm_jax.jobs.evaluate import bound as bounds
 from ddpm_jax.jobs.figures import common
 from ddpm_jax.jobs.figures import pictures
 from ddpm_jax.metrics import classifier as classifiers
@@ -72,7 +72,7 @@ def rate_distortion(trained: common.Trained, count: int = 64) -> common.Drawn:
   split = config.evaluate.split or config.data.split
   source = build.source(config, split)
   count = min(count, len(source))
-  bound = evaluate.bound_of(
+  bound = bounds.bound_of(
     config, trained.mesh, trained.params, source, count, trained.seed
   )
   rate, rmse = progress(bound)
