@@ -519,6 +519,13 @@ def test_flags_that_do_not_go_together_are_told(tmp_path, converted):
       [f'--input={model}/{files.SAFE[0]}', '--output=x'],
       'says nothing of its recipe',
     ),
+    (
+      [
+        *(f'--input={model}/{files.SAFE[0]}', '--output=x'),
+        f'--config={recipe.CONFIGS}/digits_text.py',
+      ],
+      'without a condition',
+    ),
   ):
     with pytest.raises(errors.UserError, match=told):
       convert(*args)

@@ -156,6 +156,7 @@ def to_recipe(unet: Fields, scheduler: Fields) -> dict[str, Any]:
     ),
     'model.groups': u['norm_num_groups'],
     'model.dropout': float(u['dropout']),
+    'condition.name': '',
     'schedule.name': SCHEDULES[s['beta_schedule']],
     'schedule.T': s['num_train_timesteps'],
     'schedule.beta_1': float(s['beta_start']),
@@ -217,6 +218,10 @@ def from_recipe(
     'rescale_betas_zero_snr': keys['schedule.zero_terminal_snr'],
     'clip_sample': keys['sampler.clip'],
     'clip_sample_range': 1.0,
+    # Of fewer steps than T.
+    'timestep_spacing': (
+      'leading' if keys['sampler.spacing'] == 'leading' else 'trailing'
+    ),
   }
   # Each under two names here.
   named = _back(SCHEDULES) | {'sqrt_linear': 'linear', 'quad': 'scaled_linear'}

@@ -74,9 +74,9 @@ def take_in(args: argparse.Namespace) -> None:
   build.check(config)
   build.loss_fn(config)
   build.reverse_process(config)
-  if config.model.name != 'unet':
+  if config.model.name != 'unet' or config.condition.name:
     raise errors.UserError(
-      f'{path} is a U-Net, config.model.name is {config.model.name}'
+      f'{path} is a U-Net without a condition, which {args.config} is not'
     )
   mesh = build.mesh(config)
   abstract = jax.eval_shape(functools.partial(build.init_state, config))
