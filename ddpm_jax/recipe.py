@@ -22,6 +22,8 @@ FREE = (
   *('parallel', 'checkpoint', 'log'),
 )
 
+BASE = pathlib.Path(__file__).parents[1] / 'configs' / 'base.py'
+
 
 def resolve(
   spec: str | None, folder: pathlib.Path | None, changes: dict[str, str]
@@ -151,9 +153,7 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
   """A recipe of JSON; keys that are younger than it have their defaults."""
-  with _importing_configs():
-    from configs import base
-  config = base.get_config()
+  config = load(str(BASE))
   with config.unlocked(), config.ignore_type():
     config.update(_tuples(values))
   return config.copy_and_resolve_references().lock()
