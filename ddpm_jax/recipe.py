@@ -153,7 +153,10 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
 def completed(begun: ConfigDict) -> ConfigDict:
   """With the base's value of every free key that is younger than the run."""
   with _importing_configs():
-    from configs import base
+    try:
+      from configs import base
+    except ImportError:  # installed without its recipes
+      return begun
   config = begun.copy_and_resolve_references()
   for section in FREE:
     if isinstance(config.get(section), ConfigDict):
