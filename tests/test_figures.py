@@ -255,7 +255,7 @@ def test_rate_grows_and_ends_where_evaluate_says(trained, monkeypatch, capsys):
   (bound,) = bounds
   assert bound.t.shape == (11, 1000)  # exact, whatever evaluate would do
   rate, rmse = progress(bound)
-  result = bounds.summary(bound, 1000)
+  result = bound_job.summary(bound, 1000)
   assert np.all(np.diff(rate) >= 0)
   assert rate[-1] == pytest.approx(result['rate'], rel=1e-9)
   assert rmse[-1] == pytest.approx(result['rmse'], rel=1e-9)
