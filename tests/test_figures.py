@@ -21,8 +21,8 @@ from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.jobs import figures
-from ddpm_jax.jobs.evaluate import bound as bound_job
 from ddpm_jax.jobs import sample
+from ddpm_jax.jobs.evaluate import bound as bound_job
 from ddpm_jax.runtime import images
 
 NAMES = (
