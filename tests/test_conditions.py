@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow_datasets
 from PIL import Image
 
 from configs import digits
@@ -148,6 +149,31 @@ def test_an_image_that_is_left_out_shifts_no_captions(
   grays = batch['image'][:, 0, 0, 0]
   assert set(grays) == {0, 1, 3, 4, 5}
   assert [text(x[0]) for x in batch['text']] == [f'gray {i}' for i in grays]
+
+
+def test_captions_may_be_a_feature_of_a_TFDS_set():
+  def tfds(captions, name='oxford_flowers102'):
+    with tensorflow_datasets.testing.mock_data(num_examples=3):
+      return sources.tfds(
+        path='',
+        tfds=name,
+        split='train',
+        image_size=(4, 4),
+        channels=3,
+        max_unreadable=0,
+        captions=captions,
+      )
+
+  source = tfds('file_name')
+  assert len(source.captions) == 3
+  for texts in source.captions:
+    assert len(texts) == 1
+    assert isinstance(texts[0], str)
+    assert texts[0]
+  assert tfds('classes').captions == ()
+  for wrong in ('nowhere', 'image', 'label', 'file_name/text'):
+    with pytest.raises(errors.UserError, match=f'feature {wrong!r}'):
+      tfds(wrong)
 
 
 def test_an_image_without_a_label_has_no_text():
@@ -416,8 +442,10 @@ def of_words(tmp_path_factory):
     f'--config={TEXT}',
     *tiny,
     f'--workdir={workdir}',
-    '--config.steps=4',
     *('--config.condition.width=8', '--config.condition.depth=1'),
+    # Enough of them, and large ones, for words to make a difference.
+    *('--config.steps=30', '--config.optimizer.learning_rate=0.02'),
+    *('--config.optimizer.ema=0.5', '--config.optimizer.warmup=0'),
   )
   return workdir
 

@@ -1,4 +1,4 @@
-"""The README's first command, as it stands: minutes, so `-m slow`."""
+"""Commands of the README, as they stand: minutes each, so `-m slow`."""
 
 import subprocess
 import sys
@@ -9,22 +9,14 @@ from sklearn import datasets
 from sklearn import model_selection
 from sklearn import neural_network
 
+from configs import digits_text
+
 pytestmark = pytest.mark.slow
 
 
-def test_the_digits_are_digits(tmp_path, user_env):
-  """A classifier of real digits is sure of most, and sees all ten."""
-  workdir = tmp_path / 'digits'
-  program = [sys.executable, '-m', 'ddpm_jax.main', f'--workdir={workdir}']
-  subprocess.run(
-    [*program, '--config=configs/digits.py'], env=user_env, check=True
-  )
-  output = tmp_path / 'drawn.npz'
-  subprocess.run(
-    [*program, '--mode=sample', '--num_samples=256', f'--output={output}'],
-    env=user_env,
-    check=True,
-  )
+@pytest.fixture(scope='module')
+def judge():
+  """A classifier of real digits, and how sure it is of those held out."""
   x, y = datasets.load_digits(return_X_y=True)
   x, held_out, y, truth = model_selection.train_test_split(
     x / 16, y, test_size=0.3, random_state=0
@@ -32,11 +24,48 @@ def test_the_digits_are_digits(tmp_path, user_env):
   judge = neural_network.MLPClassifier((128,), max_iter=300, random_state=0)
   judge.fit(x, y)
   assert judge.score(held_out, truth) > 0.97
+  return judge, judge.predict_proba(held_out).max(1)
 
-  drawn = np.load(output)['images'].reshape(256, 64) / 255
-  sure = judge.predict_proba(drawn).max(1) > 0.9
-  really = judge.predict_proba(held_out).max(1) > 0.9
-  counts = np.bincount(judge.predict(drawn), minlength=10)
-  print(f'sure of {sure.mean():.3f} drawn, {really.mean():.3f} real; {counts}')
+
+def run(user_env, *args):
+  program = [sys.executable, '-m', 'ddpm_jax.main']
+  subprocess.run([*program, *args], env=user_env, check=True)
+
+
+def drawn(path):
+  with np.load(path) as file:
+    return file['images'].reshape(-1, 64) / 255
+
+
+def test_the_digits_are_digits(tmp_path, user_env, judge):
+  """A classifier of real digits is sure of most, and sees all ten."""
+  workdir, output = f'--workdir={tmp_path}/digits', tmp_path / 'drawn.npz'
+  run(user_env, workdir, '--config=configs/digits.py')
+  run(user_env, workdir, '--mode=sample', '--num_samples=256',
+      f'--output={output}')  # fmt: skip
+  judge, really = judge
+  images = drawn(output)
+  sure = judge.predict_proba(images).max(1) > 0.9
+  counts = np.bincount(judge.predict(images), minlength=10)
+  print(
+    f'sure of {sure.mean():.3f} drawn, {np.mean(really > 0.9):.3f} real; '
+    f'{counts}'
+  )
   assert sure.mean() > 0.75
   assert counts.min() >= 5
+
+
+def test_digits_are_what_was_asked_for(tmp_path, user_env, judge):
+  """95 times in 100, in three phrasings."""
+  workdir, output = f'--workdir={tmp_path}/words', tmp_path / 'drawn.npz'
+  run(user_env, workdir, '--config=configs/digits_text.py')
+  names = digits_text.get_config().data.names
+  phrasings = ('{}', 'please write {}', 'the number {}')
+  prompts = [p.format(name) for p in phrasings for name in names]
+  (tmp_path / 'prompts.txt').write_text('\n'.join(prompts))
+  run(user_env, workdir, '--mode=sample', '--num_samples=10',
+      f'--prompts={tmp_path}/prompts.txt', f'--output={output}')  # fmt: skip
+  wanted = np.tile(np.repeat(np.arange(10), 10), len(phrasings))
+  right = judge[0].predict(drawn(output)) == wanted
+  print(f'{right.mean():.3f} right; {right.reshape(3, 10, 10).mean(2)}')
+  assert right.mean() >= 0.95
