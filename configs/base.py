@@ -82,6 +82,14 @@ def get_config() -> ConfigDict:
   c.sampler.clip = True  # the predicted x_0 to [-1, 1], at every step
   c.sampler.batch_size = 256  # images at a time, over all devices
 
+  c.codec = ConfigDict()
+  c.codec.steps = 30  # that x_1 is told in; the more, the finer, and the slower
+  # Each group of dimensions is told as one of so many candidates, and has no
+  # more bits than that; more of both take less room, and twice the time a bit.
+  c.codec.log2_candidates = 14
+  c.codec.group_bits = 8.0
+  c.codec.batch_size = 64  # images at a time, on one device
+
   c.evaluate = ConfigDict()
   c.evaluate.split = ''  # of the data; '': the one that was trained on
   c.evaluate.images = 0  # how many; 0: all

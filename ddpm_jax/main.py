@@ -24,6 +24,13 @@ Any key of a recipe can be given too, such as --config.batch_size=64 or
 stopped goes on when its --workdir is named again.
 """
 
+# Flags that only some modes have.
+OF_MODES = {
+  'images': ('compress', 'figures'),
+  'input': ('decompress',),
+  'bytes': ('decompress',),
+}
+
 
 class Parser(argparse.ArgumentParser):
   """One line for a mistake, where argparse would print the usage as well."""
@@ -76,6 +83,24 @@ def parser() -> Parser:
     metavar='NAME',
     help='which figure of the paper to draw, for --mode=figures; it lists them',
   )
+  p.add_argument(
+    '--images',
+    type=pathlib.Path,
+    metavar='PATH',
+    help='for --mode=compress and --figure=codec: an image, a folder of them, '
+    'or an .npz',
+  )
+  p.add_argument(
+    '--input',
+    metavar='FILE',
+    help='for --mode=decompress: what --mode=compress has written',
+  )
+  p.add_argument(
+    '--bytes',
+    type=int,
+    metavar='N',
+    help='for --mode=decompress: of --input, take the first N',
+  )
   return p
 
 
@@ -109,6 +134,9 @@ def run(argv: list[str]) -> None:
     args.num_samples = args.num_samples or 64
     if args.figure:
       raise errors.UserError('--figure is for --mode=figures')
+  for name, those in OF_MODES.items():
+    if args.mode not in those and getattr(args, name) is not None:
+      raise errors.UserError(f'--{name} is for --mode={" or ".join(those)}')
   if args.mode == 'train' and args.seed is not None:
     changes['seed'] = str(args.seed)
   if args.mode == 'train' and args.output:

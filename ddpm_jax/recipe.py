@@ -17,7 +17,10 @@ from ddpm_jax.runtime import workdir
 
 # Sections and keys that may change under a run that has begun: they say how
 # long, where and how it is watched, not what is learned.
-FREE = ('steps', 'sampler', 'evaluate', 'parallel', 'checkpoint', 'log')
+FREE = (
+  *('steps', 'sampler', 'codec', 'evaluate'),
+  *('parallel', 'checkpoint', 'log'),
+)
 
 
 def resolve(
@@ -147,7 +150,13 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
-  return ConfigDict(_tuples(values)).lock()
+  """A recipe of JSON; keys that are younger than it have their defaults."""
+  with _importing_configs():
+    from configs import base
+  config = base.get_config()
+  with config.unlocked(), config.ignore_type():
+    config.update(_tuples(values))
+  return config.copy_and_resolve_references().lock()
 
 
 def check_same(config: ConfigDict, begun: ConfigDict, where: Any) -> None:

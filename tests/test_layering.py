@@ -18,7 +18,7 @@ LAYERS = [
 ]
 INSIDE = {  # Rooms whose files have an order of their own.
   'diffusion': [
-    ['editing', 'objectives', 'samplers', 'two_noise', 'two_term'],
+    ['codec', 'editing', 'objectives', 'samplers', 'two_noise', 'two_term'],
     ['likelihood'],
     ['process'],
     ['predictions', 'variances'],
@@ -26,8 +26,16 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['pixels', 'timesteps'],
   ],
   'runtime': [
-    ['checkpoint', 'images', 'logs', 'parallel', 'stop', 'workdir'],
-    ['fingerprint'],
+    [
+      'bitstream',
+      'checkpoint',
+      'images',
+      'logs',
+      'parallel',
+      'stop',
+      'workdir',
+    ],
+    ['arithmetic', 'fingerprint'],
   ],
   'metrics': [['small'], ['classifier', 'distances']],
   'models': [['mlp'], ['unet']],
