@@ -26,10 +26,10 @@ from ddpm_jax.diffusion import schedules
 
 
 class Code(NamedTuple):
-  """What is told of B images of D dimensions in S steps; int32."""
+  """What is told of B images of D dimensions in S steps: int32 arrays."""
 
-  size: jax.Array  # (S, B), of the groups: which of `sizes(D)`
-  index: jax.Array  # (S, B, D), from 0; one and the same within a group
+  size: Any  # (S, B), of the groups: which of `sizes(D)`
+  chosen: Any  # (S, B, D), from 0; one and the same within a group
 
 
 class Passed(NamedTuple):
@@ -72,7 +72,7 @@ def predict_x0(
   short: schedules.Schedule,
   model_fn: process.ModelFn,
   x_t: jax.Array,
-  k: jax.Array,
+  k: jax.Array | int,
   predict: predictions.Prediction,
 ) -> jax.Array:
   """x̂_0 in [-1, 1] of x_t at `short`'s time k, one for all of a batch."""
@@ -165,11 +165,11 @@ def run(
       gap = (of_x0 * (x0 - x0_hat)).reshape(B, D)[:, order]
       kl = likelihood.normal_kl(gap, jnp.log(var), 0.0, jnp.log(var_p))
       size = group_size(kl, rules.group_bits / likelihood.BITS)
-      index = choose(words, gap, var, var_p, size, rules.log2_candidates)
-      return Code(size, index), kl.sum(1)
+      chosen = choose(words, gap, var, var_p, size, rules.log2_candidates)
+      return Code(size, chosen), kl.sum(1)
 
     code, nats = jax.lax.cond(sending, search, lambda: (told, jnp.zeros(B)))
-    z, _ = candidates(words, code.index, jnp.arange(D))
+    z, _ = candidates(words, code.chosen, jnp.arange(D))
     x_prev = mean + jnp.sqrt(var_p) * z[:, back].reshape(x_t.shape)
     return x_prev, (code, pixels.to_uint8(x0_hat), checksum(x_t), nats)
 

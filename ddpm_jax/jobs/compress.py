@@ -6,6 +6,7 @@ import math
 import pathlib
 import time
 from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
@@ -73,7 +74,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   logs.say(f'{len(sent.data)} bytes: {args.output}')
 
 
-def describe(shape: tuple[int, ...]) -> str:
+def describe(shape: Sequence[int]) -> str:
   return f'of {shape[0]} x {shape[1]} x {shape[2]}'
 
 
@@ -85,14 +86,14 @@ def read(path: pathlib.Path, config: ConfigDict) -> np.ndarray:
   """
   if not build.image_size(config):
     raise errors.UserError('the codec is of images, and this run is of points')
-  H, W, C = shape = build.shape(config)
+  H, W, C = build.shape(config)
   options: dict[str, Any] = {'image_size': (H, W), 'channels': C}
   if path.suffix in ('.npz', '.npy'):
     source = sources.arrays(path=str(path), **options)
   elif path.is_dir():
     source = sources.folder(path=str(path), max_unreadable=0, **options)
   else:
-    return _one(path, shape)[None]
+    return _one(path, (H, W, C))[None]
   return source.gather(np.arange(len(source)))['image']
 
 
@@ -199,7 +200,7 @@ def send(config: ConfigDict, params: Any, x0: np.ndarray, seed: int) -> Sent:
     header,
     rules(config, squares),
     passed.code.size,
-    passed.code.index,
+    passed.code.chosen,
     check_of(passed.check)[1:],
   )
   seconds = time.perf_counter() - begun
@@ -215,8 +216,11 @@ def run_batches(
   squares: list[float],
   told: codec.Code,
   sending: bool,
-) -> codec.Passed:
-  """One side of the codec for all images; `told` of N, or of one batch."""
+) -> Any:
+  """One side for all images: a `codec.Passed` of NumPy arrays.
+
+  `told` is of all N images; for the sender, nothing of one batch serves all.
+  """
   passed = []
   with logs.progress(len(x0), 0, 'images', show=True) as bar:
     for batch, start, real in batches(x0, program.size):

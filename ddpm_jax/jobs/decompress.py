@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import pathlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,7 +48,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     read, whole = bitstream.read(
       data, compress.rules(config, header['squares'])
     )
-  done, shown = receive(config, params, read)
+  done, shown, _ = receive(config, params, read)
   steps = header['codec']['steps']
   sample.save(args.output, iter([shown]), len(shown))
   used = f'the first {done} of {steps} steps, ' if done < steps else ''
@@ -102,10 +103,21 @@ def check_same(
     )
 
 
+def images_of(
+  config: ConfigDict, params: Any, data: bytes
+) -> tuple[int, np.ndarray, float]:
+  """As `receive`, of bytes that this very model and program have written."""
+  header, _ = bitstream.read_header(data)
+  read, _ = bitstream.read(data, compress.rules(config, header['squares']))
+  config = config.copy_and_resolve_references()
+  config.codec.update(header['codec'])
+  return receive(config, params, read)
+
+
 def receive(
   config: ConfigDict, params: Any, read: bitstream.Read
-) -> tuple[int, np.ndarray]:
-  """How many steps there are, and the uint8 images after them.
+) -> tuple[int, np.ndarray, float]:
+  """How many steps there are, the uint8 images after them, and the seconds.
 
   Raises:
     UserError: if what is computed here is not what the sender had.
@@ -113,16 +125,18 @@ def receive(
   header = read.header
   N, size, S = header['images'], config.codec.batch_size, config.codec.steps
   program = compress.compiled(config, params, size, header['seed'])
+  begun = time.perf_counter()
   told = codec.Code(
     *(
       np.pad(x, [(0, S - len(x)), *[(0, 0)] * (x.ndim - 1)])
-      for x in (read.size, read.index)
+      for x in (read.size, read.chosen)
     )
   )
   black = np.zeros((N, *header['shape']), np.uint8)
   passed = compress.run_batches(
     config, program, params, black, header['squares'], told, False
   )
+  seconds = time.perf_counter() - begun
   check, done = compress.check_of(passed.check), 0
   for steps, theirs in read.checks.items():
     if check[steps] != theirs:
@@ -138,4 +152,4 @@ def receive(
       'compressed: use the same machine and the same software, '
       + ', '.join(f'{k} {v}' for k, v in header['software'].items())
     )
-  return done, passed.shown[done]
+  return done, passed.shown[done], seconds

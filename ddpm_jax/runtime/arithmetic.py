@@ -31,7 +31,8 @@ class Encoder:
   def __init__(self, odds: Odds):
     self.odds, self.low, self.range, self.out = odds, 0, ALL, bytearray()
 
-  def bit(self, context: object, bit: int) -> int:
+  def bit(self, context: object, bit: int | None) -> int:
+    assert bit is not None
     odds = 32768 if context is None else self.odds.of_16_bits(context)
     split = (self.range >> 16) * odds
     if bit:
@@ -81,7 +82,7 @@ class Decoder:
     for _ in range(4):
       self._next()
 
-  def bit(self, context: object, bit: int | None = None) -> int:
+  def bit(self, context: object, bit: int | None) -> int:
     del bit
     odds = 32768 if context is None else self.odds.of_16_bits(context)
     split = (self.range >> 16) * odds

@@ -39,7 +39,7 @@ class Read(NamedTuple):
 
   header: dict[str, Any]
   size: np.ndarray  # (s, N), of the whole steps; see `diffusion/codec.py`
-  index: np.ndarray  # (s, N, D)
+  chosen: np.ndarray  # (s, N, D)
   checks: dict[int, int]  # of the state after so many steps, at a chunk's end
   ends: dict[int, int]  # the bytes up to there
 
@@ -48,7 +48,7 @@ def write(
   header: dict[str, Any],
   rules: Rules,
   size: np.ndarray,
-  index: np.ndarray,
+  chosen: np.ndarray,
   check: np.ndarray,
 ) -> tuple[bytes, np.ndarray, int]:
   """The bytes of a file.
@@ -57,7 +57,7 @@ def write(
     header: JSON.
     rules: what both sides know beforehand.
     size: (S, N), which of them each image has.
-    index: (S, N, D), one and the same within a group.
+    chosen: (S, N, D), one and the same within a group.
     check: (S,), of the state after each step, in 0..65535.
 
   Returns:
@@ -73,7 +73,7 @@ def write(
   before = np.full(size.shape[1], len(rules.sizes) - 1)
   for step in range(len(size)):
     start = coder.length()
-    _one(coder, rules, step, before, size[step], index[step])
+    _one(coder, rules, step, before, size[step], chosen[step])
     bits.append(coder.length() - start)
     before, steps = size[step], steps + 1
     if coder.length() < 8 * CHUNK and step < len(size) - 1:
@@ -123,7 +123,8 @@ def read(data: bytes, rules: Rules) -> tuple[Read, bool]:
   """
   header, at = read_header(data)
   S, N, D = header['codec']['steps'], header['images'], _count(header['shape'])
-  size, index = [], []
+  size: list[np.ndarray] = []
+  chosen: list[np.ndarray] = []
   checks: dict[int, int] = {}
   ends: dict[int, int] = {0: at}
   odds, before = arithmetic.Odds(), np.full(N, len(rules.sizes) - 1)
@@ -136,12 +137,12 @@ def read(data: bytes, rules: Rules) -> tuple[Read, bool]:
       except (ValueError, IndexError, OverflowError):
         raise errors.UserError(damaged(ends)) from None
       size.append(before)
-      index.append(of_step)
+      chosen.append(of_step)
     checks[len(size)], ends[len(size)] = check, end
   if len(size) > S or (len(size) == S and ends[S] != len(data)):
     raise errors.UserError('it goes on after its end: it is damaged')
   told = np.array(size, np.int32).reshape(-1, N)
-  indices = np.array(index, np.int32).reshape(-1, N, D)
+  indices = np.array(chosen, np.int32).reshape(-1, N, D)
   return Read(header, told, indices, checks, ends), len(size) == S
 
 
@@ -181,14 +182,14 @@ def _one(
   step: int,
   before: np.ndarray,
   size: np.ndarray | None,
-  index: np.ndarray,
+  chosen: np.ndarray,
 ) -> np.ndarray:
-  """Tells one step of all images, or is told it: fills `index`, gives sizes.
+  """Tells one step of all images, or is told it: fills `chosen`, gives sizes.
 
   The size of a group is near that of the image's step before.
   """
-  sending, told = size is not None, np.zeros(len(index), int)
-  for n, row in enumerate(index):
+  sending, told = size is not None, np.zeros(len(chosen), int)
+  for n, row in enumerate(chosen):
     less = None if size is None else int(before[n] - size[n])
     zigzag = None if less is None else abs(2 * less) - (less > 0)
     zigzag = arithmetic.unary(coder, ('size',), zigzag)
