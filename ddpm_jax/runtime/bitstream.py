@@ -199,10 +199,10 @@ def _one(
     m = rules.sizes[told[n]]
     level = max(-4, round(2 * math.log2(m * rules.expected[step])))
     for d in range(0, len(row), m):
-      i = arithmetic.whole(
-        coder, ('index', level), int(row[d]) if sending else None
-      )
-      row[d : d + m] = i
+      i = int(row[d]) if sending else None
+      i = arithmetic.whole(coder, ('index', level), i)
+      if not sending:
+        row[d : d + m] = i
   return told
 
 
