@@ -64,12 +64,8 @@ def write(
     The bytes; how many bits the codes of each step take, (S,); and how many of
     the bytes are not of these.
   """
-  text = zlib.compress(json.dumps(header).encode(), 9)
-  text = MAGIC + struct.pack('>BH', VERSION, len(text)) + text
-  crc = zlib.crc32(text)
-  parts, bits, around = [text, struct.pack('>I', crc)], [], len(text) + 4
-  odds, steps = arithmetic.Odds(), 0
-  coder = arithmetic.Encoder(odds)
+  odds, steps, chunks, bits = arithmetic.Odds(), 0, [], []
+  coder, inner = arithmetic.Encoder(odds), 0
   before = np.full(size.shape[1], len(rules.sizes) - 1)
   for step in range(len(size)):
     start = coder.length()
@@ -79,13 +75,18 @@ def write(
     if coder.length() < 8 * CHUNK and step < len(size) - 1:
       continue
     coded = coder.finish()
-    chunk = _leb128(steps) + _leb128(len(coded)) + coded
-    chunk += struct.pack('>H', check[step])
-    crc = zlib.crc32(chunk, crc)
-    parts += [chunk, struct.pack('>I', crc)]
-    around += len(chunk) - len(coded) + 4
+    inner += len(coded)
+    front = _leb128(steps) + _leb128(len(coded))
+    chunks.append(front + coded + struct.pack('>H', check[step]))
     coder, steps = arithmetic.Encoder(odds), 0
-  return b''.join(parts), np.array(bits), around
+  total = sum(len(chunk) + 4 for chunk in chunks)
+  text = zlib.compress(json.dumps({**header, 'bytes': total}).encode(), 9)
+  parts, crc = [MAGIC + struct.pack('>BH', VERSION, len(text)) + text], 0
+  for chunk in [*chunks, b'']:
+    crc = zlib.crc32(parts[-1], crc)
+    parts += [struct.pack('>I', crc), chunk]
+  data = b''.join(parts)
+  return data, np.array(bits), len(data) - inner
 
 
 def read_header(data: bytes) -> tuple[dict[str, Any], int]:
@@ -128,7 +129,7 @@ def read(data: bytes, rules: Rules) -> tuple[Read, bool]:
   checks: dict[int, int] = {}
   ends: dict[int, int] = {0: at}
   odds, before = arithmetic.Odds(), np.full(N, len(rules.sizes) - 1)
-  for steps, coded, check, end in chunks(data, at):
+  for steps, coded, check, end in chunks(data, at, header['bytes']):
     coder = arithmetic.Decoder(odds, coded)
     for _ in range(steps):
       of_step = np.zeros((N, D), np.int32)
@@ -139,25 +140,30 @@ def read(data: bytes, rules: Rules) -> tuple[Read, bool]:
       size.append(before)
       chosen.append(of_step)
     checks[len(size)], ends[len(size)] = check, end
-  if len(size) > S or (len(size) == S and ends[S] != len(data)):
+  if len(size) == S and ends[S] != len(data):
     raise errors.UserError('it goes on after its end: it is damaged')
   told = np.array(size, np.int32).reshape(-1, N)
   indices = np.array(chosen, np.int32).reshape(-1, N, D)
   return Read(header, told, indices, checks, ends), len(size) == S
 
 
-def chunks(data: bytes, at: int) -> Iterator[tuple[int, bytes, int, int]]:
+def chunks(
+  data: bytes, at: int, total: int
+) -> Iterator[tuple[int, bytes, int, int]]:
   """(steps, bits, check, where it ends) of each whole chunk from `at` on.
 
   Raises:
-    UserError: if one is there, and is not what was written.
+    UserError: if one is not what was written, or if all `total` bytes are there
+      and more are wanted.
   """
   crc = int.from_bytes(data[at - 4 : at], 'big')
-  ends = {0: at}
+  ends, all_of_it = {0: at}, at + total
   while at < len(data):
     steps, after = _from_leb128(data, at)
     length, after = _from_leb128(data, after)
     end = after + length + 6
+    if end > all_of_it:
+      raise errors.UserError(damaged(ends))
     if end > len(data):
       return
     crc = zlib.crc32(data[at : end - 4], crc)
