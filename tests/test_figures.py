@@ -26,6 +26,7 @@ from ddpm_jax.jobs import sample
 from ddpm_jax.runtime import images
 
 NAMES = (
+  'codec',
   'forward',
   'generation',
   'gradients',

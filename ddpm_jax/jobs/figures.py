@@ -447,7 +447,7 @@ def codec(
   both = {'code': (steps, spent.code), 'ΣKL': (steps, spent.kl)}
   panels = [
     images.Panel('bits/dim', 'RMSE of 0..255', near),
-    images.Panel('steps received', 'bits/dim', both),
+    images.Panel('steps received', 'code (above) and ΣKL, bits/dim', both),
   ]
   return Drawn(plot=images.plot(panels))
 
