@@ -136,8 +136,13 @@ def spread(T: int, n: int) -> list[int]:
 def real(config: ConfigDict, seed: int, count: int) -> np.ndarray:
   """Some images of the split to evaluate on, uint8; all if they are fewer."""
   source = build.source(config, config.evaluate.split or config.data.split)
-  index = np.random.default_rng(seed).permutation(len(source))[:count]
-  return source.gather(index.astype(np.int32))['image']
+  return source.gather(some(len(source), seed, count))['image']
+
+
+def some(n: int, seed: int, count: int) -> np.ndarray:
+  """`count` of n, in random order; all if they are fewer."""
+  index = np.random.default_rng(seed).permutation(n)[:count]
+  return index.astype(np.int32)
 
 
 def noised(
@@ -410,11 +415,11 @@ def codec(
   """
   config = trained.config.copy_and_resolve_references()
   config.evaluate.draws = 0
-  x0 = (
-    real(config, trained.seed, count)
-    if path is None
-    else compress.read(path, config)[:count]
-  )
+  if path is None:
+    x0 = real(config, trained.seed, count)
+  else:
+    x0 = compress.read(path, config)
+    x0 = x0[some(len(x0), trained.seed, count)]
   params = jax.device_get(trained.params)
   sent = compress.send(config, params, x0, trained.seed)
   table = compress.table(sent, x0)
