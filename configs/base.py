@@ -27,6 +27,11 @@ def get_config() -> ConfigDict:
   # Side, or (height, width), in pixels; () for points. Of any type.
   c.data.image_size = FieldReference(32, field_type=object)
   c.data.channels = 3  # 1: gray, 3: RGB; coordinates of a point
+  # Texts to images: classes (templates with their names) | file (of a folder:
+  # metadata.jsonl or captions.csv) | a feature of texts, for `tfds`.
+  c.data.captions = ''
+  c.data.templates = ('{}', 'a {}', 'a picture of a {}')
+  c.data.names = ()  # of the classes, in captions; (): those of the data
   c.data.flip = True  # mirror half of the images, left to right
   c.data.max_unreadable = 10  # image files that may be broken before we stop
 
@@ -47,6 +52,16 @@ def get_config() -> ConfigDict:
   c.model.dtype = 'float32'  # of activations: float32 | bfloat16
   c.model.remat = False  # recompute blocks in the backward pass: less memory
 
+  c.condition = ConfigDict()  # what the network is told beside x_t and t
+  # '': nothing | label (the class) | text (read by a small transformer that is
+  # trained along) | minilm (by a frozen one).
+  c.condition.name = ''
+  c.condition.drop = 0.1  # share of examples that are told nothing, in training
+  c.condition.classes = 0  # of label
+  c.condition.length = 64  # most bytes of a text; most word pieces of minilm
+  c.condition.width = 128  # of the encoder's states
+  c.condition.depth = 2  # layers of the encoder of text
+
   c.schedule = ConfigDict()
   # A function of ddpm_jax/diffusion/schedules.py: linear | cosine | quad | su
   # | const | sqrt | scaled_linear | sqrt_linear.
@@ -54,6 +69,8 @@ def get_config() -> ConfigDict:
   c.schedule.T = 1000
   c.schedule.beta_1 = 1e-4  # of linear and those like it
   c.schedule.beta_T = 0.02
+  # Shift it so that x_T is noise alone (Lin et al. 2023); not with eps.
+  c.schedule.zero_terminal_snr = False
 
   c.loss = ConfigDict()
   # A function of ddpm_jax/diffusion/objectives.py: simple (eq. 14; with
@@ -74,13 +91,29 @@ def get_config() -> ConfigDict:
   c.optimizer.ema = 0.9999  # decay, a step, of the weights that sample
 
   c.sampler = ConfigDict()
-  c.sampler.name = 'ancestral'  # a function of ddpm_jax/diffusion/samplers.py
-  # T, or fewer: an even stride. (One way: setting it leaves T alone.)
+  # A function of ddpm_jax/diffusion/samplers.py: ancestral (the paper) | greedy
+  # | ddim | dpm_solver_pp_2m | dpm_solver_pp_2m_sde | heun (which asks the
+  # network twice a step).
+  c.sampler.name = 'ancestral'
+  # T, or fewer. (One way: setting it leaves T alone.)
   c.sampler.steps = c.schedule.get_oneway_ref('T')
+  # Of fewer: linear ("trailing": even, from T on) | quadratic (denser near the
+  # image) | leading (as in DDIM's code; begins below T).
+  c.sampler.spacing = 'linear'
+  c.sampler.eta = 0.0  # of ddim: 0 (x_T decides) to 1 (as random as ancestral)
   # beta and beta_tilde may stand for each other when it comes to sampling.
   c.sampler.variance = c.model.get_oneway_ref('variance')
   c.sampler.clip = True  # the predicted x_0 to [-1, 1], at every step
+  # How much of the condition: 1 as it is, 0 none, more than 1 exaggerates
+  # (classifier-free guidance; the network is asked twice a step).
+  c.sampler.guidance = 1.0
+  c.sampler.guidance_interval = (0.0, 1.0)  # of t / T, where that counts
+  c.sampler.guidance_rescale = 0.0  # to 1: the contrast of no guidance
   c.sampler.batch_size = 256  # images at a time, over all devices
+
+  c.edit = ConfigDict()  # of an image with a mask (RePaint)
+  c.edit.jump = 10  # steps back, to take them again
+  c.edit.resample = 10  # times that each step is taken, in all
 
   c.codec = ConfigDict()
   c.codec.steps = 30  # that x_1 is told in; the more, the finer, and the slower
@@ -94,9 +127,18 @@ def get_config() -> ConfigDict:
 
   c.evaluate = ConfigDict()
   c.evaluate.split = ''  # of the data; '': the one that was trained on
-  c.evaluate.images = 0  # how many; 0: all
+  c.evaluate.images = 0  # how many of them; 0: all
   c.evaluate.draws = 0  # times t an image; 0: all T of them
   c.evaluate.batch_size = 256  # images at a time, over all devices
+  c.evaluate.weights = 'ema'  # | raw: as trained, without averaging
+  # Of FID and the like: how images come to 299 x 299, tensorflow | pytorch_fid;
+  # see ddpm_jax/metrics/inception.py.
+  c.evaluate.resize = 'tensorflow'
+  # Images of each side whose features are compared one by one, for KID,
+  # precision and recall; the time grows with the square.
+  c.evaluate.neighbours = 10_000
+  # Folder of statistics of data sets; '': `reference` beside the workdir.
+  c.evaluate.cache = ''
 
   c.parallel = ConfigDict()
   c.parallel.engine = 'jit'  # jit | pmap

@@ -7,6 +7,7 @@ import itertools
 import logging
 import pkgutil
 from collections.abc import Callable
+from collections.abc import Container
 from collections.abc import Mapping
 from collections.abc import Sequence
 from types import ModuleType
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from ddpm_jax import conditioning
 from ddpm_jax import errors
 from ddpm_jax import models
 from ddpm_jax import recipe
@@ -31,9 +33,11 @@ from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import spacings
 from ddpm_jax.diffusion import timesteps
 from ddpm_jax.diffusion import training
 from ddpm_jax.diffusion import variances
+from ddpm_jax.metrics import inception
 from ddpm_jax.runtime import parallel
 
 POSITIVE = (
@@ -63,6 +67,7 @@ def functions(
     name: f
     for name, f in inspect.getmembers(module, inspect.isfunction)
     if f.__module__ == module.__name__
+    and not name.startswith('_')
     and (not argument or argument in inspect.signature(f).parameters)
   }
 
@@ -180,6 +185,7 @@ def check(config: ConfigDict) -> None:
     if flat[key] < 1:
       raise errors.UserError(f'config.{key}={flat[key]} must be at least 1')
   named(sources, config.data.name, None, 'data set')
+  conditioning.check(config)
   if not image_size(config) and config.data.flip:
     raise errors.UserError(
       'points have no left and right to mirror: set config.data.flip=false'
@@ -203,32 +209,51 @@ def warn_of_signal(config: ConfigDict) -> None:
 
 
 def model(config: ConfigDict) -> nn.Module:
-  """The linen module: `model.apply(variables, x_t, t, train=False)`."""
+  """The linen module: `model.apply(variables, x_t, t, train=False)`.
+
+  It takes a condition after t, if the recipe has one.
+  """
   name = config.model.name
   known = [m.name for m in pkgutil.iter_modules(models.__path__)]
+  known.remove('condition')
   if name not in known:
     raise errors.unknown('model', name, known)
   module = importlib.import_module(f'ddpm_jax.models.{name}')
   channels = config.data.channels
   if variances.is_learned(config.model.variance):
     channels *= 2
-  return call(module.build, config.model, image_size(config), channels)
+  network = call(module.build, config.model, image_size(config), channels)
+  return conditioning.wrap(config, network)
 
 
 def schedule(config: ConfigDict) -> schedules.Schedule:
+  """The schedule of all T steps.
+
+  Raises:
+    UserError: if there is none of the name, or the prediction does not fit it.
+  """
   function = named(schedules, config.schedule.name, 'T', 'schedule')
-  return call(function, config.schedule)
+  table = call(function, config.schedule)
+  if not config.schedule.zero_terminal_snr:
+    return table
+  if config.model.predict == 'eps':
+    raise errors.UserError(
+      'config.schedule.zero_terminal_snr leaves nothing of x_0 in x_T, so that '
+      'ε does not tell x_0 there: set config.model.predict to v or x0'
+    )
+  return call(schedules.zero_terminal_snr, {}, table)
 
 
 def source(config: ConfigDict, split: str = '') -> Any:
   """The data set, or another split of it; see `data/sources.py`."""
   function = named(sources, config.data.name, None, 'data set')
   data = dict(config.data) | {'image_size': image_size(config)}
-  return call(function, data | ({'split': split} if split else {}))
+  made = call(function, data | ({'split': split} if split else {}))
+  return conditioning.attach(config, made)
 
 
-def mesh(config: ConfigDict) -> jax.sharding.Mesh:
-  """The devices of a run.
+def mesh(config: ConfigDict, *, local: bool = False) -> jax.sharding.Mesh:
+  """The devices of a run; with `local`, those of this process.
 
   Raises:
     UserError: if there are not as many, or the engine is not for them.
@@ -241,7 +266,7 @@ def mesh(config: ConfigDict) -> jax.sharding.Mesh:
       'pmap keeps the whole state on every device: set parallel.fsdp=1, or '
       'parallel.engine=jit'
     )
-  return parallel.make_mesh(wanted.data, wanted.fsdp)
+  return parallel.make_mesh(wanted.data, wanted.fsdp, local=local)
 
 
 def stream(seed: int, use: str) -> jax.Array:
@@ -268,9 +293,14 @@ def init_state(config: ConfigDict) -> training.TrainState:
   x = jnp.zeros((1, *shape(config)))
   t = jnp.ones(1, jnp.int32)
   params = network.init(stream(config.seed, 'init'), x, t)['params']
+  return begin(config, params)
+
+
+def begin(config: ConfigDict, params: Any) -> training.TrainState:
+  """The state at step 0 with these weights. Call it under jit."""
   by_history = config.loss.t == 'importance'
   return training.TrainState.create(
-    apply_fn=network.apply,
+    apply_fn=model(config).apply,
     params=params,
     # A copy: a donated state must not hold one buffer twice.
     ema_params=jax.tree.map(jnp.copy, params),
@@ -298,7 +328,7 @@ def loss_fn(config: ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
     batch: dict[str, jax.Array],
     history: timesteps.History | None = None,
   ) -> tuple[jax.Array, Any]:
-    k_flip, k_t, k_eps, k_drop = jax.random.split(key, 4)
+    k_flip, k_t, k_eps, k_drop, k_cond = jax.random.split(key, 5)
     index = batch['index']
     x0 = pixels.to_float(batch['image'])
     if config.data.flip:
@@ -308,10 +338,13 @@ def loss_fn(config: ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
     draw = draw_t if p is None else functools.partial(draw_t, p=p)
     t = jax.vmap(lambda i: draw(k_t, i, n, T))(index)
 
+    told = conditioning.of_batch(config, batch, fold(k_cond, index))
+    args = () if told is None else (told,)
+
     def model_fn(x_t: jax.Array, t: jax.Array) -> Any:
       variables, rngs = {'params': params}, {'dropout': k_drop}
       return network.apply(
-        variables, x_t, t, train=True, index=index, rngs=rngs
+        variables, x_t, t, *args, train=True, index=index, rngs=rngs
       )
 
     losses = objective(table, model_fn, fold(k_eps, index), x0, t, **options)
@@ -346,22 +379,59 @@ class Reverse(NamedTuple):
 
   step: samplers.Step
   schedule: schedules.Schedule
-  model_fn: Callable[[Any], process.ModelFn]
+  # Of the weights, and of a condition if the recipe has one (else: nothing).
+  model_fn: Callable[..., process.ModelFn]
 
 
 def reverse_process(config: ConfigDict) -> Reverse:
   """The sampler of a recipe, on its (perhaps shorter) schedule."""
   c, network = config.sampler, model(config)
   step = named(samplers, c.name, 'x_t', 'sampler')
-  short = call(schedules.stride, c, schedule(config))
+  spacing = named(spacings, c.spacing, 'steps', 'spacing')
+  strided = {'steps': c.steps, 'spacing': spacing}
+  short = call(schedules.stride, strided, schedule(config))
   names = inspect.signature(step).parameters
-  options = {k: v for k, v in c.items() if k in names}
-  options |= reverse(config, c.variance)
+  options = {**c, **reverse(config, c.variance)}
+  options = {k: v for k, v in options.items() if k in names}
+  check_sampler(config, names)
 
-  def model_fn(params: Any) -> process.ModelFn:
+  def model_fn(params: Any, condition: Any = None) -> process.ModelFn:
+    if condition is not None:
+      return conditioning.model_fn(config, network, params, condition)
     return lambda x_t, t: network.apply({'params': params}, x_t, t)  # type: ignore[return-value]
 
   return Reverse(functools.partial(step, **options), short, model_fn)
+
+
+def check_sampler(config: ConfigDict, options: Container[str]) -> None:
+  """Refuses what a sampler with these options cannot do, or would not look at.
+
+  Raises:
+    UserError: with the reason.
+  """
+  c, T = config.sampler, config.schedule.T
+  if not 0 <= c.eta <= 1:
+    raise errors.UserError(f'config.sampler.eta={c.eta} must be in 0..1')
+  if c.eta and 'eta' not in options:
+    raise errors.UserError(
+      f'config.sampler.eta={c.eta} is of ddim; {c.name} has none'
+    )
+  if config.schedule.zero_terminal_snr and c.spacing == 'leading':
+    raise errors.UserError(
+      'config.sampler.spacing=leading does not begin at T, where '
+      'config.schedule.zero_terminal_snr has its zero; set linear or quadratic'
+    )
+  # Both are of one step of T, and say nothing of a jump.
+  of_a_step = {
+    'model.predict': config.model.predict == 'mu',
+    'sampler.variance': c.variance == 'learned' and 'variance' in options,
+  }
+  for key, wrong in of_a_step.items():
+    if wrong and c.steps < T:
+      raise errors.UserError(
+        f'config.{key}={recipe.flatten(config)[key]} is learned for the step '
+        f'from t to t - 1, not for jumps: set config.sampler.steps={T}'
+      )
 
 
 def noise(config: ConfigDict, seed: int, index: jax.Array) -> Any:
@@ -374,17 +444,24 @@ def noise(config: ConfigDict, seed: int, index: jax.Array) -> Any:
 
 
 def sampler(config: ConfigDict, seed: int, snapshots: int = 0) -> Callable:
-  """(params, index (B,)) -> images (B, H, W, C), predictions (B, K, H, W, C).
+  """(params, rows) -> images (B, H, W, C), predictions (B, K, H, W, C).
 
-  Both uint8; or points, float32. Image `index` of a seed is the same in a batch
+  Both uint8; or points, float32. `rows` holds `index` (B,) and, if the recipe
+  has one, a `condition`; or it is the index alone, and then the classes take
+  turns, or nothing is asked for. Image `index` of a seed is the same in a batch
   of any size.
   """
   p = reverse_process(config)
 
-  def sample(params: Any, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def sample(params: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
+    rows = rows if isinstance(rows, dict) else {'index': rows}
+    index, told = rows['index'], rows.get('condition')
+    if told is None and config.condition.name == 'label':
+      told = index % config.condition.classes
     keys, x_T = noise(config, seed, index)
     x_0, seen = samplers.sample(
-      *(p.step, p.schedule, p.model_fn(params), keys, x_T), snapshots=snapshots
+      *(p.step, p.schedule, p.model_fn(params, told), keys, x_T),
+      snapshots=snapshots,
     )
     seen = seen.swapaxes(0, 1)
     if not image_size(config):
@@ -400,13 +477,15 @@ def chain(config: ConfigDict, seed: int, times: Sequence[int]) -> Callable:
 
   def sample(params: Any, index: jax.Array) -> jax.Array:
     keys, x = noise(config, seed, index)
-    kept = [x]
+    kept, before = [x], None
     for first, after in itertools.pairwise(times):
-      x, _ = samplers.sample(
+      x, seen = samplers.sample(
         *(p.step, p.schedule, p.model_fn(params), keys, x),
-        first=first,
-        last=after + 1,
+        times=range(first, after, -1),
+        before=before,
+        snapshots=1,
       )
+      before = samplers.Before(seen[0], jnp.full(len(x), after + 1))
       kept.append(x)
     return jnp.stack(kept, axis=1)
 
@@ -431,13 +510,27 @@ def bound_by(form: Callable, config: ConfigDict, seed: int) -> Callable:
   def evaluate(params: Any, batch: dict[str, jax.Array]) -> likelihood.Bound:
     keys = fold(stream(seed, 'evaluate'), batch['index'])
     x0 = pixels.to_float(batch['image'])
+    told = conditioning.of_batch(config, batch)
+    args = () if told is None else (told,)
 
     def model_fn(x_t: jax.Array, t: jax.Array) -> Any:
-      return network.apply({'params': params}, x_t, t)
+      return network.apply({'params': params}, x_t, t, *args)
 
     return form(table, model_fn, keys, x0, **options)
 
   return evaluate
+
+
+def features(config: ConfigDict) -> Callable:
+  """(Inception's parameters, uint8 (B, H, W, 1 or 3)) -> its features."""
+  prepare = named(inception, config.evaluate.resize, 'images', 'resize')
+
+  def apply(params: Any, images: jax.Array) -> inception.Features:
+    B, H, W, _ = images.shape
+    images = jnp.broadcast_to(images, (B, H, W, 3))  # gray is repeated
+    return inception.Inception().apply({'params': params}, prepare(images))  # type: ignore[return-value]
+
+  return apply
 
 
 class Codec(NamedTuple):

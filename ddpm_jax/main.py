@@ -24,11 +24,23 @@ Any key of a recipe can be given too, such as --config.batch_size=64 or
 stopped goes on when its --workdir is named again.
 """
 
-# Flags that only some modes have.
-OF_MODES = {
-  'images': ('compress', 'figures'),
-  'input': ('decompress',),
-  'bytes': ('decompress',),
+
+# The flags that not all modes have, and those that do.
+ONLY = {
+  'bytes': ['decompress'],
+  'figure': ['figures'],
+  'image': ['edit'],
+  'images': ['compress', 'evaluate', 'figures'],
+  'inception': ['evaluate'],
+  'input': ['convert', 'decompress'],
+  'label': ['sample'],
+  'mask': ['edit'],
+  'prompt': ['sample'],
+  'prompts': ['sample'],
+  'reference': ['evaluate'],
+  'step': ['evaluate'],
+  'strength': ['edit'],
+  'to': ['edit'],
 }
 
 
@@ -67,16 +79,54 @@ def parser() -> Parser:
     '--num_samples',
     type=int,
     metavar='N',
-    help='how many images to draw (default: 64; of figures each has its own)',
+    help='how many images to draw (default: 64; of figures each has its own); '
+    'for --mode=evaluate, how many to score: the papers take 50000',
   )
   p.add_argument(
     '--seed', type=int, help='of everything random (default: the recipe says)'
   )
   p.add_argument(
+    '--prompt',
+    action='append',
+    metavar='TEXT',
+    help='what the images shall be of, for a model of texts; may be repeated. '
+    '--num_samples is then of each (default: 8)',
+  )
+  p.add_argument(
+    '--prompts', type=pathlib.Path, metavar='FILE', help='the same, a line each'
+  )
+  p.add_argument(
+    '--label',
+    action='append',
+    metavar='CLASS',
+    help='the class, a number, for a model of classes; may be repeated '
+    '(default: all take turns)',
+  )
+  p.add_argument(
+    '--guidance',
+    metavar='W',
+    help='how much of it: 1 as it is, more exaggerates; short for '
+    '--config.sampler.guidance',
+  )
+  p.add_argument(
     '--output',
     type=pathlib.Path,
     help='where images go: a folder (a PNG each), a .png (one grid) or an .npz '
-    '(uint8 NHWC, `images`); default: a folder in --workdir',
+    '(uint8 NHWC, `images`); default: a folder in --workdir. Of convert: the '
+    'new folder',
+  )
+  p.add_argument(
+    '--input',
+    metavar='MODEL',
+    help='for --mode=convert: a folder of diffusers, its name on '
+    'huggingface.co, or a .ckpt of pytorch_diffusion (with --config); for '
+    '--mode=decompress: what --mode=compress has written',
+  )
+  p.add_argument(
+    '--bytes',
+    type=int,
+    metavar='N',
+    help='for --mode=decompress: of --input, take the first N',
   )
   p.add_argument(
     '--figure',
@@ -84,22 +134,58 @@ def parser() -> Parser:
     help='which figure of the paper to draw, for --mode=figures; it lists them',
   )
   p.add_argument(
+    '--image',
+    type=pathlib.Path,
+    metavar='FILE',
+    help='for --mode=edit: the image to make others of',
+  )
+  p.add_argument(
+    '--mask',
+    type=pathlib.Path,
+    metavar='FILE',
+    help='for --mode=edit: white where --image is made anew, black where it is '
+    'kept; of its size',
+  )
+  p.add_argument(
+    '--to',
+    type=pathlib.Path,
+    metavar='FILE',
+    help='for --mode=edit: the image that --image turns into',
+  )
+  p.add_argument(
+    '--strength',
+    type=float,
+    metavar='S',
+    help='for --mode=edit without --mask: how noisy --image is made first, of '
+    'T; from 0 (it is kept) to 1 (it is forgotten); default: 0.5',
+  )
+  scores = p.add_argument_group('for --mode=evaluate')
+  scores.add_argument(
+    '--inception',
+    type=pathlib.Path,
+    metavar='FILE',
+    help='the weights of Inception-v3, .safetensors or .pth: FID and the like '
+    'need them',
+  )
+  scores.add_argument(
+    '--reference',
+    type=pathlib.Path,
+    metavar='FILE.npz',
+    help='statistics to compare with, `mu` and `sigma`; default: of the data '
+    'set, computed once',
+  )
+  scores.add_argument(
     '--images',
     type=pathlib.Path,
     metavar='PATH',
-    help='for --mode=compress and --figure=codec: an image, a folder of them, '
-    'or an .npz',
+    help='score these, a folder or an .npz, in the place of samples; for '
+    '--mode=compress and --figure=codec: what to send, an image too',
   )
-  p.add_argument(
-    '--input',
-    metavar='FILE',
-    help='for --mode=decompress: what --mode=compress has written',
-  )
-  p.add_argument(
-    '--bytes',
+  scores.add_argument(
+    '--step',
     type=int,
     metavar='N',
-    help='for --mode=decompress: of --input, take the first N',
+    help='of the checkpoint to evaluate (default: the newest)',
   )
   return p
 
@@ -130,13 +216,14 @@ def run(argv: list[str]) -> None:
     raise errors.unknown('mode', args.mode, modes)
   if args.num_samples is not None and args.num_samples < 1:
     raise errors.UserError(f'--num_samples={args.num_samples} is not positive')
-  if args.mode != 'figures':
-    args.num_samples = args.num_samples or 64
-    if args.figure:
-      raise errors.UserError('--figure is for --mode=figures')
-  for name, those in OF_MODES.items():
-    if args.mode not in those and getattr(args, name) is not None:
-      raise errors.UserError(f'--{name} is for --mode={" or ".join(those)}')
+  for name, only in ONLY.items():
+    if getattr(args, name) is not None and args.mode not in only:
+      raise errors.UserError(f'--{name} is for --mode={" or ".join(only)}')
+  asked = args.prompt or args.prompts or args.label
+  if args.guidance is not None:
+    changes['sampler.guidance'] = args.guidance
+  if args.mode not in ('evaluate', 'figures'):
+    args.num_samples = args.num_samples or (8 if asked else 64)
   if args.mode == 'train' and args.seed is not None:
     changes['seed'] = str(args.seed)
   if args.mode == 'train' and args.output:
@@ -144,6 +231,7 @@ def run(argv: list[str]) -> None:
   # JAX and the rest take seconds to import; --help and mistakes need none.
   from ddpm_jax import recipe
 
+  args.changes = changes
   job = importlib.import_module(f'ddpm_jax.jobs.{args.mode}')
   config = None
   if getattr(job, 'needs_config', True):

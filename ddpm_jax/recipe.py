@@ -15,10 +15,11 @@ from ml_collections import ConfigDict
 from ddpm_jax import errors
 from ddpm_jax.runtime import workdir
 
+CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 # Sections and keys that may change under a run that has begun: they say how
 # long, where and how it is watched, not what is learned.
 FREE = (
-  *('steps', 'sampler', 'codec', 'evaluate'),
+  *('steps', 'sampler', 'edit', 'codec', 'evaluate'),
   *('parallel', 'checkpoint', 'log'),
 )
 
@@ -66,10 +67,15 @@ def load(spec: str) -> ConfigDict:
   return config.lock()
 
 
+def shipped(name: str) -> ConfigDict:
+  """The recipe of that name in configs/, wherever the program was started."""
+  return load(str(CONFIGS / f'{name}.py'))
+
+
 @contextlib.contextmanager
 def _importing_configs() -> Iterator[None]:
   """Lets a recipe say `from configs import base`, wherever one stands."""
-  checkout = str(pathlib.Path(__file__).parents[1])
+  checkout = str(CONFIGS.parent)
   sys.path.append(checkout)
   try:
     yield
@@ -150,22 +156,36 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
-  """A recipe of JSON; keys that are younger than it have their defaults."""
-  with _importing_configs():
+  """The recipe that was saved.
+
+  A key that came later has the value of configs/base.py, which changes nothing.
+  """
+  config = ConfigDict(_tuples(values))
+  with contextlib.suppress(ImportError), _importing_configs():
     from configs import base
-  config = base.get_config()
-  with config.unlocked(), config.ignore_type():
-    config.update(_tuples(values))
-  return config.copy_and_resolve_references().lock()
+
+    for key, value in flatten(base.get_config()).items():
+      *sections, name = key.split('.')
+      at = config
+      for section in sections:
+        if section not in at:
+          at[section] = ConfigDict()
+        at = at[section]
+      if name not in at:
+        at[name] = value
+  return config.lock()
 
 
 def check_same(config: ConfigDict, begun: ConfigDict, where: Any) -> None:
   """Refuses a recipe that is not the one that was begun.
 
   Raises:
-    UserError: naming the keys outside `FREE` that differ.
+    UserError: naming the keys outside `FREE` that differ. A path of the data
+      that was not named, as in an imported run, may be.
   """
   here, there = flatten(config), flatten(begun)
+  if not there.get('data.path'):
+    there['data.path'] = here.get('data.path')
   changed = [
     f'{key} ({there.get(key, "absent")!r} -> {here.get(key, "absent")!r})'
     for key in here | there

@@ -89,7 +89,7 @@ def _restore(source, where='eight'):
 
 
 def _restore_ema(path, **options):
-  return checkpoint.restore_ema(path, _abstract(_make(0)[1]), **options)
+  return checkpoint.restore_item(path, 'ema', _abstract(_make(0)[1]), **options)
 
 
 def _assert_same(got, want):
@@ -336,7 +336,7 @@ def test_another_model_is_told_by_its_first_different_parameter(tmp_path):
   with pytest.raises(errors.UserError, match=says):
     checkpoint.restore(tmp_path, *other)
   with pytest.raises(errors.UserError, match=says):
-    checkpoint.restore_ema(tmp_path, other[1])
+    checkpoint.restore_item(tmp_path, 'ema', other[1])
 
 
 def test_another_dtype_or_tree_is_not_loaded_in_silence(tmp_path):
@@ -351,7 +351,7 @@ def test_another_dtype_or_tree_is_not_loaded_in_silence(tmp_path):
     (less, r'ema/kernel is float32\[3, 3, 8, 64\] there, absent here'),
   ]:
     with pytest.raises(errors.UserError, match=says):
-      checkpoint.restore_ema(tmp_path, tree)
+      checkpoint.restore_item(tmp_path, 'ema', tree)
 
 
 def test_no_checkpoint_yet_is_none_to_a_run_and_an_error_to_a_sampler(tmp_path):

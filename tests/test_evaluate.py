@@ -72,6 +72,23 @@ def test_a_learned_network_beats_an_untrained_one(evaluate, tiny_run):
   assert evaluate('--config.evaluate.draws=10')['bits_per_dim'] < 8
 
 
+def test_raw_weights_and_other_steps_are_other_weights(evaluate):
+  common = ['--config.evaluate.images=8', '--config.evaluate.draws=2']
+  found = [
+    evaluate(*common, *which)
+    for which in (
+      [],
+      ['--step=200'],
+      ['--step=160'],
+      ['--config.evaluate.weights=raw'],
+    )
+  ]
+  assert found[0] == found[1]
+  assert [f['step'] for f in found] == [200, 200, 160, 200]
+  assert [f['weights'] for f in found] == ['EMA', 'EMA', 'EMA', 'raw']
+  assert len({f['bits_per_dim'] for f in found}) == 3
+
+
 @pytest.mark.parametrize(
   ('args', 'message'),
   [

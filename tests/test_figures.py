@@ -20,9 +20,11 @@ from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
-from ddpm_jax.jobs import evaluate
 from ddpm_jax.jobs import figures
 from ddpm_jax.jobs import sample
+from ddpm_jax.jobs.figures import common
+from ddpm_jax.jobs.figures import curves
+from ddpm_jax.jobs.figures import pictures
 from ddpm_jax.runtime import images
 
 NAMES = (
@@ -53,7 +55,7 @@ def trained(tiny_run):
     config = recipe.resolve(None, tiny_run[0], changes)
     mesh = build.mesh(config)
     _, params = sample.restore_ema(config, mesh, tiny_run[0])
-    return figures.Trained(config, mesh, params, seed, tiny_run[0])
+    return common.Trained(config, mesh, params, seed, tiny_run[0])
 
   return trained
 
@@ -84,7 +86,7 @@ def test_every_figure_is_a_picture(name, tiny_run, tmp_path):
 
 
 def test_these_are_all_figures():
-  assert set(build.functions(figures, 'trained')) == set(NAMES)
+  assert set(figures.every()) == set(NAMES)
 
 
 def test_a_figure_is_put_into_the_workdir(tiny_run, tmp_path):
@@ -95,24 +97,24 @@ def test_a_figure_is_put_into_the_workdir(tiny_run, tmp_path):
 
 
 def test_at_t_1_an_image_is_nearly_itself_and_at_T_it_is_gone(trained):
-  x0 = figures.real(trained().config, 0, 5)
+  x0 = common.real(trained().config, 0, 5)
   table = schedules.linear()
   eps = process.normal(keys(5), x0.shape[1:])
-  x_t = figures.noised(table, x0, jnp.array([0, 1, 1000]), eps)
+  x_t = common.noised(table, x0, jnp.array([0, 1, 1000]), eps)
   np.testing.assert_array_equal(x_t[:, 0], x0)
   # √β_1 = 0.01 of noise is a little more than 1 gray of 255.
   gap = np.abs(x_t[:, 1].astype(int) - x0)
   assert 0 < gap.max() < 8
-  noise = figures.noised(table, np.zeros_like(x0) + 128, jnp.array([1000]), eps)
+  noise = common.noised(table, np.zeros_like(x0) + 128, jnp.array([1000]), eps)
   gap = np.abs(x_t[:, 2].astype(int) - noise[:, 0])
   assert gap.max() <= 2  # √ᾱ_T = 0.006 of the image is left
 
 
 def test_images_are_the_same_for_a_seed_and_others_for_another(trained):
   config = trained().config
-  first = figures.real(config, 0, 20)
-  np.testing.assert_array_equal(figures.real(config, 0, 20), first)
-  assert np.any(figures.real(config, 1, 20) != first)
+  first = common.real(config, 0, 20)
+  np.testing.assert_array_equal(common.real(config, 0, 20), first)
+  assert np.any(common.real(config, 1, 20) != first)
 
 
 def test_mixtures_begin_and_end_with_the_noised_images_exactly():
@@ -135,8 +137,8 @@ def test_a_mixture_is_as_noisy_as_x_t():
 
 def test_interpolation_starts_there_and_shows_the_originals(trained):
   run = trained(seed=3)
-  tiles = figures.interpolation(run, count=2).tiles
-  a, b = figures.unlike(figures.real(run.config, 3, 32), 2)
+  tiles = pictures.interpolation(run, count=2).tiles
+  a, b = pictures.unlike(common.real(run.config, 3, 32), 2)
   assert tiles.shape == (10, 13, 8, 8, 1)
   for pair in range(2):
     rows = tiles[5 * pair : 5 * pair + 5]
@@ -149,7 +151,8 @@ def test_interpolation_starts_there_and_shows_the_originals(trained):
   x_t = process.q_sample(p.schedule, a[1] / 127.5 - 1, first, eps[0])
   x_0, _ = jax.jit(
     lambda params: samplers.sample(
-      *(p.step, p.schedule, p.model_fn(params), k, x_t[None]), first=first
+      *(p.step, p.schedule, p.model_fn(params), k, x_t[None]),
+      times=range(first, 0, -1),
     )
   )(run.params)
   expected = np.clip(np.asarray(x_0[0]) * 127.5 + 127.5, 0, 255)
@@ -158,11 +161,11 @@ def test_interpolation_starts_there_and_shows_the_originals(trained):
 
 def test_pairs_are_of_images_that_differ_most():
   x0 = np.array([0, 10, 90, 5, 7, 8], np.uint8).reshape(6, 1, 1, 1)
-  a, b = figures.unlike(x0, 2)
+  a, b = pictures.unlike(x0, 2)
   assert a.ravel().tolist() == [0, 5]
   assert b.ravel().tolist() == [90, 8]
   with pytest.raises(errors.UserError, match='4 pairs'):
-    figures.unlike(x0, 4)
+    pictures.unlike(x0, 4)
 
 
 def test_rows_of_their_own_parts_are_the_parts_of_samples():
@@ -175,8 +178,7 @@ def test_rows_of_their_own_parts_are_the_parts_of_samples():
   for i in (0, 1):
     alone, _ = samplers.sample(
       *(samplers.ancestral, S, net, k[i : i + 1], x[i : i + 1]),
-      first=int(first[i]),
-      last=int(last[i]),
+      times=range(first[i], last[i] - 1, -1),
     )
     np.testing.assert_allclose(x_0[i], alone[0], atol=1e-5)
   np.testing.assert_array_equal(x_0[2], x[2])
@@ -185,7 +187,7 @@ def test_rows_of_their_own_parts_are_the_parts_of_samples():
 def test_samples_that_share_all_are_equal_and_that_share_nothing_differ(
   trained,
 ):
-  drawn = figures.shared(trained(), count=3)
+  drawn = pictures.shared(trained(), count=3)
   assert drawn.labels[0] == 't = 1000'
   assert drawn.labels[-1] == 't = 0'
   first, *_, last = drawn.tiles
@@ -200,7 +202,7 @@ def test_samples_that_share_all_are_equal_and_that_share_nothing_differ(
 
 def test_a_figure_is_the_same_on_one_device_eight_and_pmap(trained):
   one, *others = (
-    figures.shared(trained(**how), count=2).tiles.astype(int)
+    pictures.shared(trained(**how), count=2).tiles.astype(int)
     for how in (
       {'parallel__data': '1'},
       {'parallel__data': '8'},
@@ -232,7 +234,7 @@ def test_greedy_is_the_mean_and_adds_no_noise():
 
 def test_greedy_and_random_begin_with_the_same_noise(trained):
   run = trained()
-  drawn = figures.generation(run, count=3)
+  drawn = pictures.generation(run, count=3)
   x_T, greedy, *random = drawn.tiles
   assert drawn.tiles.shape == (5, 3, 8, 8, 1)
   draws = [greedy, *random, x_T]
@@ -246,7 +248,7 @@ def test_greedy_and_random_begin_with_the_same_noise(trained):
 
 def test_the_last_prediction_is_the_sample(trained):
   run = trained()
-  drawn = figures.progressive(run, count=2)
+  drawn = pictures.progressive(run, count=2)
   assert drawn.titles == [f't = {t}' for t in range(1000, 0, -100)]
   alone, _ = sample.gather(
     sample.sampler(run.config, run.mesh, 2, 0)(run.params)
@@ -255,15 +257,15 @@ def test_the_last_prediction_is_the_sample(trained):
 
 
 def test_rate_grows_and_ends_where_evaluate_says(trained, monkeypatch, capsys):
-  bounds, progress = [], figures.progress
+  bounds, progress = [], curves.progress
   monkeypatch.setattr(
-    figures, 'progress', lambda bound: bounds.append(bound) or progress(bound)
+    curves, 'progress', lambda bound: bounds.append(bound) or progress(bound)
   )
-  figures.rate_distortion(trained(evaluate__draws='3'), count=11)
+  curves.rate_distortion(trained(evaluate__draws='3'), count=11)
   (bound,) = bounds
   assert bound.t.shape == (11, 1000)  # exact, whatever evaluate would do
   rate, rmse = progress(bound)
-  result = evaluate.summary(bound, 1000)
+  result = bounds.summary(bound, 1000)
   assert np.all(np.diff(rate) >= 0)
   assert rate[-1] == pytest.approx(result['rate'], rel=1e-9)
   assert rmse[-1] == pytest.approx(result['rmse'], rel=1e-9)
@@ -282,7 +284,7 @@ def test_rate_is_what_has_been_told_before():
   bound = likelihood.Bound(
     np.array([0.5]), np.array([[1, 2, 3]]), terms, np.array([[1.0, 4.0, 9.0]])
   )
-  rate, rmse = figures.progress(bound)
+  rate, rmse = curves.progress(bound)
   np.testing.assert_allclose(rate, np.array([0.5, 1.5, 3.5]) / np.log(2))
   np.testing.assert_allclose(rmse, 127.5 * np.array([3, 2, 1]))
 
@@ -293,7 +295,7 @@ def test_the_nearest_of_all_are_found_over_chunks(flip):
   data = rng.integers(0, 256, (2100, 4, 4, 3), dtype=np.uint8)
   source = store.from_arrays(data, np.zeros(2100, np.int32))
   drawn = data[[3, 2050]][:, :, ::-1]  # mirrored
-  near, squares = figures.neighbours(drawn, source, 3, flip)
+  near, squares = pictures.neighbours(drawn, source, 3, flip)
   every = np.concatenate([data, data[:, :, ::-1]]) if flip else data
   gaps = (every.astype(int) - drawn[:, None].astype(int)) ** 2
   expected = np.sort(gaps.sum((2, 3, 4)), axis=1)[:, :3]
@@ -304,7 +306,7 @@ def test_the_nearest_of_all_are_found_over_chunks(flip):
 
 
 def test_the_schedule_of_the_run_is_marked_and_equal_ones_are_one(trained):
-  drawn = figures.schedules(trained())
+  drawn = pictures.schedules(trained())
   marked = [label for label in drawn.labels if '▸' in label]
   assert marked == ['▸ linear, sqrt_linear']
   assert sum('quad' in label for label in drawn.labels) == 1

@@ -38,7 +38,7 @@ def test_its_commands_name_flags_keys_and_recipes_that_exist(
   if args.config:
     recipe.resolve(args.config, None, changes)
   else:
-    assert args.workdir
+    assert args.workdir or args.input
 
 
 def test_its_recipes_are_all_there_are():

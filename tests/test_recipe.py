@@ -92,6 +92,23 @@ def test_what_is_learned_must_not_change_and_the_rest_may():
   assert "loss.t ('uniform' -> 'stratified')" in str(caught.value)
 
 
+def test_a_path_of_the_data_may_be_named_later_but_not_changed():
+  recipe.check_same(overridden(data__path='x'), base.get_config(), 'here')
+  with pytest.raises(errors.UserError, match=r"data\.path \('x' -> 'y'\)"):
+    recipe.check_same(
+      overridden(data__path='y'), overridden(data__path='x'), 'here'
+    )
+
+
 def test_an_unknown_key_names_the_nearest():
   with pytest.raises(errors.UserError, match=r"'config\.model\.channels'"):
     overridden(model__chanels='3')
+
+
+def test_a_recipe_saved_before_a_key_was_there_is_as_it_was():
+  c = base.get_config()
+  saved = recipe.to_json(c)
+  del saved['condition'], saved['sampler']['guidance'], saved['log']['every']
+  again = recipe.from_json(saved)
+  assert recipe.flatten(again) == recipe.flatten(c)
+  recipe.check_same(c, again, 'here')

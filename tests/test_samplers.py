@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm_jax import build
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
@@ -122,11 +123,13 @@ def test_an_image_does_not_depend_on_the_batch_that_it_is_drawn_in():
   np.testing.assert_allclose(one[0], whole[2], atol=1e-6)
 
 
-def test_snapshots_are_predictions_of_evenly_spaced_steps():
+@pytest.mark.parametrize('name', build.functions(samplers, 'x_t'))
+def test_snapshots_are_predictions_of_evenly_spaced_steps(name):
   seen = []
 
-  def step(schedule, model_fn, k, x_t, t, **_):
-    x_prev, x0_hat = samplers.ancestral(schedule, model_fn, k, x_t, t)
+  def step(*args):
+    t = args[4]
+    x_prev, x0_hat = getattr(samplers, name)(*args)
     jax.debug.callback(lambda t, x: seen.append((int(t), x)), t, x0_hat)
     return x_prev, x0_hat
 
@@ -139,11 +142,15 @@ def test_snapshots_are_predictions_of_evenly_spaced_steps():
     np.testing.assert_array_equal(kept[slot], by_time[t])
 
 
-def test_two_parts_of_a_chain_are_the_whole():
-  whole, _ = run(samplers.ancestral)
+@pytest.mark.parametrize('name', ['ancestral', 'dpm_solver_pp_2m'])
+def test_two_parts_of_a_chain_are_the_whole(name):
+  step = getattr(samplers, name)
+  whole, _ = run(step)
   x_T = process.normal(keys(6, 1), (4,))
-  half, _ = samplers.sample(samplers.ancestral, S, toy, keys(6), x_T, last=41)
-  x_0, _ = samplers.sample(samplers.ancestral, S, toy, keys(6), half, first=40)
+  chain = step, S, toy, keys(6)
+  half, seen = samplers.sample(*chain, x_T, times=range(T, 40, -1), snapshots=1)
+  before = samplers.Before(seen[0], jnp.full(6, 41))
+  x_0, _ = samplers.sample(*chain, half, times=range(40, 0, -1), before=before)
   np.testing.assert_allclose(x_0, whole, atol=1e-5)
 
 

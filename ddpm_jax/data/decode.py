@@ -18,9 +18,14 @@ def read(path: str, shape: Shape) -> np.ndarray:
   Raises whatever Pillow raises for a file that it cannot read: OSError,
   SyntaxError, ValueError, struct.error, DecompressionBombError, ...
   """
+  return fit(upright(path), shape)
+
+
+def upright(path: str) -> Image.Image:
+  """The image file at `path`, as it was meant to be held; raises as `read`."""
   with Image.open(path) as image:
     image.load()
-    return fit(ImageOps.exif_transpose(image), shape)
+    return ImageOps.exif_transpose(image)
 
 
 def fit_array(pixels: np.ndarray, shape: Shape) -> np.ndarray:

@@ -79,7 +79,7 @@ def _number(classes: list[str | None]) -> Labels:
 def _from_metadata(path: str, names: list[str]) -> Labels:
   given: dict[str, Any] = dict.fromkeys(names)
   kinds = set()
-  for where, entry in _lines(path):
+  for where, entry in lines(path):
     value = entry.get('label')
     name = posixpath.normpath(str(entry.get('file_name')))
     if name not in given:
@@ -104,7 +104,7 @@ def _from_metadata(path: str, names: list[str]) -> Labels:
   return labels, class_names(labels)
 
 
-def _lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
   """The entries of a .jsonl file, each with where it stands."""
   with open(path, 'rb') as file:
     for number, line in enumerate(file, 1):

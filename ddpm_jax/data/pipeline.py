@@ -46,5 +46,10 @@ def batches(
       grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     )
   )
-  iterator.set_state({'next_index': start})
+  iterator.set_state(position(start))
   return iterator
+
+
+def position(batch: int) -> dict[str, int]:
+  """The state of an iterator whose next item is that batch."""
+  return {'next_index': batch}

@@ -34,6 +34,46 @@ def load(name: str, path: str, split: str) -> tuple[Any, tuple[str, ...]]:
   return data, _class_names(name, builder.info.features)
 
 
+def texts(
+  name: str, path: str, split: str, feature: str
+) -> list[tuple[str, ...]]:
+  """The texts of each example: a feature of one, or of several.
+
+  `a/b` is the feature b of the examples of a, such as `captions/text` of COCO.
+
+  Raises:
+    UserError: there is no such feature, or it holds no texts.
+  """
+  features = _builder(name, path).info.features
+  # The images stay as they are: decoding them is what takes long.
+  data = _builder(name, path).as_data_source(
+    split=split,
+    file_format='array_record',
+    decoders={'image': tfds.decode.SkipDecoding()},
+  )
+
+  def read(example: Any) -> tuple[str, ...]:
+    for part in feature.split('/'):
+      example = example[part]
+    found = [example] if isinstance(example, bytes | str) else example
+    return tuple(x.decode() if isinstance(x, bytes) else str(x) for x in found)
+
+  try:
+    first = data[0]
+    for part in feature.split('/'):
+      first = first[part]
+    if not isinstance(first, bytes | str):
+      first = next(iter(first))
+    if not isinstance(first, bytes | str):
+      raise TypeError
+  except (KeyError, TypeError, IndexError, StopIteration):
+    raise errors.UserError(
+      f'{name} has no texts in a feature {feature!r}, which '
+      f'config.data.captions names; its features: {", ".join(features)}'
+    ) from None
+  return [read(data[i]) for i in range(len(data))]
+
+
 def _not_a_notice_of_tfds(record: logging.LogRecord) -> bool:
   ours = 'tensorflow_datasets' not in record.pathname
   return ours or record.levelno >= logging.ERROR

@@ -1,17 +1,19 @@
 """The sources of data by name: `config.data.name` is a function here.
 
 A source is called with those of these keywords that it has: path, tfds, split,
-points, image_size = (H, W), channels (1: gray, 3: RGB) and max_unreadable. It
-returns a `store.Source`, and raises UserError for what is missing or does not
-fit.
+points, captions, image_size = (H, W), channels (1: gray, 3: RGB) and
+max_unreadable. It returns a `store.Source`, and raises UserError for what is
+missing or does not fit.
 """
 
+import dataclasses
 import os
 
 import numpy as np
 
 from ddpm_jax import errors
 from ddpm_jax.data import arrayfile
+from ddpm_jax.data import captions as caption_files
 from ddpm_jax.data import decode
 from ddpm_jax.data import listing
 from ddpm_jax.data import points as point_sets
@@ -62,21 +64,25 @@ def folder(
   image_size: tuple[int, int],
   channels: int,
   max_unreadable: int,
+  captions: str = '',
 ) -> store.Source:
   """Image files under `path`, of any size and mode.
 
-  Their classes are the first-level sub-folders, or in `metadata.jsonl`.
+  Their classes are the first-level sub-folders, or in `metadata.jsonl`; so are
+  captions, if they are asked for as 'file', or in `captions.csv`.
   """
   path = os.path.expanduser(path)
   names = listing.find(path)
   labels, class_names = listing.label(path, names)
+  texts = caption_files.of_folder(path, names) if captions == 'file' else []
   shape = (*image_size, channels)
 
   def read(i: int) -> tuple[np.ndarray, int]:
     return decode.read(os.path.join(path, names[i]), shape), int(labels[i])
 
   files = store.Files(len(names), read, names.__getitem__, class_names)
-  return store.from_files(files, shape, max_unreadable)
+  made = store.from_files(files, shape, max_unreadable)
+  return dataclasses.replace(made, captions=tuple(texts))
 
 
 def tfds(
@@ -87,15 +93,20 @@ def tfds(
   image_size: tuple[int, int],
   channels: int,
   max_unreadable: int,
+  captions: str = '',
 ) -> store.Source:
   """A TensorFlow data set prepared as ArrayRecord; no TensorFlow is needed.
 
   CIFAR-10 is downloaded and prepared if it is not there. `path` is the TFDS
-  folder, '' for TFDS's own.
+  folder, '' for TFDS's own. `captions` is a feature of texts, if not 'classes'.
   """
   from ddpm_jax.data import records  # imports TFDS
 
-  data, class_names = records.load(tfds, os.path.expanduser(path), split)
+  path = os.path.expanduser(path)
+  data, class_names = records.load(tfds, path, split)
+  texts = []
+  if captions not in ('', 'classes'):
+    texts = records.texts(tfds, path, split, captions)
   shape = (*image_size, channels)
 
   def read(i: int) -> tuple[np.ndarray, int]:
@@ -104,7 +115,8 @@ def tfds(
     return decode.fit_array(example['image'], shape), label
 
   files = store.Files(len(data), read, lambda i: f'{tfds}[{i}]', class_names)
-  return store.from_files(files, shape, max_unreadable)
+  made = store.from_files(files, shape, max_unreadable)
+  return dataclasses.replace(made, captions=tuple(texts))
 
 
 def points(

@@ -27,14 +27,17 @@ Batch = dict[str, np.ndarray]
 class Source:
   """`length` images; `gather(indices)` reads some of them.
 
-  gather: int (b,) -> dict(image=uint8 (b, H, W, C), label=int32 (b,)), where
-    label is -1 for an image that has none. Points are float32 (b, 2).
+  gather: int (b,) -> dict(image=uint8 (b, H, W, C), label=int32 (b,), id=int32
+    (b,)), where label is -1 for an image that has none, and id is its number in
+    what was listed, unreadable ones included. Points are float32 (b, 2).
   class_names: what the labels 0, 1, ... are called; () without labels.
+  captions: those of each id; () without captions.
   """
 
   length: int
   gather: Callable[[np.ndarray], Batch]
   class_names: tuple[str, ...] = ()
+  captions: tuple[tuple[str, ...], ...] = ()
 
   def __len__(self) -> int:
     return self.length
@@ -55,12 +58,20 @@ class Files:
 
 
 def from_arrays(
-  images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...] = ()
+  images: np.ndarray,
+  labels: np.ndarray,
+  class_names: tuple[str, ...] = (),
+  ids: np.ndarray | None = None,
 ) -> Source:
   """A source of (n, ...), in memory or mapped, and int32 labels (n,)."""
+  ids = np.arange(len(labels), dtype=np.int32) if ids is None else ids
 
   def gather(indices: np.ndarray) -> Batch:
-    return {'image': np.asarray(images[indices]), 'label': labels[indices]}
+    return {
+      'image': np.asarray(images[indices]),
+      'label': labels[indices],
+      'id': ids[indices],
+    }
 
   return Source(len(labels), gather, class_names)
 
@@ -110,9 +121,10 @@ def _decode_now(
       bar.update(done)
   if not good.any():
     raise _nothing_left(files)
+  ids = np.flatnonzero(good).astype(np.int32)
   if not good.all():
     images, labels = images[good], labels[good]
-  return from_arrays(images, labels, files.class_names)
+  return from_arrays(images, labels, files.class_names, ids)
 
 
 def _decode_late(
@@ -120,20 +132,21 @@ def _decode_late(
 ) -> Source:
   pool = _pool()
 
-  def read(first: int) -> tuple[np.ndarray, int]:
+  def read(first: int) -> tuple[np.ndarray, int, int]:
     for i in range(first, first + files.length):
+      i %= files.length
       try:
-        return files.read(i % files.length)
+        return *files.read(i), i
       except Exception as error:  # Pillow's are of many types
-        failed(files.name(i % files.length), error)
+        failed(files.name(i), error)
     raise _nothing_left(files)
 
   def gather(indices: np.ndarray) -> Batch:
     images = np.empty((len(indices), *shape), np.uint8)
-    labels = np.empty(len(indices), np.int32)
-    for row, pair in enumerate(pool.map(read, indices.tolist())):
-      images[row], labels[row] = pair
-    return {'image': images, 'label': labels}
+    labels, ids = np.empty((2, len(indices)), np.int32)
+    for row, found in enumerate(pool.map(read, indices.tolist())):
+      images[row], labels[row], ids[row] = found
+    return {'image': images, 'label': labels, 'id': ids}
 
   return Source(files.length, gather, files.class_names)
 

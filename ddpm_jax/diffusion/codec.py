@@ -60,11 +60,15 @@ def jumps(schedule: schedules.Schedule, steps: int) -> schedules.Schedule:
   T = schedule.T
   if not 1 <= steps < T:
     raise ValueError(f'codec.steps must be in 1..{T - 1}, got {steps}')
-  k = np.arange(steps + 1)
-  at = np.append(0, np.maximum(np.round(T ** (k / steps)).astype(int), 1 + k))
-  log_alpha_bar = np.cumsum(np.log1p(-np.asarray(schedule.beta, np.float64)))
-  time = np.asarray(schedule.time)[at]
-  return schedules.from_beta(-np.expm1(np.diff(log_alpha_bar[at])), time)
+  return schedules.stride(schedule, steps + 1, geometric)
+
+
+def geometric(T: int, steps: int) -> np.ndarray:
+  """0, and τ_k = T^(k / (steps-1)) from 1 to T, no two the same: (steps+1,)."""
+  k = np.arange(steps)
+  return np.append(
+    0, np.maximum(np.round(T ** (k / (steps - 1))), 1 + k).astype(int)
+  )
 
 
 def predict_x0(

@@ -1,10 +1,16 @@
-"""What can be made of given images: chains entered, left and mixed midway."""
+"""What can be made of given images: chains entered, left and mixed midway.
+
+All of it is run by `samplers.sample`: a function here makes a step of a step,
+the x_t to begin with, or the times to visit.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
 
@@ -16,6 +22,7 @@ def between(
 
   Before and after that x_t waits. So rows that begin or end at different times
   are one scan and one program; `samplers.sample` has such a part for all alike.
+  What was found while a row waited is kept from it.
   """
 
   def part(
@@ -24,8 +31,10 @@ def between(
     keys: jax.Array,
     x_t: jax.Array,
     t: jax.Array,
+    before: Any,
   ) -> tuple[jax.Array, jax.Array]:
-    x_prev, x0_hat = step(schedule, model_fn, keys, x_t, t)
+    before = before._replace(t=jnp.where(t < first, before.t, 0))
+    x_prev, x0_hat = step(schedule, model_fn, keys, x_t, t, before)
     moves = jnp.broadcast_to((t <= first) & (t >= last), len(x_t))
     rows = moves.reshape(-1, *[1] * (x_t.ndim - 1))
     return jnp.where(rows, x_prev, x_t), x0_hat
@@ -48,3 +57,83 @@ def interpolate(
   x_t = process.q_sample(schedule, x0, t, eps)
   other_t = process.q_sample(schedule, other, t, eps)
   return (1 - weight) * x_t + weight * other_t
+
+
+def inpaint(step: Callable, x0: jax.Array, mask: jax.Array) -> Callable:
+  """A sampler's `step` that makes a part of an image anew and keeps the rest.
+
+  After each step x_{t-1} of what is known is drawn from q, down to x_0 itself
+  (Lugmayr et al. 2022, RePaint, eq. 8). Where t lies above the level that the
+  step before has left, noise is added first, so that `jumps` may be visited.
+
+  Args:
+    step: such as `samplers.ancestral`.
+    x0: the image, in [-1, 1].
+    mask: where to make it anew, of a shape that broadcasts to that of x0.
+  """
+
+  def part(
+    schedule: schedules.Schedule,
+    model_fn: process.ModelFn,
+    keys: jax.Array,
+    x_t: jax.Array,
+    t: jax.Array,
+    before: Any,
+  ) -> tuple[jax.Array, jax.Array]:
+    split = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
+    k_step, k_up, k_known = split[:, 0], split[:, 1], split[:, 2]
+    shape = x_t.shape[1:]
+    level = jnp.where(before.t > 0, before.t - 1, t)
+    higher = jax.vmap(process.q_between, (None, 0, 0, None, 0))(
+      schedule, x_t, level, t, process.normal(k_up, shape)
+    )
+    below = (level < t).reshape(-1, *[1] * len(shape))
+    x_t = jnp.where(below, higher, x_t)
+    x_prev, x0_hat = step(schedule, model_fn, k_step, x_t, t, before)
+    eps = process.normal(k_known, shape)
+    known = process.q_sample(schedule, x0, t - 1, eps)
+    return jnp.where(mask, x_prev, known), x0_hat
+
+  return part
+
+
+def jumps(T: int, jump: int = 10, resample: int = 10) -> list[int]:
+  """T, ..., 1 in parts of `jump` steps, each taken `resample` times over.
+
+  RePaint's times (appendix B of Lugmayr et al. 2022): what is made anew gets to
+  fit what is known, for `resample` as many evaluations.
+
+  Raises:
+    ValueError: if either is not positive.
+  """
+  if jump < 1 or resample < 1:
+    raise ValueError(f'jump={jump} and resample={resample} must be at least 1')
+  times: list[int] = []
+  for top in range(T, 0, -jump):
+    times += resample * list(range(top, max(top - jump, 0), -1))
+  return times
+
+
+def invert(
+  schedule: schedules.Schedule,
+  model_fn: process.ModelFn,
+  keys: jax.Array,
+  x_prev: jax.Array,
+  t: jax.Array,
+  before: Any = None,
+  *,
+  predict: predictions.Prediction = predictions.eps,
+) -> tuple[jax.Array, jax.Array]:
+  """x_t of x_{t-1}, from which `samplers.ddim` leads back, with η = 0.
+
+  At the times 1, ..., T it makes x_T of x_0  (Song et al. 2021, section 4.3).
+  ε̂ is taken at x_{t-1}, told t, so the way back is exact to order 1.
+  """
+  del keys, before
+  out = model_fn(x_prev, jnp.full(len(x_prev), t))
+  x0_hat = process.to_x0(schedule, out, x_prev, t, predict=predict, clip=False)
+  signal = jnp.sqrt(schedule.alpha_bar)
+  noise = jnp.sqrt(schedule.one_minus_alpha_bar)
+  eps = (x_prev - signal[t] * x0_hat) / noise[t]
+  x0_hat = (x_prev - noise[t - 1] * eps) / signal[t - 1]
+  return signal[t] * x0_hat + noise[t] * eps, x0_hat

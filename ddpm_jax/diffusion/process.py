@@ -44,12 +44,59 @@ def q_step(
   return jnp.sqrt(1 - beta) * x_prev + jnp.sqrt(beta) * eps
 
 
+def q_between(
+  schedule: Schedule,
+  x_s: jax.Array,
+  s: jax.Array,
+  t: jax.Array,
+  eps: jax.Array,
+) -> jax.Array:
+  """x_t = √(ᾱ_t/ᾱ_s) x_s + √(1-ᾱ_t/ᾱ_s) ε, for s ≤ t: t - s times eq. 2."""
+  kept = schedule.alpha_bar[t] / schedule.alpha_bar[s]
+  return jnp.sqrt(kept) * x_s + jnp.sqrt(1 - kept) * eps
+
+
 def q_posterior(
   schedule: Schedule, x0: jax.Array, x_t: jax.Array, t: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Mean μ̃_t(x_t, x_0) and variance β̃_t of q(x_{t-1} | x_t, x_0)  (eq. 6-7)."""
   of_x0, of_x_t = predictions.posterior_weights(schedule, t)
   return of_x0 * x0 + of_x_t * x_t, schedule.beta_tilde[t]
+
+
+def q_sigma(
+  schedule: Schedule,
+  x0: jax.Array,
+  x_t: jax.Array,
+  t: jax.Array,
+  eta: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Mean and variance σ² = η² β̃_t of q_σ(x_{t-1} | x_t, x_0).
+
+  The family of Song et al. 2021 (DDIM, eq. 7 and 16): all have the same
+  q(x_t | x_0). η = 1 is `q_posterior`, and with η = 0 nothing is random.
+  """
+  alpha_bar, one_minus = schedule.alpha_bar, schedule.one_minus_alpha_bar
+  eps = (x_t - jnp.sqrt(alpha_bar[t]) * x0) / jnp.sqrt(one_minus[t])
+  # 1 - ᾱ_{t-1} - σ², so written that rounding cannot make it negative.
+  rest = jnp.maximum(1 - eta**2 * schedule.beta[t] / one_minus[t], 0)
+  mean = jnp.sqrt(alpha_bar[t - 1]) * x0
+  mean += jnp.sqrt(one_minus[t - 1] * rest) * eps
+  return mean, eta**2 * schedule.beta_tilde[t]
+
+
+def to_x0(
+  schedule: Schedule,
+  out: jax.Array,
+  x_t: jax.Array,
+  t: jax.Array,
+  *,
+  predict: predictions.Prediction = predictions.eps,
+  clip: bool = True,
+) -> jax.Array:
+  """x̂_0 of what the network makes of x_t; see `p_mean_variance`."""
+  x0_hat = predict.to_x0(schedule, x_t, split(out, x_t)[0], t)
+  return jnp.clip(x0_hat, -1, 1) if clip else x0_hat
 
 
 def p_mean_variance(
@@ -75,10 +122,8 @@ def p_mean_variance(
     clip: x̂_0 to [-1, 1], as the authors' code does. Without it, and with
       ε predicted, the mean is eq. 11 to the letter.
   """
-  out, raw = split(out, x_t)
-  x0_hat = predict.to_x0(schedule, x_t, out, t)
-  if clip:
-    x0_hat = jnp.clip(x0_hat, -1, 1)
+  x0_hat = to_x0(schedule, out, x_t, t, predict=predict, clip=clip)
+  _, raw = split(out, x_t)
   mean, _ = q_posterior(schedule, x0_hat, x_t, t)
   return mean, variance(schedule, raw, t), x0_hat
 

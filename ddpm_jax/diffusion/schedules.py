@@ -4,11 +4,14 @@ Each function of this module that takes `T` returns a `Schedule`; its name is
 what a recipe says in `config.schedule.name`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ddpm_jax.diffusion import spacings
 
 
 class Schedule(NamedTuple):
@@ -29,7 +32,7 @@ class Schedule(NamedTuple):
     return len(self.beta) - 1
 
 
-def from_beta(beta: np.ndarray, time: np.ndarray | None = None) -> Schedule:
+def from_beta(beta: np.ndarray) -> Schedule:
   """The tables that follow from β_1..β_T, float64 of shape (T,).
 
   Raises:
@@ -39,10 +42,17 @@ def from_beta(beta: np.ndarray, time: np.ndarray | None = None) -> Schedule:
   if beta.ndim != 1 or not np.all((beta > 0) & (beta < 1)):
     raise ValueError('every beta must lie strictly between 0 and 1')
   log_alpha_bar = np.cumsum(np.log1p(-np.append(0.0, beta)))
+  return _tables(log_alpha_bar, np.arange(len(beta) + 1))
+
+
+def _tables(log_alpha_bar: np.ndarray, time: np.ndarray) -> Schedule:
+  """The tables that follow from log ᾱ_t, float64 (T+1,), which falls from 0.
+
+  The last may be -∞: then β_T is 1.
+  """
+  beta = -np.expm1(np.diff(log_alpha_bar))
   one_minus = -np.expm1(log_alpha_bar)  # exact where ᾱ_t is near 1
   beta_tilde = beta * one_minus[:-1] / one_minus[1:]  # eq. 7
-  if time is None:
-    time = np.arange(len(beta) + 1)
   return Schedule(
     beta=jnp.asarray(np.append(0.0, beta), jnp.float32),
     alpha_bar=jnp.asarray(np.exp(log_alpha_bar), jnp.float32),
@@ -50,6 +60,12 @@ def from_beta(beta: np.ndarray, time: np.ndarray | None = None) -> Schedule:
     beta_tilde=jnp.asarray(np.append(0.0, beta_tilde), jnp.float32),
     time=jnp.asarray(time, jnp.int32),
   )
+
+
+def _log_alpha_bar(schedule: Schedule) -> np.ndarray:
+  """log ᾱ_t in float64, from β_t, which keeps it where ᾱ_t is near 1."""
+  with np.errstate(divide='ignore'):  # log 0, at a zero terminal SNR
+    return np.cumsum(np.log1p(-np.asarray(schedule.beta, np.float64)))
 
 
 def linear(
@@ -102,8 +118,30 @@ def cosine(T: int = 1000, s: float = 8e-3) -> Schedule:
   return from_beta(np.clip(1 - f[1:] / f[:-1], None, 0.999))
 
 
-def stride(schedule: Schedule, steps: int) -> Schedule:
-  """The schedule of `steps` ≤ T even jumps over the same noise levels.
+def zero_terminal_snr(schedule: Schedule) -> Schedule:
+  """√ᾱ_t shifted and stretched to be 0 at T and as it was at 1.
+
+  So that x_T is noise alone, as it is when sampling  (Lin et al. 2023,
+  Algorithm 1). There ε tells nothing of x_0: let the network predict another.
+
+  Raises:
+    ValueError: if there is only one step.
+  """
+  if schedule.T < 2:
+    raise ValueError('a zero terminal SNR needs T of 2 or more')
+  signal = np.exp(_log_alpha_bar(schedule) / 2)
+  first, last = signal[1], signal[-1]
+  signal[1:] = (signal[1:] - last) * first / (first - last)
+  with np.errstate(divide='ignore'):
+    return _tables(2 * np.log(signal), np.asarray(schedule.time))
+
+
+def stride(
+  schedule: Schedule,
+  steps: int,
+  spacing: Callable[[int, int], np.ndarray] = spacings.linear,
+) -> Schedule:
+  """The schedule of `steps` ≤ T jumps over the same noise levels.
 
   Sampling in fewer steps is the ordinary sampler on this schedule: x_k of it is
   x_{time[k]} of the one given, and β_k the variance of the whole jump.
@@ -115,7 +153,5 @@ def stride(schedule: Schedule, steps: int) -> Schedule:
     raise ValueError(f'steps must be in 1..{schedule.T}, got {steps}')
   if steps == schedule.T:
     return schedule
-  at = np.round(np.linspace(0, schedule.T, steps + 1)).astype(int)
-  log_alpha_bar = np.cumsum(np.log1p(-np.asarray(schedule.beta, np.float64)))
-  time = np.asarray(schedule.time)[at]
-  return from_beta(-np.expm1(np.diff(log_alpha_bar[at])), time)
+  at = spacing(schedule.T, steps)
+  return _tables(_log_alpha_bar(schedule)[at], np.asarray(schedule.time)[at])

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ddpm_jax import errors
+from ddpm_jax.jobs.evaluate import record
 
 # What is shown: the file, the key, the title, the form.
 COLUMNS = (
@@ -39,14 +40,27 @@ def run(config: ConfigDict | None, args: argparse.Namespace) -> None:
       f'{above} holds no run that was evaluated or scored: name the '
       'folder above them with --workdir'
     )
-  titles = ['run', *(title for *_, title, _ in COLUMNS)]
+  titles = ['run', *(title for *_, title, _ in COLUMNS), 'best FID']
   print(f'| {" | ".join(titles)} |\n|{"---|" * len(titles)}')
   for folder in folders:
     cells = [folder.name]
     for name, key, _, form in COLUMNS:
       value = found(folder / name).get(key)
       cells.append('' if value is None else format(value, form))
+    cells.append(best_fid(folder))
     print(f'| {" | ".join(cells)} |')
+
+
+def best_fid(folder: pathlib.Path) -> str:
+  """Of the checkpoints that were scored with the most samples."""
+  entries = record.read(folder).get(record.SCORES, [])
+  if not entries:
+    return ''
+  most = max(entry['samples'] for entry in entries)
+  name, value, step = record.least(
+    [entry for entry in entries if entry['samples'] == most]
+  )
+  return f'{name} {value:.2f} (step {step})'
 
 
 def found(path: pathlib.Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import conditioning
 from ddpm_jax import errors
 from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import images
@@ -33,18 +34,72 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   output = args.output or args.workdir / f'samples_seed{seed}{kind}'
   if kind and output.suffix != kind:
     raise errors.UserError(f'--output={output}: points go into an .npz')
-  check_output(output, args.num_samples)
   build.check(config)
+  wanted, told = asked(config, args)
+  count = args.num_samples * max(len(wanted), 1)
+  check_output(output, count)
   mesh = build.mesh(config)
-  draw = sampler(config, mesh, args.num_samples, seed)
+  draw = sampler(config, mesh, count, seed)
   step, params = restore_ema(config, mesh, args.workdir)
   logs.say(
-    f'drawing {args.num_samples} images with the EMA weights of step {step}, '
+    f'drawing {count} images with the EMA weights of step {step}, '
     f'{config.sampler.steps} steps of {config.sampler.name} each'
   )
-  drawn = (image for image, _ in draw(params))
-  save(output, drawn, args.num_samples)
-  logs.say(f'{args.num_samples} images: {output}')
+  drawn = (image for image, _ in draw(params, told))
+  if wanted and output.suffix == '.png' and args.num_samples <= 32:
+    tiles = gather(drawn).reshape(len(wanted), -1, *build.shape(config))
+    images.save_png(output, images.labelled(tiles, labels=wanted))
+  else:
+    save(output, drawn, count)
+  if len(wanted) > 1:
+    logs.say(f'{args.num_samples} of each of: {", ".join(wanted)}')
+  logs.say(f'{count} images: {output}')
+
+
+def asked(
+  config: ConfigDict, args: argparse.Namespace
+) -> tuple[list[str], Any]:
+  """What `--prompt`, `--prompts` or `--label` ask for, and as conditions.
+
+  The conditions have a row for each image: `--num_samples` of each in turn.
+
+  Raises:
+    UserError: if the model takes nothing of the kind.
+  """
+  prompts, labels = list(args.prompt or []), list(args.label or [])
+  if args.prompts:
+    prompts += read_prompts(args.prompts)
+  kind = config.condition.name
+  if labels and kind != 'label':
+    raise errors.UserError(
+      '--label is for models of config.condition.name=label'
+    )
+  if prompts and kind in ('', 'label'):
+    raise errors.UserError(
+      '--prompt is for models of config.condition.name=text'
+    )
+  if not prompts and not labels:
+    return [], None
+  rows: Any
+  if labels:
+    rows = np.array(
+      [conditioning.class_number(config, x) for x in labels], np.int32
+    )
+  else:
+    rows = conditioning.encode(config, prompts)
+  each = jax.tree.map(lambda x: np.repeat(x, args.num_samples, axis=0), rows)
+  return prompts or labels, each
+
+
+def read_prompts(path: pathlib.Path) -> list[str]:
+  try:
+    lines = path.read_text(encoding='utf-8').splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise errors.UserError(f'--prompts={path}: {error}') from None
+  prompts = [line.strip() for line in lines if line.strip()]
+  if not prompts:
+    raise errors.UserError(f'--prompts={path} holds no text')
+  return prompts
 
 
 def check_workdir(folder: pathlib.Path | None) -> None:
@@ -55,12 +110,60 @@ def check_workdir(folder: pathlib.Path | None) -> None:
 
 
 def restore_ema(
-  config: ConfigDict, mesh: jax.sharding.Mesh, folder: pathlib.Path
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  folder: pathlib.Path,
+  step: int | None = None,
 ) -> tuple[int, Any]:
-  """(step, weights) of the newest whole checkpoint of a run."""
+  """(step, weights) of the newest whole checkpoint of a run, or at `step`."""
   init = functools.partial(build.init_state, config)
   abstract = parallel.abstract_state(init, mesh).ema_params
-  return checkpoint.restore_ema(folder / 'checkpoints', abstract)
+  return checkpoint.restore_item(folder / 'checkpoints', 'ema', abstract, step)
+
+
+def drawer(
+  config: ConfigDict, mesh: jax.sharding.Mesh, count: int, draw: Callable
+) -> tuple[int, Callable[..., Any]]:
+  """Compiles (params, index (B,)) -> arrays with a row an image.
+
+  Returns a size b of batches, for `count` images, and a function of the
+  weights, of the index of the first image, and of a condition for each image if
+  `draw` takes one (see `build.sampler`), that gives the arrays of b images.
+  """
+  n = mesh.size
+  size = math.ceil(min(count, config.sampler.batch_size) / n) * n
+  engine = config.parallel.engine
+  init = functools.partial(build.init_state, config)
+  compiled = parallel.compile_map(
+    draw, mesh, engine, jax.eval_shape(init).ema_params
+  )
+
+  def batch(params: Any, start: int, told: Any = None) -> Any:
+    rows: Any = np.arange(start, start + size, dtype=np.int32)
+    if told is not None:
+      at = np.minimum(rows, count - 1)
+      rows = {
+        'index': rows,
+        'condition': jax.tree.map(lambda x: x[at], told),
+      }
+    return compiled(params, parallel.put(rows, mesh, engine))
+
+  return size, batch
+
+
+def in_batches(
+  config: ConfigDict, mesh: jax.sharding.Mesh, count: int, draw: Callable
+) -> Callable[..., Iterator[Any]]:
+  """`drawer` of `count` images in all, batch by batch."""
+  size, batch = drawer(config, mesh, count, draw)
+
+  def batches(params: Any, told: Any = None) -> Iterator[Any]:
+    for start in range(0, count, size):
+      # The last batch is drawn whole, for one program serves all, and cut.
+      drawn = batch(params, start, told)
+      yield jax.tree.map(lambda x, real=count - start: x[:real], drawn)
+
+  return batches
 
 
 def sampler(
@@ -69,31 +172,9 @@ def sampler(
   count: int,
   seed: int,
   snapshots: int = 0,
-) -> Callable[[Any], Iterator[tuple[np.ndarray, np.ndarray]]]:
-  """Compiles the drawing of `count` images.
-
-  Returns a function of the weights that gives, batch by batch, uint8 images
-  (b, H, W, C) and predictions on the way (b, K, H, W, C); `count` in all.
-  """
-  n = mesh.size
-  size = math.ceil(min(count, config.sampler.batch_size) / n) * n
-  init = functools.partial(build.init_state, config)
-  draw = parallel.compile_map(
-    build.sampler(config, seed, snapshots),
-    mesh,
-    config.parallel.engine,
-    jax.eval_shape(init).ema_params,
-  )
-
-  def batches(params: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for start in range(0, count, size):
-      # The last batch is drawn whole, for one program serves all, and cut.
-      index = np.arange(start, start + size, dtype=np.int32)
-      index = parallel.put(index, mesh, config.parallel.engine)
-      drawn, seen = draw(params, index)
-      yield drawn[: count - start], seen[: count - start]
-
-  return batches
+) -> Callable[..., Iterator[tuple[np.ndarray, np.ndarray]]]:
+  """Uint8 images (b, H, W, C), and predictions on the way (b, K, H, W, C)."""
+  return in_batches(config, mesh, count, build.sampler(config, seed, snapshots))
 
 
 def gather(batches: Iterator[Any]) -> Any:

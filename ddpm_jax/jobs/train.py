@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import conditioning
 from ddpm_jax import errors
 from ddpm_jax import recipe
 from ddpm_jax.data import pipeline
@@ -45,6 +46,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   pictures = picture_maker(config, mesh, folder, args.num_samples)
   workdir.create(folder)
   source = build.source(config)
+  told = conditioning.of_data(config, source, args.num_samples)
+  pictures = functools.partial(pictures, told=told)
   workdir.write_config(folder, recipe.to_json(config))
   logs.say(f'{len(source)} images, {mesh.size} device(s), workdir {folder}')
   build.warn_of_signal(config)
@@ -179,15 +182,16 @@ def picture_maker(
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
   count: int,
-) -> Callable[[Any, str], None]:
-  """(EMA weights, suffix) -> samples.png, and progress.png: x̂_0 ten times."""
+) -> Callable[..., None]:
+  """(EMA weights, suffix, told) -> samples.png, and progress.png: x̂_0 on the
+  way, ten times; `told` has a condition for each sample, or is None."""
   if not build.image_size(config):
     return point_pictures(config, mesh, folder)
   snapshots = min(10, config.sampler.steps)
   draw = sample.sampler(config, mesh, count, config.seed, snapshots)
 
-  def pictures(params: Any, suffix: str) -> None:
-    drawn, seen = sample.gather(draw(params))
+  def pictures(params: Any, suffix: str, told: Any = None) -> None:
+    drawn, seen = sample.gather(draw(params, told))
     rows = seen[:8].reshape(-1, *drawn.shape[1:])
     images.save_png(folder / f'samples{suffix}.png', images.grid(drawn))
     images.save_png(
@@ -199,7 +203,7 @@ def picture_maker(
 
 def point_pictures(
   config: ConfigDict, mesh: jax.sharding.Mesh, folder: pathlib.Path
-) -> Callable[[Any, str], None]:
+) -> Callable[..., None]:
   """The same for points: the forward and the reverse process at ten times.
 
   A two-sample test is printed: the energy distance of samples and data, and how
@@ -212,16 +216,17 @@ def point_pictures(
   data = source.gather(np.arange(n))['image']
   engine = config.parallel.engine
   index = parallel.put(np.arange(n, dtype=np.int32), mesh, engine)
-  told = [round(config.schedule.T * t / T) for t in times]
+  of_T = [round(config.schedule.T * t / T) for t in times]
   eps = np.random.default_rng(config.seed).normal(size=data.shape)
-  forward = [np.asarray(process.q_sample(table, data, t, eps)) for t in told]
+  forward = [np.asarray(process.q_sample(table, data, t, eps)) for t in of_T]
 
-  def pictures(params: Any, suffix: str) -> None:
+  def pictures(params: Any, suffix: str, told: Any = None) -> None:
+    del told  # points take no condition
     draw = parallel.compile_map(
       build.chain(config, config.seed, times), mesh, engine, params
     )
     reverse = list(draw(params, index).swapaxes(0, 1))
-    titles = [f't = {t}' for t in told]
+    titles = [f't = {t}' for t in of_T]
     for ending in ('png', 'gif'):
       path = folder / f'progress{suffix}.{ending}'
       images.save_scatter(path, {'q': forward, 'p': reverse}, titles)

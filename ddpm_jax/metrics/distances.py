@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg
 
 
 class Moments(NamedTuple):
@@ -35,22 +36,31 @@ def frechet(
   """‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2(Σ_a Σ_b)^½)  (Dowson & Landau 1982).
 
   The squared 2-Wasserstein distance of two Gaussians; of Inception's features
-  it is FID (Heusel et al. 2017, eq. 6). tr (Σ_a Σ_b)^½ is the sum of the
-  singular values of Σ_a^½ Σ_b^½: real and stable for a Σ of any rank, where
-  `scipy.linalg.sqrtm` needs a multiple of I added.
+  it is FID (Heusel et al. 2017, eq. 6). With Σ = F Fᵀ, tr (Σ_a Σ_b)^½ is the
+  sum of the singular values of F_aᵀ F_b: real and stable for a Σ of any rank,
+  where `scipy.linalg.sqrtm` needs a multiple of I added.
   """
   mean_a, cov_a, mean_b, cov_b = (
     np.asarray(x, np.float64) for x in (mean_a, cov_a, mean_b, cov_b)
   )
-  # Σ^½ up to a rotation from the left, which no singular value sees.
-  roots = []
-  for cov in (cov_a, cov_b):
-    values, vectors = np.linalg.eigh(cov)
-    roots.append(np.sqrt(np.maximum(values, 0))[:, None] * vectors.T)
-  overlap = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+  product = _factor(cov_a).T @ _factor(cov_b)
+  if len(product) > product.shape[1]:
+    product = product.T
+  # Many times quicker than singular values, and exact enough: rounding of
+  # eigenvalues of 0 cannot enter, for the factors are of full rank.
+  values = np.linalg.eigvalsh(product @ product.T)
+  overlap = np.sqrt(np.maximum(values, 0)).sum()
   difference = mean_a - mean_b
   distance = difference @ difference + np.trace(cov_a + cov_b) - 2 * overlap
   return float(np.maximum(distance, 0))  # a rounding below 0; NaN stays NaN
+
+
+def _factor(cov: np.ndarray) -> np.ndarray:
+  """F (d, rank) of Σ = F Fᵀ, by Cholesky's method with pivots."""
+  lower, pivots, rank, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)
+  factor = np.empty((len(cov), rank))
+  factor[pivots - 1] = np.tril(lower)[:, :rank]
+  return factor
 
 
 def kernel(

@@ -7,6 +7,7 @@ activations and products.
 import functools
 from collections.abc import Callable
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -109,6 +110,32 @@ class Attention(nn.Module):
     return x + dense(kernel_init=init(0), name='out')(h)
 
 
+class CrossAttention(nn.Module):
+  """Every pixel attends to the states of a condition."""
+
+  groups: int
+  dtype: Dtype
+  heads: int = 4
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, states: jax.Array, mask: jax.Array
+  ) -> jax.Array:
+    B, H, W, C = x.shape
+    dense = functools.partial(nn.Dense, C, dtype=self.dtype)
+    h = nn.GroupNorm(self.groups, epsilon=1e-6, dtype=self.dtype, name='norm')(
+      x
+    )
+    q, k, v = (
+      dense(kernel_init=init(), name=name)(of).reshape(
+        B, -1, self.heads, C // self.heads
+      )
+      for name, of in (('q', h), ('k', states), ('v', states))
+    )
+    h = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None])
+    return x + dense(kernel_init=init(0), name='out')(h.reshape(B, H, W, C))
+
+
 class UNet(nn.Module):
   """ε_θ(x_t, t) for images of any size that halves levels - 1 times.
 
@@ -139,6 +166,7 @@ class UNet(nn.Module):
     self,
     x_t: jax.Array,
     t: jax.Array,
+    context: Any = None,
     *,
     train: bool = False,
     index: jax.Array | None = None,
@@ -148,6 +176,7 @@ class UNet(nn.Module):
     Args:
       x_t: (B, H, W, C).
       t: (B,) in 1..T.
+      context: what a condition says, a `condition.Context`.
       train: with dropout, which needs `rngs={'dropout': key}`.
       index: (B,) places of the examples in the whole batch, which decide their
         dropout; by default they are the whole batch.
@@ -179,6 +208,10 @@ class UNet(nn.Module):
       )
       if attend:
         h = Attention(self.groups, self.dtype, name=f'{name}_attention')(h)
+      if attend and context is not None and context.states is not None:
+        h = CrossAttention(self.groups, self.dtype, name=f'{name}_condition')(
+          h, context.states, context.mask
+        )
       return h
 
     # The network was published with times from 0: it is told t - 1.
@@ -187,6 +220,8 @@ class UNet(nn.Module):
       nn.Dense, 4 * self.channels, kernel_init=init(), dtype=self.dtype
     )
     temb = dense(name='time_2')(nn.swish(dense(name='time_1')(temb)))
+    if context is not None:
+      temb += dense(name='condition')(context.pooled)
 
     h = conv(self.channels, kernel_init=init(), name='conv_in')(x_t)
     skips = [h]

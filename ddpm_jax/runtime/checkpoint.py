@@ -147,10 +147,10 @@ def restore(
   return Restored(step, **items, data=about['data'], config=about['config'])
 
 
-def restore_ema(
-  path: Path, abstract_ema: Any, step: int | None = None
+def restore_item(
+  path: Path, item: str, abstract: Any, step: int | None = None
 ) -> tuple[int, Any]:
-  """(step, ema) of the newest whole checkpoint, or of the one at `step`.
+  """(step, `ema` or `state`) of the newest whole checkpoint, or at `step`.
 
   Raises:
     UserError: there is none, it is damaged, or it is of another model.
@@ -161,8 +161,8 @@ def restore_ema(
     has = ', '.join(map(str, known)) or 'none'
     raise errors.UserError(f'no {wanted} in {path}; it has: {has}')
   known = known if step is None else [step]
-  step, items = _newest_whole(path, known, {'ema': abstract_ema})
-  return step, items['ema']
+  step, items = _newest_whole(path, known, {item: abstract})
+  return step, items[item]
 
 
 def _newest_whole(

@@ -215,6 +215,7 @@ class Panel(NamedTuple):
   ylabel: str
   curves: dict[str, tuple[np.ndarray, np.ndarray]]  # name: (x, y)
   bottom: float = 0.0  # of the y axis, which is logarithmic if that is not 0
+  log_x: bool = False
 
 
 def plot(panels: Sequence[Panel], bold: str = '') -> np.ndarray:
@@ -227,6 +228,7 @@ def plot(panels: Sequence[Panel], bold: str = '') -> np.ndarray:
       width = 3.5 if bold and name == bold else 1.2
       axes.plot(x, y, label=name, linewidth=width)
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+    axes.set_xscale('log' if panel.log_x else 'linear')
     axes.set_yscale('log' if panel.bottom else 'linear')
     axes.margins(y=0.02)
     axes.set_ylim(bottom=panel.bottom)

@@ -21,13 +21,18 @@ AXES = ('data', 'fsdp')
 ENGINES = ('jit', 'pmap')
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, *, local: bool = False) -> Mesh:
   """A mesh of data × fsdp devices; data = -1 takes all that are left.
+
+  With `local` it is of this process's devices alone, for work that processes
+  share out without talking to each other.
 
   Raises:
     UserError: if there are not so many devices.
   """
-  devices = jax.devices()
+  devices = jax.local_devices() if local else jax.devices()
+  if local and jax.process_count() > 1:
+    data, fsdp = -1, 1  # what a recipe says is of all devices
   wanted = data * fsdp if data > 0 else max(len(devices) // fsdp, 1) * fsdp
   if fsdp < 1 or data == 0 or data < -1 or wanted > len(devices):
     raise errors.UserError(
@@ -35,7 +40,7 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
       f'fit the {len(devices)} device(s) here; --config.parallel.data=-1 '
       '--config.parallel.fsdp=1 always does'
     )
-  if jax.process_count() > 1 and wanted != len(devices):
+  if not local and jax.process_count() > 1 and wanted != len(devices):
     raise errors.UserError(
       f'{wanted} of {len(devices)} devices: a run of several processes must '
       'use all; set parallel.data=-1'
@@ -80,10 +85,10 @@ def abstract_state(init: Callable[[], Any], mesh: Mesh) -> Any:
   )
 
 
-def init_state(init: Callable[[], Any], mesh: Mesh) -> Any:
-  """The state that `init` returns, made in place, never whole on one device."""
-  sharding = state_sharding(mesh, jax.eval_shape(init))
-  return jax.jit(init, out_shardings=sharding)()
+def init_state(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
+  """The state that `init` makes of `args`, never whole on one device."""
+  sharding = state_sharding(mesh, jax.eval_shape(init, *args))
+  return jax.jit(init, out_shardings=sharding)(*args)
 
 
 def put(tree: Any, mesh: Mesh, how: str) -> Any:

@@ -15,6 +15,12 @@ def default(recipe: str) -> pathlib.Path:
   return pathlib.Path('runs') / f'{recipe}_{now}'
 
 
+def cache() -> pathlib.Path:
+  """Where what is dear to make is kept for other runs."""
+  home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  return pathlib.Path(home).expanduser() / 'ddpm_jax'
+
+
 def create(path: pathlib.Path) -> None:
   """Makes the folder, if need be, and tries to write into it.
 

@@ -1,7 +1,6 @@
-"""`--mode=evaluate`: the bound on the likelihood, in bits a dimension."""
+"""The bound on the likelihood of the data, in bits a dimension."""
 
 import argparse
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +13,8 @@ from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.jobs import sample
+from ddpm_jax.jobs.evaluate import record
+from ddpm_jax.jobs.evaluate import weights
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
@@ -34,18 +35,19 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   mesh = build.mesh(config)
   seed = config.seed if args.seed is None else args.seed
   split = config.evaluate.split or config.data.split
-  step, params = sample.restore_ema(config, mesh, args.workdir)
+  kind, step, params = weights.restore(config, mesh, args)
   source = build.source(config, split)
   count = min(len(source), config.evaluate.images or len(source))
   draws, T = config.evaluate.draws, config.schedule.T
   logs.say(
-    f'evaluating the EMA weights of step {step} on {count} images of '
+    f'evaluating the {kind} weights of step {step} on {count} images of '
     f'{split}, {f"t = 1 and {draws} drawn" if draws else f"all {T}"} times each'
   )
   bound = bound_of(config, mesh, params, source, count, seed)
   result = {
     **summary(bound, T),
     'step': step,
+    'weights': kind,
     'split': split,
     'images': count,
     'times_an_image': bound.t.shape[1],
@@ -53,8 +55,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     'variance': config.sampler.variance,
     'seed': seed,
   }
-  with images.whole(args.workdir / 'evaluation.json') as path:
-    path.write_text(json.dumps(result, indent=2) + '\n')
+  record.write_bound(args.workdir, result)
   by_t = result['L_t_by_t']
   images.save_curve(
     args.workdir / 'evaluation.png',
@@ -100,10 +101,7 @@ def rows(
   size = math.ceil(min(count, config.evaluate.batch_size) / n) * n
   for start in range(0, count, size):
     index = np.arange(start, start + size, dtype=np.int32)
-    batch = {
-      'image': source.gather(np.minimum(index, count - 1))['image'],
-      'index': index,
-    }
+    batch = source.gather(np.minimum(index, count - 1)) | {'index': index}
     real = min(size, count - start)
     yield parallel.put(batch, mesh, config.parallel.engine), real
 

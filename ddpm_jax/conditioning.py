@@ -1,0 +1,235 @@
+"""The condition of a recipe: its encoder, where it comes from, its guidance."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm_jax import errors
+from ddpm_jax.data import captions
+from ddpm_jax.data import store
+from ddpm_jax.diffusion import guidance
+from ddpm_jax.diffusion import process
+from ddpm_jax.models import condition as encoders
+from ddpm_jax.runtime import images
+from ddpm_jax.runtime import workdir
+
+KINDS = ('label', 'text', 'minilm')
+
+
+def check(config: ConfigDict) -> None:
+  """Refuses a condition that cannot be learned or drawn.
+
+  Raises:
+    UserError: with the reason.
+  """
+  c, s = config.condition, config.sampler
+  if c.name and c.name not in KINDS:
+    raise errors.unknown('condition', c.name, KINDS)
+  if c.name and config.model.name != 'unet':
+    raise errors.UserError(
+      f'config.model.name={config.model.name} takes no condition; unet does'
+    )
+  if c.name == 'label' and c.classes < 1:
+    raise errors.UserError(
+      'config.condition.classes: say how many classes there are'
+    )
+  for key in ('length', 'width', 'depth'):
+    if c[key] < 1:
+      raise errors.UserError(f'config.condition.{key}={c[key]} is not positive')
+  if c.width % 4:
+    raise errors.UserError(
+      f'config.condition.width={c.width} must be a multiple of 4, its heads'
+    )
+  if not 0 <= c.drop < 1:
+    raise errors.UserError(f'config.condition.drop={c.drop} is not in 0..1')
+  if s.guidance < 0 or (s.guidance != 1 and not c.name):
+    raise errors.UserError(
+      f'config.sampler.guidance={s.guidance} is for a network with a '
+      'condition, and at least 0; 1 is the condition as it is'
+    )
+  low_high = tuple(s.guidance_interval)
+  if len(low_high) != 2 or not 0 <= low_high[0] <= low_high[1] <= 1:
+    raise errors.UserError(
+      f'config.sampler.guidance_interval={low_high} is not (low, high) in 0..1'
+    )
+  if not 0 <= s.guidance_rescale <= 1:
+    raise errors.UserError(
+      f'config.sampler.guidance_rescale={s.guidance_rescale} is not in 0..1'
+    )
+
+
+def wrap(config: ConfigDict, network: nn.Module) -> nn.Module:
+  """The network, with the encoder of a condition if it has one."""
+  c = config.condition
+  if not c.name:
+    return network
+  if c.name == 'label':
+    return encoders.Conditional(network, encoders.Label(c.classes, c.width))
+  if c.name == 'text':
+    text = encoders.Text(c.length, c.width, c.depth)
+    return encoders.Conditional(network, text)
+  frozen = encoders.Frozen(c.length, FEATURES, c.width)
+  return encoders.Conditional(network, frozen)
+
+
+FEATURES = 384  # of MiniLM
+
+
+def encode(config: ConfigDict, texts: Sequence[str]) -> Any:
+  """Texts as arrays with a row each, as the encoder of the recipe takes them.
+
+  Raises:
+    UserError: for a text that is too long, or an encoder that is not there.
+  """
+  c = config.condition
+  if c.name == 'text':
+    return captions.tokens(texts, c.length)
+  from ddpm_jax.interop import minilm  # its weights are 90 MB
+
+  # What a frozen encoder says never changes.
+  told = repr((c.name, c.length, *texts)).encode()
+  path = workdir.cache() / f'{hashlib.sha256(told).hexdigest()[:32]}.npz'
+  if not path.exists():
+    workdir.create(path.parent)
+    made: Any = minilm.encode(texts, c.length)
+    with images.whole(path) as part, part.open('wb') as file:
+      np.savez(file, **made)
+  with np.load(path) as file:
+    return dict(file)
+
+
+def attach(config: ConfigDict, source: store.Source) -> store.Source:
+  """A source that gives what the condition needs.
+
+  Raises:
+    UserError: if it has no such labels or captions.
+  """
+  c, data = config.condition, config.data
+  if c.name == 'label' and len(source.class_names) != c.classes:
+    raise errors.UserError(
+      f'the data have {len(source.class_names)} classes: set '
+      f'config.condition.classes to that, not {c.classes}'
+    )
+  if c.name in ('', 'label'):
+    return source
+
+  def encoded(texts: list[str]) -> Any:
+    return encode(config, texts)
+
+  if data.captions == 'classes':
+    names = data.names or source.class_names
+    if len(names) != len(source.class_names):
+      raise errors.UserError(
+        f'config.data.names has {len(names)} names for the '
+        f'{len(source.class_names)} classes of the data'
+      )
+    texts = captions.of_classes(names, tuple(data.templates))
+    return captions.attach(source, texts, 'label', encoded)
+  if not source.captions:
+    raise errors.UserError(
+      f'config.condition.name={c.name} needs captions: set '
+      'config.data.captions=classes, or file for a folder that has them, or to '
+      'a feature of texts of a TFDS set'
+    )
+  return captions.attach(source, source.captions, 'id', encoded)
+
+
+def of_batch(
+  config: ConfigDict, batch: dict[str, Any], keys: jax.Array | None = None
+) -> Any:
+  """The condition of the examples of a batch; None if the recipe has none.
+
+  Args:
+    config: the recipe.
+    batch: of a source that `attach` made.
+    keys: (B,), which of its captions an example gets, and whether it gets none
+      (`condition.drop`); without them it gets the first.
+  """
+  c = config.condition
+  if not c.name:
+    return None
+  if c.name == 'label':
+    given = batch['label']
+  elif keys is None:
+    given = jax.tree.map(lambda x: x[:, 0], batch['text'])
+  else:
+    K = jax.tree.leaves(batch['text'])[0].shape[1]
+    which = jax.vmap(lambda k: jax.random.randint(k, (), 0, K))(keys)
+    given = jax.vmap(lambda x, k: jax.tree.map(lambda a: a[k], x))(
+      batch['text'], which
+    )
+  if keys is None:
+    return given
+  nothing = _nothing(config, len(keys))
+  # Not the bits that chose the caption.
+  others = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+  dropped = jax.vmap(lambda k: jax.random.bernoulli(k, c.drop))(others)
+  return jax.vmap(
+    lambda drop, a, b: jax.tree.map(lambda x, y: jnp.where(drop, x, y), a, b)
+  )(dropped, nothing, given)
+
+
+def of_data(config: ConfigDict, source: store.Source, count: int) -> Any:
+  """Texts of `count` examples, one after another; None for other conditions."""
+  if config.condition.name in ('', 'label'):
+    return None
+  batch = source.gather(np.arange(count, dtype=np.int32) % len(source))
+  return of_batch(config, {'text': batch['text']})
+
+
+def class_number(config: ConfigDict, name: str) -> int:
+  """Of a class by its number, or by its name if it is in `config.data.names`.
+
+  Raises:
+    UserError: if there is none.
+  """
+  classes, names = config.condition.classes, list(config.data.names)
+  if name in names[:classes]:
+    return names.index(name)
+  if not name.isdecimal() or int(name) >= classes:
+    raise errors.UserError(
+      f'--label={name}: there are {classes} classes, 0 to {classes - 1}'
+    )
+  return int(name)
+
+
+def _nothing(config: ConfigDict, n: int) -> Any:
+  wrapped: Any = wrap(config, nn.Module())
+  return wrapped.encoder.nothing(n)
+
+
+def model_fn(
+  config: ConfigDict, network: nn.Module, params: Any, condition: Any
+) -> process.ModelFn:
+  """The network told a condition, as strongly as `config.sampler` says.
+
+  The condition is encoded once, not at every step.
+  """
+  variables = {'params': params}
+  s = config.sampler
+
+  def denoise(x_t: jax.Array, t: jax.Array, context: Any) -> Any:
+    return network.apply(variables, x_t, t, context, method='denoise')
+
+  def context(condition: Any) -> Any:
+    return network.apply(variables, condition, method='encode')
+
+  given = context(condition)
+  if s.guidance == 1:
+    return lambda x_t, t: denoise(x_t, t, given)
+  n = len(jax.tree.leaves(condition)[0])
+  return guidance.guided(
+    denoise,
+    given,
+    context(_nothing(config, n)),
+    T=config.schedule.T,
+    scale=s.guidance,
+    interval=tuple(s.guidance_interval),
+    rescale=s.guidance_rescale,
+  )

@@ -1,0 +1,147 @@
+"""Texts to images: read from files or made of class names, and as bytes."""
+
+import csv
+import dataclasses
+import os
+import posixpath
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax import errors
+from ddpm_jax.data import listing
+from ddpm_jax.data import store
+
+KEYS = ('text', 'caption')  # what a caption is called in files
+
+Captions = Sequence[tuple[str, ...]]  # those of an image, or of a class
+
+
+def tokens(texts: Sequence[str], length: int) -> np.ndarray:
+  """UTF-8 bytes, uint8 (n, length), 0 after the end of a text.
+
+  Raises:
+    UserError: for a text that is longer, or holds a byte of 0.
+  """
+  rows = np.zeros((len(texts), length), np.uint8)
+  for row, text in zip(rows, texts, strict=True):
+    code = text.strip().encode()
+    if len(code) > length or 0 in code:
+      raise errors.UserError(
+        f'the text {text[:40]!r} has {len(code)} bytes of UTF-8, of which '
+        f'config.condition.length={length} may be read, and none may be 0'
+      )
+    row[: len(code)] = np.frombuffer(code, np.uint8)
+  return rows
+
+
+def of_classes(
+  names: Sequence[str], templates: Sequence[str]
+) -> list[tuple[str, ...]]:
+  """The captions of each class: each template with its name in place of {}.
+
+  'a {}' becomes 'an eight' where it should.
+
+  Raises:
+    UserError: for a template without a place for the name.
+  """
+  for template in templates:
+    if template.count('{}') != 1:
+      raise errors.UserError(
+        f'config.data.templates: {template!r} needs {{}} once, for the class'
+      )
+  if not names or not templates:
+    raise errors.UserError(
+      'captions of classes need a data set with classes, or '
+      'config.data.names, and config.data.templates'
+    )
+
+  def fill(template: str, name: str) -> str:
+    if name[:1].lower() in set('aeiou'):
+      template = f' {template}'.replace(' a {}', ' an {}').strip()
+    return template.replace('{}', name)
+
+  return [tuple(fill(t, name) for t in templates) for name in names]
+
+
+def of_folder(folder: str, names: Sequence[str]) -> list[tuple[str, ...]]:
+  """The captions of the images `names` of a folder, () where there is none.
+
+  From `metadata.jsonl`, a line {"file_name": ..., "text": string or strings} an
+  image, or `captions.csv` with columns file_name and text. `caption` will do
+  for `text`.
+
+  Raises:
+    UserError: if there are none, or a line is not like that.
+  """
+  given: dict[str, list[str]] = {name: [] for name in names}
+  for where, entry in _entries(folder):
+    name = posixpath.normpath(str(entry.get('file_name')))
+    if name not in given:
+      raise errors.UserError(f'{where}: no image {name!r} beside it')
+    found: Any = next((entry[k] for k in KEYS if entry.get(k)), [])
+    texts = [found] if isinstance(found, str) else found
+    if not isinstance(texts, list) or not all(
+      isinstance(text, str) for text in texts
+    ):
+      raise errors.UserError(f'{where}: caption {found!r} is not a string')
+    given[name] += texts
+  if not any(given.values()):
+    raise errors.UserError(
+      f'{folder} has no captions: add metadata.jsonl with lines '
+      '{"file_name": "a.png", "text": "..."}, or captions.csv'
+    )
+  return [tuple(texts) for texts in given.values()]
+
+
+def _entries(folder: str) -> Any:
+  """(where it stands, dict) of each line of the files of captions."""
+  path = os.path.join(folder, 'metadata.jsonl')
+  if os.path.isfile(path):
+    yield from listing.lines(path)
+  path = os.path.join(folder, 'captions.csv')
+  if os.path.isfile(path):
+    try:
+      with open(path, encoding='utf-8', newline='') as file:
+        rows = list(csv.DictReader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+      raise errors.UserError(f'{path}: not a CSV file ({error})') from None
+    for number, row in enumerate(rows, 2):
+      yield f'{path}:{number}', row
+
+
+def attach(
+  source: store.Source,
+  captions: Captions,
+  by: str,
+  encode: Callable[[list[str]], Mapping[str, np.ndarray] | np.ndarray],
+) -> store.Source:
+  """The source, with `text` in what it gathers: K encoded captions an image.
+
+  Args:
+    source: of n images.
+    captions: of each `label`, or of each `id`; repeated up to K, the most that
+      there are of one. Without any they are K times ''.
+    by: 'label' or 'id'.
+    encode: texts -> arrays with a row each.
+  """
+  K = max(len(texts) for texts in captions)
+  # -1 is the last row: that of an image without a label.
+  sets = [texts or ('',) for texts in [*captions, ()]]
+  every = [texts[k % len(texts)] for texts in sets for k in range(K)]
+  known = {text: row for row, text in enumerate(dict.fromkeys(every))}
+  table = encode(list(known))
+  rows = np.array([known[text] for text in every]).reshape(-1, K)
+
+  def gather(indices: np.ndarray) -> store.Batch:
+    batch = source.gather(indices)
+    at = rows[batch[by]]
+    if isinstance(table, np.ndarray):
+      return {**batch, 'text': table[at]}
+    text: Any = {name: x[at] for name, x in table.items()}
+    return {**batch, 'text': text}
+
+  return dataclasses.replace(source, gather=gather)

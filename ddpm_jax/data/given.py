@@ -1,0 +1,79 @@
+"""Images made elsewhere, exactly as they are."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+from ddpm_jax import errors
+from ddpm_jax.data import arrayfile
+from ddpm_jax.data import decode
+from ddpm_jax.data import listing
+from ddpm_jax.data import store
+
+
+def load(path: pathlib.Path) -> tuple[store.Source, decode.Shape]:
+  """The images of a folder, or of an .npz or .npy; and their one shape.
+
+  Raises:
+    UserError: there are none, they are not uint8, gray or RGB, or not all of
+      one size; so does `gather` for a file that cannot be decoded.
+  """
+  if not path.exists():
+    raise errors.UserError(
+      f'--images={path} is not there; name a folder of images, or an .npz'
+    )
+  return (_folder if path.is_dir() else _array)(path)
+
+
+def _array(path: pathlib.Path) -> tuple[store.Source, decode.Shape]:
+  images, labels = arrayfile.load(str(path))
+  H, W, C = images.shape[1:]
+  if C not in (1, 3):
+    raise errors.UserError(
+      f'{path}: images have {C} channels; scores are of gray (1) or RGB (3)'
+    )
+  return store.from_arrays(images, labels), (H, W, C)
+
+
+def _folder(path: pathlib.Path) -> tuple[store.Source, decode.Shape]:
+  names = listing.find(str(path))
+  files = [os.path.join(path, name) for name in names]
+  shape = _header(files[0])
+  H, W, _ = shape
+  for file in files:
+    h, w, _ = _header(file)
+    if (h, w) != (H, W):
+      raise errors.UserError(
+        f'{file} is {h}x{w}, and {names[0]} is {H}x{W}: scores are of images '
+        'of one size'
+      )
+
+  def gather(indices: np.ndarray) -> store.Batch:
+    images = np.empty((len(indices), *shape), np.uint8)
+    for row, i in enumerate(indices.tolist()):
+      with _named(files[i]):
+        images[row] = decode.read(files[i], shape)
+    return {'image': images, 'label': np.full(len(indices), -1, np.int32)}
+
+  return store.Source(len(names), gather), shape
+
+
+def _header(file: str) -> decode.Shape:
+  """The shape of an image, without decoding it."""
+  with _named(file), Image.open(file) as image:
+    turned = image.getexif().get(0x0112, 1) >= 5  # by a quarter, when shown
+    W, H = image.size[::-1] if turned else image.size
+    return H, W, 1 if image.mode in ('1', 'L', 'I;16') else 3
+
+
+@contextlib.contextmanager
+def _named(file: str) -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:  # Pillow's are of many types
+    reason = ' '.join(str(error).split())
+    raise errors.UserError(f'{file} cannot be read ({reason})') from error

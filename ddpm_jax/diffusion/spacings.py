@@ -1,0 +1,30 @@
+"""Which times are visited when T steps are taken in fewer.
+
+Each function of T and `steps` gives 0 < τ_1 < ... < τ_steps ≤ T with a 0 before
+them, int (steps+1,); its name is what a recipe says in
+`config.sampler.spacing`.
+"""
+
+import numpy as np
+
+
+def linear(T: int, steps: int) -> np.ndarray:
+  """τ_k = T k/steps: even, and from T on ("trailing" in Lin et al. 2023)."""
+  return np.round(np.linspace(0, T, steps + 1)).astype(int)
+
+
+def quadratic(T: int, steps: int) -> np.ndarray:
+  """τ_k = T (k/steps)²: denser near the image  (Song et al. 2021, app. D.2).
+
+  Where that would be the same time twice, one step is taken.
+  """
+  k = np.arange(steps + 1)
+  return np.maximum(np.round(T * (k / steps) ** 2).astype(int), k)
+
+
+def leading(T: int, steps: int) -> np.ndarray:
+  """τ_k = 1 + (k-1) ⌊T/steps⌋: as in the code of DDIM, and much after it.
+
+  It begins below T, with noise that the network has not been shown there.
+  """
+  return np.append(0, 1 + np.arange(steps) * (T // steps))

@@ -1,0 +1,359 @@
+"""The configuration of diffusers' UNet2DModel and DDPMScheduler, as keys of a
+recipe and back. What our network or process is not is refused by its field.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+from ddpm_jax import errors
+
+Fields = Mapping[str, Any]
+
+# What a field means that is absent, as in the files of older versions; None
+# also where that is an error further on.
+UNET_DEFAULTS: Fields = {
+  'sample_size': None,
+  'in_channels': 3,
+  'out_channels': 3,
+  'time_embedding_dim': None,
+  'down_block_types': (
+    'DownBlock2D',
+    'AttnDownBlock2D',
+    'AttnDownBlock2D',
+    'AttnDownBlock2D',
+  ),
+  'up_block_types': (
+    'AttnUpBlock2D',
+    'AttnUpBlock2D',
+    'AttnUpBlock2D',
+    'UpBlock2D',
+  ),
+  'block_out_channels': (224, 448, 672, 896),
+  'layers_per_block': 2,
+  'downsample_padding': 1,
+  'dropout': 0.0,
+  'attention_head_dim': 8,
+  'norm_num_groups': 32,
+  'attn_norm_num_groups': None,
+  'num_train_timesteps': None,  # of a learned time embedding only
+  '_class_name': 'UNet2DModel',
+  'center_input_sample': False,
+  'time_embedding_type': 'positional',
+  'freq_shift': 0,
+  'flip_sin_to_cos': True,
+  'mid_block_type': 'UNetMidBlock2D',
+  'mid_block_scale_factor': 1,
+  'downsample_type': 'conv',
+  'upsample_type': 'conv',
+  'act_fn': 'silu',
+  'norm_eps': 1e-5,
+  'resnet_time_scale_shift': 'default',
+  'add_attention': True,
+  'class_embed_type': None,
+  'num_class_embeds': None,
+}
+# What our U-Net is, whatever the recipe.
+UNET: Fields = {
+  '_class_name': ('UNet2DModel',),
+  'center_input_sample': (False,),
+  'time_embedding_type': ('positional',),
+  'freq_shift': (1,),
+  'flip_sin_to_cos': (False,),  # sin first
+  'mid_block_type': ('UNetMidBlock2D',),
+  'mid_block_scale_factor': (1,),
+  'downsample_type': ('conv',),
+  'upsample_type': ('conv',),
+  'act_fn': ('silu', 'swish'),
+  'norm_eps': (1e-6,),
+  'resnet_time_scale_shift': ('default',),
+  'add_attention': (True,),  # in the middle
+  'class_embed_type': (None,),
+  'num_class_embeds': (None,),
+}
+SCHEDULER_DEFAULTS: Fields = {
+  '_class_name': 'DDPMScheduler',
+  'num_train_timesteps': 1000,
+  'beta_start': 1e-4,
+  'beta_end': 0.02,
+  'beta_schedule': 'linear',
+  'variance_type': 'fixed_small',
+  'prediction_type': 'epsilon',
+  'clip_sample': True,
+  'clip_sample_range': 1.0,
+  'trained_betas': None,
+  'thresholding': False,
+  'dynamic_thresholding_ratio': 0.995,  # of `thresholding`
+  'sample_max_value': 1.0,
+  'timestep_spacing': 'leading',
+  'steps_offset': 0,
+  'rescale_betas_zero_snr': False,
+  # Of versions before 1.0.
+  'predict_epsilon': True,
+  'tensor_format': 'pt',
+  'timestep_values': None,
+}
+SCHEDULER: Fields = {
+  '_class_name': ('DDPMScheduler',),
+  'clip_sample_range': (1.0,),
+  'trained_betas': (None,),
+  'thresholding': (False,),
+  # The three are one with as many steps as T.
+  'timestep_spacing': ('leading', 'linspace', 'trailing'),
+  'steps_offset': (0,),
+  'rescale_betas_zero_snr': (False, True),
+  'predict_epsilon': (True,),
+  'timestep_values': (None,),
+}
+SCHEDULES = {
+  'linear': 'linear',
+  'scaled_linear': 'scaled_linear',
+  'squaredcos_cap_v2': 'cosine',
+}
+PREDICTIONS = {'epsilon': 'eps', 'sample': 'x0', 'v_prediction': 'v'}
+VARIANCES = {
+  'fixed_small': 'beta_tilde',
+  'fixed_small_log': 'beta_tilde',  # the same, by way of the logarithm
+  'fixed_large': 'beta',
+  'learned_range': 'learned_range',
+}
+# `learned` is not among them: diffusers takes what the network says for σ²,
+# where it is log σ² here.
+
+
+def to_recipe(unet: Fields, scheduler: Fields) -> dict[str, Any]:
+  """Keys of a recipe, such as {'model.channels': 128}, from both files.
+
+  Raises:
+    UserError: naming every field that does not fit.
+  """
+  u = {**UNET_DEFAULTS, **unet}
+  s = {**SCHEDULER_DEFAULTS, **scheduler}
+  _check_kinds(u, s)
+  wrong = [
+    *_wrong(unet, u, UNET_DEFAULTS, {**UNET, **_unet_allowed(u, s)}),
+    *_wrong(scheduler, s, SCHEDULER_DEFAULTS, {**SCHEDULER, **_allowed(s)}),
+  ]
+  if wrong:
+    raise errors.UserError(
+      f'this is not a model that we have: {"; ".join(wrong)}'
+    )
+  channels = u['block_out_channels']
+  size = u['sample_size']
+  sides = size if isinstance(size, Sequence) else (size, size)
+  variance = VARIANCES[s['variance_type']]
+  return {
+    'data.image_size': size if isinstance(size, int) else tuple(size),
+    'data.channels': u['in_channels'],
+    'model.name': 'unet',
+    'model.predict': PREDICTIONS[s['prediction_type']],
+    'model.variance': variance,
+    'model.channels': channels[0],
+    'model.multipliers': tuple(c // channels[0] for c in channels),
+    'model.blocks': u['layers_per_block'],
+    'model.attention': tuple(
+      min(sides) // 2**level for level in _attended(u['down_block_types'])
+    ),
+    'model.groups': u['norm_num_groups'],
+    'model.dropout': float(u['dropout']),
+    'condition.name': '',
+    'schedule.name': SCHEDULES[s['beta_schedule']],
+    'schedule.T': s['num_train_timesteps'],
+    'schedule.beta_1': float(s['beta_start']),
+    'schedule.beta_T': float(s['beta_end']),
+    'schedule.zero_terminal_snr': s['rescale_betas_zero_snr'],
+    'sampler.clip': s['clip_sample'],
+    # The one that trains such a variance; else the recipe's own.
+    **({'loss.name': 'hybrid'} if variance == 'learned_range' else {}),
+  }
+
+
+def from_recipe(
+  keys: Fields, betas: Sequence[float]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The fields of UNet2DModel and of DDPMScheduler, from a whole recipe.
+
+  Args:
+    keys: of the recipe, such as {'model.channels': 128}.
+    betas: β_1..β_T, written out where diffusers has no name for the schedule.
+
+  Raises:
+    UserError: naming the key that has no counterpart.
+  """
+  _check_exportable(keys)
+  multipliers = keys['model.multipliers']
+  size = keys['data.image_size']
+  sides = size if isinstance(size, Sequence) else (size, size)
+  attended = [
+    min(sides) // 2**level in keys['model.attention']
+    for level in range(len(multipliers))
+  ]
+  channels, variance = keys['data.channels'], keys['sampler.variance']
+  unet = {
+    **{field: values[0] for field, values in UNET.items()},
+    'sample_size': size,
+    'in_channels': channels,
+    'out_channels': channels * (2 if variance == 'learned_range' else 1),
+    'block_out_channels': [keys['model.channels'] * m for m in multipliers],
+    'down_block_types': [
+      'AttnDownBlock2D' if here else 'DownBlock2D' for here in attended
+    ],
+    'up_block_types': [
+      'AttnUpBlock2D' if here else 'UpBlock2D' for here in reversed(attended)
+    ],
+    'layers_per_block': keys['model.blocks'],
+    'downsample_padding': 0,  # to UNet2DModel: right and bottom only
+    'attention_head_dim': None,  # one head
+    'norm_num_groups': keys['model.groups'],
+    'attn_norm_num_groups': None,
+    'dropout': keys['model.dropout'],
+  }
+  scheduler = {
+    '_class_name': 'DDPMScheduler',
+    'num_train_timesteps': keys['schedule.T'],
+    'beta_start': keys['schedule.beta_1'],
+    'beta_end': keys['schedule.beta_T'],
+    'variance_type': _back(VARIANCES)[variance],
+    'prediction_type': _back(PREDICTIONS)[keys['model.predict']],
+    'rescale_betas_zero_snr': keys['schedule.zero_terminal_snr'],
+    'clip_sample': keys['sampler.clip'],
+    'clip_sample_range': 1.0,
+    # Of fewer steps than T.
+    'timestep_spacing': (
+      'leading' if keys['sampler.spacing'] == 'leading' else 'trailing'
+    ),
+  }
+  # Each under two names here.
+  named = _back(SCHEDULES) | {'sqrt_linear': 'linear', 'quad': 'scaled_linear'}
+  if keys['schedule.name'] in named:
+    scheduler['beta_schedule'] = named[keys['schedule.name']]
+  else:
+    scheduler['trained_betas'] = [float(beta) for beta in betas]
+  return unet, scheduler
+
+
+def _check_exportable(keys: Fields) -> None:
+  for key, known, why in (
+    ('model.name', ('unet',), 'diffusers has no such network'),
+    ('condition.name', ('',), 'a UNet2DModel is told nothing of the kind'),
+    ('model.predict', PREDICTIONS.values(), 'a DDPMScheduler has no such'),
+    (
+      'sampler.variance',
+      VARIANCES.values(),
+      'a DDPMScheduler takes what the network says for σ², not for log σ²',
+    ),
+  ):
+    if keys[key] not in known:
+      raise errors.UserError(
+        f'config.{key}={keys[key]} cannot be written: {why}; '
+        f'{", ".join(repr(x) for x in dict.fromkeys(known))} can'
+      )
+  if keys['model.multipliers'][0] != 1:
+    raise errors.UserError(
+      f'config.model.multipliers={keys["model.multipliers"]} cannot be '
+      'written: those of a UNet2DModel begin with 1'
+    )
+
+
+def _back(table: Mapping[str, str]) -> dict[str, str]:
+  """The inverse; the first of several names that mean the same."""
+  return {ours: theirs for theirs, ours in reversed([*table.items()])}
+
+
+def _attended(types: Sequence[str]) -> list[int]:
+  return [i for i, name in enumerate(types) if name.startswith('Attn')]
+
+
+def _check_kinds(u: Fields, s: Fields) -> None:
+  """Refuses what is not even of the type that the rest relies on."""
+
+  def positive(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x > 0
+
+  def many(x: Any, good: Any) -> bool:
+    return isinstance(x, list | tuple) and len(x) > 0 and all(map(good, x))
+
+  def text(x: Any) -> bool:
+    return isinstance(x, str)
+
+  def number(x: Any) -> bool:
+    return isinstance(x, int | float)
+
+  size = u['sample_size']
+  sizes = size if isinstance(size, list | tuple) else [size, size]
+  kinds = {
+    'sample_size': many(sizes, positive) and len(sizes) == 2,
+    'in_channels': u['in_channels'] in (1, 3),
+    'block_out_channels': many(u['block_out_channels'], positive),
+    'down_block_types': many(u['down_block_types'], text),
+    'up_block_types': many(u['up_block_types'], text),
+    'layers_per_block': positive(u['layers_per_block']),
+    'norm_num_groups': positive(u['norm_num_groups']),
+    'dropout': number(u['dropout']),
+    'num_train_timesteps': positive(s['num_train_timesteps']),
+    'beta_start': number(s['beta_start']),
+    'beta_end': number(s['beta_end']),
+    'clip_sample': isinstance(s['clip_sample'], bool),
+  }
+  for field, good in kinds.items():
+    if not good:
+      value = s[field] if field in s else u[field]
+      raise errors.UserError(
+        f'this is not a model that we have: {field}={value!r}'
+      )
+
+
+def _unet_allowed(u: Fields, s: Fields) -> dict[str, Any]:
+  """What fits for the fields that hang together."""
+  channels, types = u['block_out_channels'], u['down_block_types']
+  levels = len(channels)
+  plain = ['AttnDownBlock2D' if 'Attn' in t else 'DownBlock2D' for t in types]
+  plain = (plain + ['DownBlock2D'] * levels)[:levels]
+  attended = {channels[i] for i in _attended(plain)} | {channels[-1]}
+  learned = s['variance_type'] in ('learned', 'learned_range')
+  first = channels[0]
+  multiples = [max(1, c // first) * first for c in channels]
+  return {
+    'block_out_channels': (multiples,),
+    'down_block_types': (plain,),
+    'up_block_types': ([t.replace('Down', 'Up') for t in reversed(plain)],),
+    'out_channels': (u['in_channels'] * (2 if learned else 1),),
+    'time_embedding_dim': (None, 4 * first),
+    'attn_norm_num_groups': (None, u['norm_num_groups']),
+    'downsample_padding': (0,) if levels > 1 else (u['downsample_padding'],),
+    # None is one head; so is a number where all attention has as many channels.
+    'attention_head_dim': (None, *(attended if len(attended) == 1 else ())),
+  }
+
+
+def _allowed(s: Fields) -> dict[str, Any]:
+  return {
+    'beta_schedule': tuple(SCHEDULES),
+    'variance_type': tuple(VARIANCES),
+    'prediction_type': tuple(PREDICTIONS),
+    # Of no meaning where nothing is clipped.
+    'clip_sample_range': (1.0,)
+    if s['clip_sample']
+    else (s['clip_sample_range'],),
+  }
+
+
+def _wrong(
+  given: Fields, whole: Fields, known: Fields, allowed: Fields
+) -> list[str]:
+  """What does not fit, a line each."""
+  lines = []
+  for field, value in whole.items():
+    if field not in known:
+      if not field.startswith('_'):
+        lines.append(f'{field}={value!r} (an unknown field)')
+      continue
+    value = list(value) if isinstance(value, tuple) else value
+    fits = allowed.get(field, [value])
+    if not any(
+      value == fit and (value is None) == (fit is None) for fit in fits
+    ):
+      default = '' if field in given else ', its default'
+      wanted = ' or '.join(repr(fit) for fit in fits)
+      lines.append(f'{field}={value!r}{default} (ours: {wanted})')
+  return lines

@@ -1,0 +1,155 @@
+"""Folders and files of weights as other programs write them."""
+
+import json
+import pathlib
+import pickle
+import re
+from collections.abc import Mapping
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+from safetensors import numpy as safetensors_numpy
+
+from ddpm_jax import errors
+
+WEIGHTS = 'diffusion_pytorch_model'
+UNET = ('unet/config.json', 'config.json')
+SCHEDULER = ('scheduler/scheduler_config.json', 'scheduler_config.json')
+SAFE = (f'unet/{WEIGHTS}.safetensors', f'{WEIGHTS}.safetensors')
+PICKLED = (f'unet/{WEIGHTS}.bin', f'{WEIGHTS}.bin')
+
+
+class Model(NamedTuple):
+  unet: dict[str, Any]  # the fields of UNet2DModel
+  scheduler: dict[str, Any]  # the fields of DDPMScheduler
+  weights: pathlib.Path
+
+
+def locate(name: str) -> pathlib.Path:
+  """The folder or file of that name, or else the model of the hub, fetched.
+
+  Raises:
+    UserError: if there is neither.
+  """
+  path = pathlib.Path(name)
+  if path.exists():
+    return path
+  if not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
+    raise errors.UserError(f'no such folder or file: {name}')
+  try:
+    import huggingface_hub
+  except ImportError:
+    raise errors.UserError(
+      f'no such folder: {name}; if it is a model of huggingface.co: '
+      "pip install 'ddpm_jax[hub]'"
+    ) from None
+  try:
+    # Half a gigabyte of pickles only where there is nothing else.
+    for weights in (SAFE, PICKLED):
+      folder = huggingface_hub.snapshot_download(
+        name, allow_patterns=[*UNET, *SCHEDULER, *weights]
+      )
+      if any((pathlib.Path(folder) / file).exists() for file in weights):
+        break
+    return pathlib.Path(folder)
+  except Exception as e:  # No network, no such model, no right to it.
+    reason = ' '.join(str(e).split())
+    raise errors.UserError(
+      f'no such folder, and huggingface.co does not give it: {name} '
+      f'({type(e).__name__}: {reason:.200})'
+    ) from e
+
+
+def read_model(folder: pathlib.Path) -> Model:
+  """What a folder holds that diffusers has written.
+
+  Raises:
+    UserError: if a file is missing or damaged.
+  """
+  return Model(
+    unet=read_json(_one_of(folder, UNET)),
+    scheduler=read_json(_one_of(folder, SCHEDULER)),
+    weights=_one_of(folder, (*SAFE, *PICKLED)),
+  )
+
+
+def _one_of(folder: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
+  for name in names:
+    if (folder / name).is_file():
+      return folder / name
+  raise errors.UserError(
+    f'{folder} is not a whole diffusers folder: it has no {" or ".join(names)}'
+  )
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    fields = json.loads(path.read_text())
+  except ValueError as e:
+    raise errors.UserError(f'{path} is damaged: {e}') from None
+  if not isinstance(fields, dict):
+    raise errors.UserError(f'{path} is damaged: it holds no fields')
+  return fields
+
+
+def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """The tensors of a .safetensors or of a pickle (.bin, .ckpt, .pt), by name.
+
+  Pickles run code as they are read: torch alone reads them without.
+
+  Raises:
+    UserError: if it cannot be read, or not safely.
+  """
+  if path.suffix == '.safetensors':
+    try:
+      return safetensors_numpy.load_file(path)
+    except (safetensors.SafetensorError, OSError, TypeError, KeyError) as e:
+      raise errors.UserError(f'{path} cannot be read: {e}') from None
+  try:
+    import torch
+  except ImportError:
+    raise errors.UserError(
+      f'{path} is a pickle, which could run code; torch reads it safely: pip '
+      'install torch, or find a .safetensors of it'
+    ) from None
+  try:
+    found = torch.load(path, map_location='cpu', weights_only=True)
+    return {name: x.float().numpy() for name, x in found.items()}
+  except (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
+    *(AttributeError, ValueError),  # not a dict of tensors
+  ) as e:
+    reason = str(e).strip().partition('\n')[0]
+    raise errors.UserError(
+      f'{path} is not a file of weights alone: {reason:.200}'
+    ) from None
+
+
+def write_model(
+  folder: pathlib.Path,
+  unet: Mapping[str, Any],
+  scheduler: Mapping[str, Any],
+  tensors: Mapping[str, np.ndarray],
+) -> None:
+  """A folder for `DDPMPipeline.from_pretrained`; its index comes last."""
+  (folder / 'unet').mkdir(parents=True)
+  (folder / 'scheduler').mkdir()
+  safetensors_numpy.save_file(
+    dict(tensors),
+    folder / SAFE[0],
+    metadata={'format': 'pt'},  # diffusers wants to be told
+  )
+  write_json(folder / UNET[0], unet)
+  write_json(folder / SCHEDULER[0], scheduler)
+  index = {
+    '_class_name': 'DDPMPipeline',
+    'scheduler': ['diffusers', 'DDPMScheduler'],
+    'unet': ['diffusers', 'UNet2DModel'],
+  }
+  write_json(folder / 'model_index.json', index)
+
+
+def write_json(path: pathlib.Path, fields: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(fields, indent=2, sort_keys=True) + '\n')

@@ -1,0 +1,169 @@
+"""`--mode=convert`: other people's weights to a run, and a run to theirs."""
+
+import argparse
+import functools
+import math
+import pathlib
+import shlex
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm_jax import build
+from ddpm_jax import errors
+from ddpm_jax import recipe
+from ddpm_jax.data import pipeline
+from ddpm_jax.interop import diffusers
+from ddpm_jax.interop import fields
+from ddpm_jax.interop import files
+from ddpm_jax.jobs import sample
+from ddpm_jax.jobs import train
+from ddpm_jax.runtime import checkpoint
+from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import workdir
+
+# The recipe of an imported model makes itself.
+needs_config = False
+# What a model comes with and may yet be trained or sampled without.
+ADVICE = ('model.dropout', 'sampler.clip', 'loss.name')
+
+
+def run(config: ConfigDict | None, args: argparse.Namespace) -> None:
+  """Turns `--input` into the workdir `--output`, or `--workdir` into a folder
+  `--output` for diffusers.
+
+  Raises:
+    UserError: if the flags, a file or the model do not do.
+  """
+  del config
+  if not args.output or bool(args.input) == bool(args.workdir):
+    raise errors.UserError(
+      'convert takes --input=FOLDER --output=WORKDIR, or, to go back, '
+      '--workdir=WORKDIR --output=FOLDER'
+    )
+  if args.output.exists() and (
+    not args.output.is_dir() or any(args.output.iterdir())
+  ):
+    raise errors.UserError(
+      f'{args.output} is there already: name a new folder as --output'
+    )
+  if args.input:
+    take_in(args)
+  else:
+    give_out(args)
+
+
+def take_in(args: argparse.Namespace) -> None:
+  """Writes a workdir at step 0: EMA = weights, a fresh optimiser, all data."""
+  path = files.locate(args.input)
+  if path.is_dir():
+    model = files.read_model(path)
+    keys = fields.to_recipe(model.unet, model.scheduler)
+    weights, names = model.weights, diffusers.DIFFUSERS
+  else:
+    if not args.config:
+      raise errors.UserError(
+        f'{path} says nothing of its recipe: name one, as '
+        '--config=configs/cifar.py'
+      )
+    keys, weights, names = {}, path, diffusers.PYTORCH_DIFFUSION
+  config = recipe_of(args, keys)
+  build.check(config)
+  build.loss_fn(config)
+  build.reverse_process(config)
+  if config.model.name != 'unet' or config.condition.name:
+    raise errors.UserError(
+      f'{path} is a U-Net without a condition, which {args.config} is not'
+    )
+  mesh = build.mesh(config)
+  abstract = jax.eval_shape(functools.partial(build.init_state, config))
+  tensors = files.read_tensors(weights)
+  params = diffusers.to_params(abstract.params, tensors, names)
+  workdir.create(args.output)
+  save(config, mesh, params, args.output)
+  count = sum(math.prod(x.shape) for x in tensors.values())
+  logs.say(f'{count:,} parameters of {weights}: {args.output}')
+  data = config.data
+  logs.say(
+    f'its data, to evaluate and to train on: data.name={data.name}, data.path='
+    f'{data.path!r}; others are to be named here'
+  )
+  again = shlex.quote(str(args.output))
+  logs.say('to draw from it:')
+  logs.say(
+    '  python -m ddpm_jax.main --mode=sample --num_samples=64 '
+    f'--workdir={again}'
+  )
+
+
+def recipe_of(args: argparse.Namespace, keys: dict[str, Any]) -> ConfigDict:
+  """The recipe of --config, or of the nearest size, with the model's keys.
+
+  Raises:
+    UserError: if --config.KEY=VALUE contradicts the model.
+  """
+  if args.config:
+    config = recipe.load(args.config)
+  else:
+    like = (keys['data.image_size'], keys['data.channels'])
+    nearest = {(32, 3): 'cifar', (256, 3): 'celebahq'}
+    config = recipe.shipped(nearest.get(like, 'folder'))
+    config.data.path = ''  # not named: the model may be of any data
+  config.update_from_flattened_dict(keys)
+  recipe.override(config, args.changes)
+  flat = recipe.flatten(config)
+  for key, value in keys.items():
+    if key not in ADVICE and flat[key] != value:
+      raise errors.UserError(
+        f'config.{key} is {value!r} in {args.input}: leave '
+        f'--config.{key}={flat[key]} out'
+      )
+  return config
+
+
+def save(
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  params: Any,
+  folder: pathlib.Path,
+) -> None:
+  """A run that has not made a step; `config.json`, which makes it one, last."""
+  begin = functools.partial(build.begin, config)
+  state = parallel.init_state(begin, mesh, params)
+  checkpoints = checkpoint.open(folder / 'checkpoints')
+  try:
+    checkpoint.save(
+      checkpoints,
+      0,
+      state=train.trained(state),
+      ema=state.ema_params,
+      data=pipeline.position(0),
+      config=recipe.to_json(config),
+    )
+  finally:
+    checkpoint.close(checkpoints)
+  workdir.write_config(folder, recipe.to_json(config))
+
+
+def give_out(args: argparse.Namespace) -> None:
+  """Writes the EMA weights of a run as diffusers does."""
+  sample.check_workdir(args.workdir)
+  config = recipe.resolve(args.config, args.workdir, args.changes)
+  build.check(config)
+  build.reverse_process(config)
+  beta = np.asarray(build.schedule(config).beta[1:]).tolist()
+  unet, scheduler = fields.from_recipe(recipe.flatten(config), beta)
+  mesh = build.mesh(config)
+  workdir.create(args.output)
+  step, params = sample.restore_ema(config, mesh, args.workdir)
+  tensors = diffusers.from_params(jax.device_get(params), diffusers.DIFFUSERS)
+  files.write_model(args.output, unet, scheduler, tensors)
+  logs.say(f'the EMA weights of step {step}: {args.output}')
+  logs.say('to draw from it, in Python:')
+  logs.say(
+    f'  diffusers.DDPMPipeline.from_pretrained({str(args.output)!r})('
+    f'num_inference_steps={config.schedule.T}).images[0]'
+  )

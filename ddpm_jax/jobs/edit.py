@@ -1,0 +1,198 @@
+"""`--mode=edit`: images made of an image, by the EMA weights of a run.
+
+With `--mask` a part of it is made anew (RePaint), with `--to` it turns into
+another image, and with neither it is varied (SDEdit).
+"""
+
+import argparse
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from ddpm_jax import build
+from ddpm_jax import errors
+from ddpm_jax.data import decode
+from ddpm_jax.diffusion import editing
+from ddpm_jax.diffusion import pixels
+from ddpm_jax.diffusion import process
+from ddpm_jax.diffusion import samplers
+from ddpm_jax.diffusion import schedules
+from ddpm_jax.jobs import sample
+from ddpm_jax.runtime import logs
+
+
+def run(config: ConfigDict, args: argparse.Namespace) -> None:
+  """Makes `--num_samples` images of `--image` into `--output`.
+
+  Raises:
+    UserError: if there is no run in `--workdir`, or flags or files do not fit.
+  """
+  check_flags(args)
+  sample.check_workdir(args.workdir)
+  build.check(config)
+  if not build.image_size(config):
+    raise errors.UserError('--mode=edit is of images, and this run of points')
+  seed = config.seed if args.seed is None else args.seed
+  draw, what = editor(config, args, seed)
+  output = args.output or args.workdir / f'edited_seed{seed}'
+  sample.check_output(output, args.num_samples)
+  mesh = build.mesh(config)
+  drawn = sample.in_batches(config, mesh, args.num_samples, draw)
+  step, params = sample.restore_ema(config, mesh, args.workdir)
+  logs.say(f'{what}, with the EMA weights of step {step}')
+  sample.save(output, drawn(params), args.num_samples)
+  logs.say(f'{args.num_samples} images: {output}')
+
+
+def check_flags(args: argparse.Namespace) -> None:
+  if not args.image:
+    raise errors.UserError('--mode=edit makes images of one: name an --image')
+  if args.mask and args.to:
+    raise errors.UserError('--mask and --to are two edits: name one of them')
+  if args.mask and args.strength is not None:
+    raise errors.UserError(
+      '--strength is not for --mask, where all that is not kept is made anew'
+    )
+  if args.strength is not None and not 0 < args.strength <= 1:
+    raise errors.UserError(f'--strength={args.strength} is not in 0..1')
+  if args.to and args.num_samples < 2:
+    raise errors.UserError('--to needs --num_samples of 2 or more: the ends')
+
+
+def editor(
+  config: ConfigDict, args: argparse.Namespace, seed: int
+) -> tuple[Callable, str]:
+  """(params, index (B,)) -> uint8 (B, H, W, C), and what it does, in words."""
+  height, width, channels = build.shape(config)
+  shape = height, width, channels
+  image = opened('image', args.image)
+  x0 = pixels.to_float(fitted(args.image, image, shape))
+  if args.mask:
+    mask = opened('mask', args.mask)
+    if mask.size != image.size:
+      raise errors.UserError(
+        f'--mask={args.mask} is {written(mask)}, and --image={args.image} '
+        f'{written(image)}: they must be of one size'
+      )
+    anew = decode.fit(mask, (height, width, 1)) > 127
+    if anew.all() or not anew.any():
+      raise errors.UserError(
+        f'--mask={args.mask} is all {"white" if anew.all() else "black"}: '
+        'white is made anew, and black is kept'
+      )
+    return inpainted(config, seed, x0, anew)
+  strength = 0.5 if args.strength is None else args.strength
+  if args.to:
+    other = fitted(args.to, opened('to', args.to), shape)
+    other = pixels.to_float(other)
+    return between(config, seed, x0, other, strength, args.num_samples)
+  return varied(config, seed, x0, strength)
+
+
+def opened(flag: str, path: pathlib.Path) -> Image.Image:
+  try:
+    return decode.upright(str(path))
+  except Exception as e:  # Pillow raises whatever it likes.
+    reason = ' '.join(str(e).split())
+    raise errors.UserError(
+      f'--{flag}={path} cannot be read as an image ({reason})'
+    ) from e
+
+
+def fitted(
+  path: pathlib.Path, image: Image.Image, shape: decode.Shape
+) -> jax.Array:
+  height, width, _ = shape
+  if image.size != (width, height):
+    logs.say(
+      f'{path} is {written(image)}: resized (shorter side, bicubic) and cut to '
+      f'{width}x{height}, in the middle'
+    )
+  try:
+    return jnp.asarray(decode.fit(image, shape))
+  except ValueError as e:
+    raise errors.UserError(f'{path}: {e}') from e
+
+
+def written(image: Image.Image) -> str:
+  return f'{image.width}x{image.height}'
+
+
+def inpainted(
+  config: ConfigDict, seed: int, x0: jax.Array, mask: np.ndarray
+) -> tuple[Callable, str]:
+  """What the mask (H, W, 1) is true of is made anew, the rest is kept."""
+  p = build.reverse_process(config)
+  times = build.call(editing.jumps, config.edit, p.schedule.T)
+  step = editing.inpaint(p.step, x0, jnp.asarray(mask))
+
+  def draw(params: Any, index: jax.Array) -> jax.Array:
+    keys, x_T = build.noise(config, seed, index)
+    model_fn = p.model_fn(params)
+    x_0, _ = samplers.sample(step, p.schedule, model_fn, keys, x_T, times=times)
+    return pixels.to_uint8(x_0)
+
+  share = f'{np.count_nonzero(mask)} of {mask.size} pixels'
+  return draw, f'making {share} anew, in {len(times)} steps'
+
+
+def varied(
+  config: ConfigDict, seed: int, x0: jax.Array, strength: float
+) -> tuple[Callable, str]:
+  """x_t of the image, and from there another way down (Meng et al. 2022)."""
+  p = build.reverse_process(config)
+  t, told = level(config, p.schedule, strength)
+
+  def draw(params: Any, index: jax.Array) -> jax.Array:
+    keys, eps = build.noise(config, seed, index)
+    x_t = process.q_sample(p.schedule, x0, jnp.array(t), eps)
+    model_fn, times = p.model_fn(params), range(t, 0, -1)
+    x_0, _ = samplers.sample(
+      p.step, p.schedule, model_fn, keys, x_t, times=times
+    )
+    return pixels.to_uint8(x_0)
+
+  return draw, f'varying the image from t = {told} down, in {t} steps'
+
+
+def between(
+  config: ConfigDict,
+  seed: int,
+  x0: jax.Array,
+  other: jax.Array,
+  strength: float,
+  count: int,
+) -> tuple[Callable, str]:
+  """Image i is of λ = i / (count - 1), all of one noise  (section 4.4)."""
+  p = build.reverse_process(config)
+  t, told = level(config, p.schedule, strength)
+  mix = jax.vmap(editing.interpolate, (None, None, None, None, 0, 0))
+
+  def draw(params: Any, index: jax.Array) -> jax.Array:
+    keys, eps = build.noise(config, seed, jnp.zeros_like(index))
+    weight = index / (count - 1)
+    weight = weight.reshape(-1, *[1] * x0.ndim)
+    x_t = mix(p.schedule, x0, other, jnp.array(t), weight, eps)
+    model_fn, times = p.model_fn(params), range(t, 0, -1)
+    x_0, _ = samplers.sample(
+      p.step, p.schedule, model_fn, keys, x_t, times=times
+    )
+    return pixels.to_uint8(x_0)
+
+  return draw, f'mixing the images at t = {told}, {t} steps each'
+
+
+def level(
+  config: ConfigDict, schedule: schedules.Schedule, strength: float
+) -> tuple[int, int]:
+  """The first step whose time is not below strength · T, and that time."""
+  times = np.asarray(schedule.time)
+  t = int(np.searchsorted(times, strength * config.schedule.T))
+  t = min(max(t, 1), schedule.T)
+  return t, int(times[t])

@@ -1,0 +1,201 @@
+"""`--mode=few_steps`: what samplers make of how many looks at the network."""
+
+import argparse
+import json
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm_jax import build
+from ddpm_jax import errors
+from ddpm_jax.diffusion import samplers
+from ddpm_jax.diffusion import variances
+from ddpm_jax.jobs import sample
+from ddpm_jax.jobs import score
+from ddpm_jax.metrics import classifier as classifiers
+from ddpm_jax.metrics import small
+from ddpm_jax.runtime import images
+from ddpm_jax.runtime import logs
+
+EVALUATIONS = (5, 10, 20, 50, 100)  # of the network, an image
+# All T as well: there the others are as good as ddim, and take long.
+UP_TO_T = ('ancestral', 'ddim')
+WAYS: dict[str, dict[str, Any]] = {
+  'ancestral, σ² = β': dict(name='ancestral', variance='beta'),
+  'ancestral, σ² = β̃': dict(name='ancestral', variance='beta_tilde'),
+  'ancestral, learned σ²': dict(name='ancestral'),
+  'ddim': dict(name='ddim'),
+  'ddim, quadratic': dict(name='ddim', spacing='quadratic'),
+  'dpm_solver_pp_2m': dict(name='dpm_solver_pp_2m'),
+  'dpm_solver_pp_2m, quadratic': dict(
+    name='dpm_solver_pp_2m', spacing='quadratic'
+  ),
+  'dpm_solver_pp_2m_sde': dict(name='dpm_solver_pp_2m_sde'),
+  'dpm_solver_pp_2m_sde, quadratic': dict(
+    name='dpm_solver_pp_2m_sde', spacing='quadratic'
+  ),
+  'heun': dict(name='heun'),
+  'heun, quadratic': dict(name='heun', spacing='quadratic'),
+}
+COLUMNS = ('evaluations', 'frechet_distance', 'sure_share', 'images_per_second')
+
+
+def run(config: ConfigDict, args: argparse.Namespace) -> None:
+  """Scores `--num_samples` images of every sampler at 5, 10, ..., T looks.
+
+  Writes `few_steps.json` and `few_steps.png` into `--workdir`, and prints a
+  table in Markdown.
+
+  Raises:
+    UserError: if there is no run in `--workdir`, or its data have no labels.
+  """
+  sample.check_workdir(args.workdir)
+  if args.output:
+    raise errors.UserError('--output is for images: few_steps has --workdir')
+  build.check(config)
+  if args.num_samples < small.LEAST:
+    raise errors.UserError(
+      f'--num_samples={args.num_samples}: a score needs {small.LEAST}, and '
+      'says little below 1000'
+    )
+  mesh = build.mesh(config)
+  seed = config.seed if args.seed is None else args.seed
+  step, params = sample.restore_ema(config, mesh, args.workdir)
+  data, classifier = score.judge(config, args.workdir)
+  learnt, held_out = classifiers.split(len(data['image']))
+  real = data['image'][learnt], data['label'][learnt]
+
+  result: dict[str, Any] = {'step': step, 'seed': seed}
+  yardstick = small.score(*real, data['image'][held_out], classifier)
+  result['held_out'] = {key: yardstick[key] for key in COLUMNS[1:3]}
+  result['images'] = args.num_samples
+  result['samplers'] = {}
+  for title, changes in ways(config).items():
+    result['samplers'][title] = {key: [] for key in COLUMNS}
+    for n in looks(changes, config.schedule.T):
+      c = changed(config, changes, n)
+      drawn, rate = timed(c, mesh, params, args.num_samples, seed)
+      found = small.score(*real, drawn, classifier)
+      found['images_per_second'] = rate
+      found['evaluations'] = evaluations(c)
+      for key in COLUMNS:
+        result['samplers'][title][key].append(found[key])
+      logs.say(
+        f'{title}: {found["evaluations"]} evaluations, Fréchet distance '
+        f'{found["frechet_distance"]:.3f}, {rate:.1f} images/s'
+      )
+  with images.whole(args.workdir / 'few_steps.json') as path:
+    path.write_text(json.dumps(result, indent=2) + '\n')
+  images.save_png(args.workdir / 'few_steps.png', plot(result))
+  print(table(result))
+  logs.say(f'all of it            {args.workdir}/few_steps.json')
+  logs.say(f'as curves            {args.workdir}/few_steps.png')
+
+
+def ways(config: ConfigDict) -> dict[str, dict[str, Any]]:
+  """Those that the network was made for: a learned variance, or a fixed one."""
+  learns = variances.is_learned(config.model.variance)
+  return {
+    title: way
+    for title, way in WAYS.items()
+    if way['name'] != 'ancestral' or ('variance' in way) != learns
+  }
+
+
+def looks(way: dict[str, Any], T: int) -> list[int]:
+  """How many evaluations to try it with."""
+  fewer = [n for n in EVALUATIONS if n < T]
+  full = way['name'] in UP_TO_T and 'spacing' not in way
+  return [*fewer, T] if full else fewer
+
+
+def changed(config: ConfigDict, changes: dict[str, Any], n: int) -> ConfigDict:
+  """The recipe with another sampler, of at most n evaluations."""
+  c = config.copy_and_resolve_references()
+  c.sampler.spacing, c.sampler.eta = 'linear', 0.0
+  c.sampler.update(changes)
+  c.sampler.steps = n
+  if evaluations(c) > n:
+    c.sampler.steps = (n + 1) // 2
+  return c
+
+
+def evaluations(config: ConfigDict) -> int:
+  return samplers.evaluations(config.sampler.name, config.sampler.steps)
+
+
+def timed(
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  params: Any,
+  count: int,
+  seed: int,
+) -> tuple[np.ndarray, float]:
+  """`count` images, and how many a second; compiling does not count."""
+  draw = sample.sampler(config, mesh, count, seed)
+  sizes, ends = [], []
+  batches = []
+  for batch, _ in draw(params):
+    batches.append(batch)
+    sizes.append(len(batch))
+    ends.append(time.perf_counter())
+  if len(sizes) == 1:  # Once more, for the program is compiled now.
+    for _ in draw(params):
+      sizes.append(sizes[0])
+      ends.append(time.perf_counter())
+  # The last batch may have been cut, but was drawn whole.
+  rate = sizes[0] * (len(sizes) - 1) / (ends[-1] - ends[0])
+  return np.concatenate(batches), rate
+
+
+def table(result: dict[str, Any]) -> str:
+  """For a person, in Markdown."""
+  rows = result['samplers']
+  most = max((row['evaluations'] for row in rows.values()), key=len)
+  columns = range(len(most))
+
+  def line(title: str, cells: list[str]) -> str:
+    cells += [''] * (len(most) - len(cells))
+    return f'| {title} | {" | ".join(cells)} |'
+
+  lines = [line('evaluations', [str(n) for n in most])]
+  lines.append('|---|' + '---|' * len(most))
+  for title, row in rows.items():
+    lines.append(line(title, [f'{x:.2f}' for x in row['frechet_distance']]))
+  rates = [row['images_per_second'] for row in rows.values()]
+  middle = [
+    np.median([row[i] for row in rates if i < len(row)]) for i in columns
+  ]
+  lines.append(line('images/s, median', [f'{x:.3g}' for x in middle]))
+  held_out = result['held_out']['frechet_distance']
+  return '\n'.join(
+    [
+      *lines,
+      '',
+      f'Fréchet distance (classifier) of {result["images"]} samples; of '
+      f'held-out real images {held_out:.2f}. heun takes an odd number: one '
+      'less where the column is even.',
+    ]
+  )
+
+
+def plot(result: dict[str, Any]) -> np.ndarray:
+  keys = {
+    'frechet_distance': 'Fréchet distance (classifier)',
+    'images_per_second': 'images/s',
+  }
+  panels = []
+  for key, words in keys.items():
+    rows = result['samplers'].items()
+    curves = {
+      title: (np.array(row['evaluations']), np.array(row[key]))
+      for title, row in rows
+    }
+    low = min(y.min() for _, y in curves.values())
+    panels += [
+      images.Panel('evaluations', words, curves, bottom=low / 1.5, log_x=True)
+    ]
+  return images.plot(panels)

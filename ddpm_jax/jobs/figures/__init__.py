@@ -1,0 +1,87 @@
+"""`--mode=figures --figure=NAME`: the figures of the paper, from any run.
+
+A function of `pictures`, `curves` or `compression` that takes `trained` is a
+figure, and its name is what `--figure` says. Its `count`, if it has one, is
+`--num_samples`, and its `path` is `--images`.
+They are drawn anew from the EMA weights, never from numbers that were stored.
+"""
+
+import argparse
+import inspect
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ddpm_jax import build
+from ddpm_jax import errors
+from ddpm_jax.jobs import sample
+from ddpm_jax.jobs.figures import common
+from ddpm_jax.jobs.figures import compression
+from ddpm_jax.jobs.figures import curves
+from ddpm_jax.jobs.figures import pictures
+from ddpm_jax.runtime import images
+from ddpm_jax.runtime import logs
+
+
+def run(config: ConfigDict, args: argparse.Namespace) -> None:
+  """Writes `figure_NAME.png`, and .gif where time moves, into `--workdir`.
+
+  Raises:
+    UserError: if there is no such figure, no run in `--workdir`, or no images.
+  """
+  figure = named(args.figure)
+  options: dict[str, Any] = (
+    {} if args.num_samples is None else {'count': args.num_samples}
+  )
+  options |= {} if args.images is None else {'path': args.images}
+  flags = {'count': '--num_samples', 'path': '--images'}
+  for option in options.keys() - inspect.signature(figure).parameters:
+    raise errors.UserError(f'--figure={args.figure} takes no {flags[option]}')
+  sample.check_workdir(args.workdir)
+  path = args.output or args.workdir / f'figure_{args.figure}.png'
+  if path.suffix != '.png':
+    raise errors.UserError(f'--output={path} must end in .png')
+  sample.check_output(path, 1)
+  build.check(config)
+  if not build.image_size(config):
+    raise errors.UserError('figures are of images, and this run is of points')
+  seed = config.seed if args.seed is None else args.seed
+  mesh = build.mesh(config)
+  step, params = sample.restore_ema(config, mesh, args.workdir)
+  logs.say(f'figure {args.figure}: the EMA weights of step {step}')
+  trained = common.Trained(config, mesh, params, seed, args.workdir)
+  save(path, figure(trained, **options))
+
+
+def save(path: pathlib.Path, drawn: common.Drawn) -> None:
+  parts = [] if drawn.plot is None else [drawn.plot]
+  if drawn.tiles is not None:
+    parts += [images.labelled(drawn.tiles, drawn.titles, drawn.labels)]
+  images.save_png(path, images.stack(parts))
+  logs.say(f'figure               {path}')
+  if drawn.frames is not None:
+    film = path.with_suffix('.gif')
+    shown = zip(drawn.frames, drawn.heads, strict=True)
+    frames = [images.labelled(tiles, head=head) for tiles, head in shown]
+    images.save_gif(film, frames, 80)
+    logs.say(f'the same, moving     {film}')
+
+
+def every() -> dict[str, Callable[..., common.Drawn]]:
+  """The figures, by name, in the order of the alphabet."""
+  rooms = (pictures, curves, compression)
+  known = {
+    k: f for r in rooms for k, f in build.functions(r, 'trained').items()
+  }
+  return dict(sorted(known.items()))
+
+
+def named(name: str | None) -> Callable[..., common.Drawn]:
+  known = every()
+  if not name:
+    raise errors.UserError(f'name a --figure; known: {", ".join(known)}')
+  if name not in known:
+    raise errors.unknown('figure', name, known)
+  return known[name]

@@ -1,0 +1,220 @@
+"""FID, sFID, KID, IS, precision and recall, from Inception's features.
+
+Features come in batches, of which sums are kept: they can be added up in any
+order, over batches and over processes.
+"""
+
+import json
+import pathlib
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ddpm_jax import errors
+from ddpm_jax.metrics import distances
+from ddpm_jax.metrics import inception
+from ddpm_jax.metrics import running
+
+SPLITS = 10  # of the Inception score
+LEAST = 10_000  # images, below which the name of a score says how many
+
+
+class Sums(NamedTuple):
+  """What is kept of a set of images, or of a part of it."""
+
+  pool: running.Running
+  spatial: running.Running
+  # Of each split: how many images, Σ p(y|x) and Σ_x Σ_y p(y|x) log p(y|x).
+  split_count: np.ndarray  # (SPLITS,)
+  split_p: np.ndarray  # (SPLITS, classes)
+  split_p_log_p: np.ndarray  # (SPLITS,)
+  rows: np.ndarray  # (k,), the images whose features are kept
+  features: np.ndarray  # (k, 2048)
+
+
+# How a `Sums` is put together from its arrays.
+_PART = running.Running(*[np.zeros(0)] * 3)
+TREE = jax.tree.structure(Sums(_PART, _PART, *[np.zeros(0)] * 5))
+
+
+class Statistics(NamedTuple):
+  """What scores need of a set of images; None where a file has it not."""
+
+  pool: distances.Moments
+  spatial: distances.Moments | None = None
+  features: np.ndarray | None = None  # (k, 2048), of some of the images
+  inception_score: tuple[float, float] | None = None  # mean, deviation
+  n: int | None = None
+
+
+def chosen(count: int, most: int) -> np.ndarray:
+  """Which of `count` images are kept one by one: `most`, evenly spread."""
+  return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
+
+
+def sums(
+  index: np.ndarray, features: inception.Features, kept: np.ndarray
+) -> Sums:
+  """Of the images `index`, keeping the features of those in `kept`.
+
+  Raises:
+    ValueError: if a feature is not a finite number.
+  """
+  if not np.isfinite(features.logits).all():
+    raise ValueError('not every feature is a finite number')
+  logits = np.asarray(features.logits, np.float64)
+  logits -= logits.max(axis=1, keepdims=True)
+  log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+  p = np.exp(log_p)
+  # Every tenth image, so that a set in the order of its classes is split well.
+  split = np.eye(SPLITS)[index % SPLITS].T
+  stay = np.isin(index, kept)
+  return Sums(
+    running.of(np.asarray(features.pool)),
+    running.of(np.asarray(features.spatial)),
+    split.sum(axis=1),
+    split @ p,
+    split @ np.sum(p * log_p, axis=1),
+    index[stay],
+    np.asarray(features.pool)[stay],
+  )
+
+
+def merge(a: Sums, b: Sums) -> Sums:
+  return Sums(
+    running.merge(a.pool, b.pool),
+    running.merge(a.spatial, b.spatial),
+    a.split_count + b.split_count,
+    a.split_p + b.split_p,
+    a.split_p_log_p + b.split_p_log_p,
+    np.concatenate([a.rows, b.rows]),
+    np.concatenate([a.features, b.features]),
+  )
+
+
+def statistics(x: Sums) -> Statistics:
+  order = np.argsort(x.rows)
+  return Statistics(
+    running.moments(x.pool),
+    running.moments(x.spatial),
+    x.features[order],
+    inception_score(x),
+    int(x.pool.n),
+  )
+
+
+def inception_score(x: Sums) -> tuple[float, float]:
+  """exp E_x KL(p(y|x) ‖ p(y)) of each split: mean and standard deviation.
+
+  Salimans et al. 2016. Images are in fewer splits where there are not ten.
+  """
+  some = x.split_count > 0
+  n = x.split_count[some]
+  p_y = x.split_p[some] / n[:, None]
+  log_p_y = np.log(np.where(p_y > 0, p_y, 1))
+  scores = np.exp(x.split_p_log_p[some] / n - np.sum(p_y * log_p_y, axis=1))
+  return float(scores.mean()), float(scores.std())
+
+
+def named(score: str, count: int) -> str:
+  """FID, or FID@N where there are too few images for the plain name."""
+  return score if count >= LEAST else f'{score}@{count}'
+
+
+def scores(fake: Statistics, real: Statistics) -> dict[str, float]:
+  """All scores that can be had, by name.
+
+  FID and sFID fall as images are more, so that below `LEAST` fakes their names
+  say how many there were.
+  """
+  count = fake.n or 0
+  found = {
+    named('FID', count): distances.frechet(*real.pool, *fake.pool),
+  }
+  if fake.spatial and real.spatial:
+    found[named('sFID', count)] = distances.frechet(
+      *real.spatial, *fake.spatial
+    )
+  if fake.inception_score:
+    found['IS'], found['IS_deviation'] = fake.inception_score
+  a, b = real.features, fake.features
+  # As many as the kernel and the third neighbour need.
+  if a is not None and b is not None and min(len(a), len(b)) >= 4:
+    kernel = distances.kernel(a, b)
+    found['KID'], found['KID_error'] = kernel.value, kernel.standard_error
+    found['precision'], found['recall'] = distances.precision_recall(a, b)
+    found['KID_images'] = min(len(a), len(b))
+  return found
+
+
+def save(file: Any, x: Statistics, provenance: dict[str, Any]) -> None:
+  """Writes an .npz into an open file: `mu`, `sigma` as others have them."""
+  parts: dict[str, Any] = {'mu': x.pool.mean, 'sigma': x.pool.cov}
+  if x.spatial:
+    parts |= {'mu_s': x.spatial.mean, 'sigma_s': x.spatial.cov}
+  if x.features is not None:
+    parts['features'] = x.features
+  if x.inception_score:
+    parts['inception_score'] = np.array(x.inception_score)
+  if x.n:
+    parts['count'] = np.array(x.n)
+  np.savez(file, **parts, provenance=np.array(json.dumps(provenance)))
+
+
+def load(path: pathlib.Path) -> tuple[Statistics, dict[str, Any]]:
+  """Statistics, and whence they are: {} for a file that does not say.
+
+  Reads what `save` wrote, and the common .npz with `mu` and `sigma` (and
+  perhaps `mu_s` and `sigma_s`).
+
+  Raises:
+    UserError: there is no such file, or it is not of Inception's features.
+  """
+  if not path.is_file():
+    raise errors.UserError(
+      f'{path} is not a file; statistics are an .npz with `mu` and `sigma`'
+    )
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      parts = {name: file[name] for name in file if not name.startswith('arr_')}
+  except Exception as error:  # zipfile's, zlib's and NumPy's own
+    raise errors.UserError(
+      f'{path} cannot be read ({" ".join(str(error).split())}); statistics '
+      'are an .npz with `mu` and `sigma`'
+    ) from error
+  pool = _moments(path, parts, 'mu', 'sigma', 2048)
+  spatial = None
+  if 'mu_s' in parts:
+    spatial = _moments(path, parts, 'mu_s', 'sigma_s', 2023)
+  score = parts.get('inception_score')
+  count = parts.get('count')
+  return Statistics(
+    pool,
+    spatial,
+    parts.get('features'),
+    None if score is None else (float(score[0]), float(score[1])),
+    None if count is None else int(count),
+  ), json.loads(str(parts.get('provenance', '{}')))
+
+
+def _moments(
+  path: pathlib.Path,
+  parts: dict[str, np.ndarray],
+  mean: str,
+  cov: str,
+  d: int,
+) -> distances.Moments:
+  for name, shape in ((mean, (d,)), (cov, (d, d))):
+    if name not in parts:
+      has = ', '.join(parts) or 'nothing'
+      raise errors.UserError(f'{path} has no `{name}`, only: {has}')
+    if parts[name].shape != shape:
+      raise errors.UserError(
+        f'`{name}` of {path} is {parts[name].shape}, not {shape}: it is not of '
+        "the 2015 Inception's features"
+      )
+    if not np.isfinite(parts[name]).all():
+      raise errors.UserError(f'`{name}` of {path} is not finite everywhere')
+  return distances.Moments(parts[mean], parts[cov])

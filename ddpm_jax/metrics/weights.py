@@ -1,0 +1,94 @@
+"""The file with Inception's weights, which a user names."""
+
+import hashlib
+import pathlib
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.numpy
+
+from ddpm_jax import errors
+from ddpm_jax.metrics import inception
+
+NAME = 'pt_inception-2015-12-05-6726825d.pth'
+URL = (
+  'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
+  + NAME
+)
+# A .pth is a pickle, which only torch reads without running what it says.
+CONVERT = (
+  "python -c 'import torch, safetensors.torch as s; "
+  f's.save_file(torch.load("{NAME}", weights_only=True), '
+  '"inception.safetensors")\''
+)
+
+
+class Weights(NamedTuple):
+  params: Any  # of `inception.Inception`
+  digest: str  # of the numbers, whatever the kind of file
+
+
+def missing() -> errors.UserError:
+  return errors.UserError(
+    'FID and the like need the weights of Inception-v3, which are not ours to '
+    f'ship: fetch {URL} (96 MB), put it anywhere, and name it with '
+    f'--inception={NAME} where torch is installed; elsewhere name what '
+    f'{CONVERT} has made of it'
+  )
+
+
+def load(path: pathlib.Path) -> Weights:
+  """Weights of pytorch-fid's network, from a .safetensors or a .pth file.
+
+  Raises:
+    UserError: there is no such file, it cannot be read, or it is of another
+      network.
+  """
+  if not path.is_file():
+    raise errors.UserError(
+      f'--inception={path} is not a file; it is to be found at {URL}'
+    )
+  read = _safetensors if path.suffix == '.safetensors' else _pth
+  try:
+    state = read(path)
+  except errors.UserError:
+    raise
+  except Exception as error:  # of torch's or safetensors' own
+    raise errors.UserError(
+      f'{path} cannot be read ({" ".join(str(error).split())[:200]}); name '
+      f'{NAME}, or a .safetensors of it'
+    ) from error
+  try:
+    params = inception.from_torch(state)
+  except ValueError as error:
+    raise errors.UserError(
+      f'{path} is not of the 2015 Inception network ({error}); that is at {URL}'
+    ) from None
+  return Weights(params, digest(state))
+
+
+def digest(state: dict[str, np.ndarray]) -> str:
+  """Sixteen digits that tell weights apart."""
+  total = hashlib.sha256()
+  for name in sorted(state):
+    if not name.endswith('.num_batches_tracked'):
+      total.update(name.encode())
+      total.update(np.asarray(state[name], '<f4').tobytes())
+  return total.hexdigest()[:16]
+
+
+def _safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+  return safetensors.numpy.load_file(path)
+
+
+def _pth(path: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    import torch
+  except ImportError:
+    raise errors.UserError(
+      f'{path} is a pickle of torch, which is not installed here; where it is, '
+      f'run {CONVERT} and name the inception.safetensors that this makes'
+    ) from None
+  state = torch.load(path, map_location='cpu', weights_only=True)
+  return {name: x.numpy() for name, x in state.items()}

@@ -1,0 +1,123 @@
+"""What a network is told beside x_t and t: a class or a text.
+
+An encoder makes a `Context` of a condition, and a condition that is nothing is
+one too: that is how guidance draws without (Ho & Salimans 2022).
+"""
+
+from typing import Any
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Context(NamedTuple):
+  """What a condition says, for the network."""
+
+  pooled: jax.Array  # (B, D), added to the time embedding
+  states: jax.Array | None = None  # (B, L, D), attended to by every pixel
+  mask: jax.Array | None = None  # (B, L) bool, False where there is no state
+
+
+class Label(nn.Module):
+  """A class: int32 (B,) in 0..classes-1, or -1 for nothing."""
+
+  classes: int
+  width: int
+
+  def nothing(self, n: int) -> jax.Array:
+    return jnp.full(n, -1, jnp.int32)
+
+  @nn.compact
+  def __call__(self, label: jax.Array) -> Context:
+    row = jnp.where(label < 0, self.classes, label)
+    return Context(nn.Embed(self.classes + 1, self.width)(row))
+
+
+class Text(nn.Module):
+  """A text as UTF-8 bytes: uint8 (B, length), 0 after its end; '' is nothing.
+
+  A transformer encoder of `depth` layers, normalised before each. Its first
+  state is that of a token of its own, so that '' has one too.
+  """
+
+  length: int
+  width: int
+  depth: int
+  heads: int = 4
+
+  def nothing(self, n: int) -> jax.Array:
+    return jnp.zeros((n, self.length), jnp.uint8)
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> Context:
+    # No text holds byte 0, which stands for the first token as well.
+    row = jnp.pad(tokens, ((0, 0), (1, 0)))
+    mask = (row > 0).at[:, 0].set(True)
+    h = nn.Embed(256, self.width)(row)
+    h += nn.Embed(self.length + 1, self.width)(jnp.arange(row.shape[1]))
+    for _ in range(self.depth):
+      heads = nn.MultiHeadDotProductAttention(self.heads)
+      h += heads(nn.LayerNorm()(h), mask=mask[:, None, None])
+      inner = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(h)))
+      h += nn.Dense(self.width)(inner)
+    h = nn.LayerNorm()(h)
+    return Context(mean(h, mask), h, mask)
+
+
+class Frozen(nn.Module):
+  """States (B, length, features) that another encoder made of a text.
+
+  The condition is a dict of `states`, and `mask` (B, length), all False for
+  nothing. A state of its own comes first, as in `Text`.
+  """
+
+  length: int
+  features: int
+  width: int
+
+  def nothing(self, n: int) -> dict[str, jax.Array]:
+    return {
+      'states': jnp.zeros((n, self.length, self.features), jnp.float16),
+      'mask': jnp.zeros((n, self.length), bool),
+    }
+
+  @nn.compact
+  def __call__(self, given: dict[str, jax.Array]) -> Context:
+    mask = jnp.pad(given['mask'], ((0, 0), (1, 0)), constant_values=True)
+    states = nn.Dense(self.width)(given['states'].astype(jnp.float32))
+    states = jnp.pad(states, ((0, 0), (1, 0), (0, 0)))
+    h = states.at[:, 0].set(nn.Embed(1, self.width)(jnp.zeros((), jnp.int32)))
+    h = nn.LayerNorm()(h)
+    return Context(mean(h, mask), h, mask)
+
+
+def mean(states: jax.Array, mask: jax.Array) -> jax.Array:
+  """Of the states (B, L, D) that there are: (B, D)."""
+  return jnp.mean(states, axis=1, where=mask[:, :, None])
+
+
+class Conditional(nn.Module):
+  """A network and the encoder of what it is told."""
+
+  network: nn.Module
+  encoder: nn.Module
+
+  def __call__(
+    self,
+    x_t: jax.Array,
+    t: jax.Array,
+    condition: Any = None,
+    **options: Any,
+  ) -> jax.Array:
+    """The network's answer; without a condition it is told nothing."""
+    if condition is None:
+      condition = self.encoder.nothing(len(x_t))
+    return self.network(x_t, t, self.encoder(condition), **options)
+
+  def encode(self, condition: Any) -> Context:
+    return self.encoder(condition)
+
+  def denoise(self, x_t: jax.Array, t: jax.Array, context: Context) -> Any:
+    return self.network(x_t, t, context)

@@ -1,0 +1,492 @@
+"""Classes and texts: where they come from, what is made of them."""
+
+import functools
+import json
+import pathlib
+
+import conftest
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import digits
+from configs import digits_text
+from ddpm_jax import build
+from ddpm_jax import conditioning
+from ddpm_jax import errors
+from ddpm_jax import main
+from ddpm_jax import recipe
+from ddpm_jax.data import captions
+from ddpm_jax.data import sources
+from ddpm_jax.data import store
+from ddpm_jax.diffusion import guidance
+from ddpm_jax.diffusion import predictions
+from ddpm_jax.diffusion import schedules
+from ddpm_jax.models import condition
+from ddpm_jax.models import unet
+from ddpm_jax.runtime import parallel
+
+TEXT = str(pathlib.Path(digits_text.__file__))
+
+
+def config(module=digits_text, **changes):
+  c = module.get_config()
+  c.model.update(channels=8, multipliers=(1,), groups=4, attention=(8,))
+  c.batch_size, c.sampler.steps = 32, 4
+  if c.condition.name:
+    c.condition.update(width=8, depth=1)
+  recipe.override(c, {k.replace('__', '.'): str(v) for k, v in changes.items()})
+  return c
+
+
+def text(row):
+  return bytes(row[row > 0]).decode()
+
+
+def test_tokens_are_the_bytes_of_a_text():
+  rows = captions.tokens(['a seven', ' naïve ☂ ', ''], 16)
+  assert rows.dtype == np.uint8
+  assert [text(row) for row in rows] == ['a seven', 'naïve ☂', '']
+
+
+@pytest.mark.parametrize('bad', ['x' * 17, 'é' * 9, 'a\0b'])
+def test_a_text_that_does_not_fit_is_refused(bad):
+  with pytest.raises(errors.UserError, match='length=16'):
+    captions.tokens(['fine', bad], 16)
+
+
+def test_classes_have_the_captions_of_all_templates():
+  got = captions.of_classes(['two', 'eight'], ['{}', 'a {}', 'draw a {} now'])
+  assert got == [
+    ('two', 'a two', 'draw a two now'),
+    ('eight', 'an eight', 'draw an eight now'),
+  ]
+
+
+@pytest.mark.parametrize(
+  ('names', 'templates'), [(['a'], ['no place']), ([], ['{}']), (['a'], [])]
+)
+def test_templates_that_do_not_do_are_refused(names, templates):
+  with pytest.raises(errors.UserError, match='templates'):
+    captions.of_classes(names, templates)
+
+
+def folder(path, n=5, broken=()):
+  """n images, image i all of gray i."""
+  for i in range(n):
+    file = path / f'{i}.png'
+    Image.fromarray(np.full((4, 4), i, np.uint8)).save(file)
+    if i in broken:
+      file.write_bytes(b'not an image')
+  return path
+
+
+def jsonl(path, *lines):
+  (path / 'metadata.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+
+
+def test_captions_of_a_folder_are_in_metadata_or_a_csv(tmp_path):
+  folder(tmp_path)
+  jsonl(
+    tmp_path,
+    {'file_name': '0.png', 'text': 'none'},
+    {'file_name': '3.png', 'caption': ['three', 'a trio']},
+  )
+  (tmp_path / 'captions.csv').write_text(
+    'file_name,text\n1.png,"one, alone"\n3.png,drei\n'
+  )
+  got = captions.of_folder(tmp_path, [f'{i}.png' for i in range(5)])
+  assert got == [
+    ('none',),
+    ('one, alone',),
+    (),
+    ('three', 'a trio', 'drei'),
+    (),
+  ]
+
+
+@pytest.mark.parametrize(
+  ('line', 'message'),
+  [
+    ({'file_name': '9.png', 'text': 'x'}, r'jsonl:1: no image'),
+    ({'file_name': '0.png', 'text': 7}, r'jsonl:1: caption 7'),
+    ({'file_name': '0.png', 'text': ['a', 7]}, r'jsonl:1: caption'),
+    ({'file_name': '0.png'}, 'no captions'),
+  ],
+)
+def test_bad_captions_are_named_with_their_line(tmp_path, line, message):
+  folder(tmp_path)
+  jsonl(tmp_path, line)
+  with pytest.raises(errors.UserError, match=message):
+    captions.of_folder(tmp_path, ['0.png'])
+
+
+@pytest.mark.parametrize('late', [False, True])
+def test_an_image_that_is_left_out_shifts_no_captions(
+  tmp_path, monkeypatch, late
+):
+  if late:
+    monkeypatch.setattr(store, 'MEMORY', 0)
+  folder(tmp_path, 6, broken=(2,))
+  jsonl(
+    tmp_path,
+    *({'file_name': f'{i}.png', 'text': f'gray {i}'} for i in range(6)),
+  )
+  source = sources.folder(
+    path=str(tmp_path),
+    image_size=(4, 4),
+    channels=1,
+    max_unreadable=1,
+    captions='file',
+  )
+  encode = functools.partial(captions.tokens, length=8)
+  source = captions.attach(source, source.captions, 'id', encode)
+  batch = source.gather(np.arange(len(source)))
+  grays = batch['image'][:, 0, 0, 0]
+  assert set(grays) == {0, 1, 3, 4, 5}
+  assert [text(x[0]) for x in batch['text']] == [f'gray {i}' for i in grays]
+
+
+def test_an_image_without_a_label_has_no_text():
+  images = np.zeros((3, 2, 2, 1), np.uint8)
+  source = store.from_arrays(images, np.array([1, -1, 0], np.int32))
+  encode = functools.partial(captions.tokens, length=8)
+  texts = [('zero',), ('one', 'a one')]
+  source = captions.attach(source, texts, 'label', encode)
+  got = source.gather(np.arange(3))['text']
+  assert [[text(x) for x in row] for row in got] == [
+    ['one', 'a one'],
+    ['', ''],
+    ['zero', 'zero'],
+  ]
+
+
+def test_digits_are_told_in_words():
+  source = build.source(config())
+  batch = source.gather(np.arange(50))
+  names = config().data.names
+  for row, label in zip(batch['text'], batch['label'], strict=True):
+    assert text(row[0]) == names[label]
+    assert all(names[label] in text(x) for x in row)
+
+
+def test_some_examples_are_told_nothing_and_the_rest_any_caption():
+  c = config(condition__drop=0.2)
+  n = 4000
+  batch = {'text': np.tile(captions.tokens(['a', 'b', 'c'], 32), (n, 1, 1))}
+  keys = jax.random.split(jax.random.key(0), n)
+  first = np.asarray(conditioning.of_batch(c, batch, keys))[:, 0]
+  counts = [np.sum(first == x) for x in (0, *b'abc')]
+  for count, share in zip(
+    counts, (0.2, 0.8 / 3, 0.8 / 3, 0.8 / 3), strict=True
+  ):
+    # Five standard deviations of a binomial count.
+    assert abs(count - share * n) < 5 * np.sqrt(n * share * (1 - share))
+
+
+def test_states_that_are_not_there_are_not_seen():
+  net = unet.build(
+    (8, 8),
+    1,
+    channels=8,
+    multipliers=(1,),
+    blocks=1,
+    attention=(8,),
+    groups=4,
+    dropout=0.0,
+    dtype='float32',
+    remat=False,
+  )
+  k = jax.random.split(jax.random.key(0), 6)
+  x, t = jax.random.normal(k[0], (2, 8, 8, 1)), jnp.array([3, 700])
+  states = jax.random.normal(k[1], (2, 5, 12))
+  mask = jnp.arange(5) < jnp.array([[2], [4]])
+  context = condition.Context(jax.random.normal(k[2], (2, 12)), states, mask)
+  params = net.init(k[3], x, t, context)
+  # Outputs start at 0: let all weights be something.
+  params = jax.tree.map(
+    lambda p: p + 0.1 * jax.random.normal(k[4], p.shape), params
+  )
+  want = net.apply(params, x, t, context)
+  noise = jax.random.normal(k[5], states.shape)
+  hidden = jnp.where(mask[..., None], states, noise)
+  got = net.apply(params, x, t, context._replace(states=hidden))
+  np.testing.assert_allclose(got, want, atol=1e-6)
+  seen = jnp.where(mask[..., None], noise, states)
+  other = net.apply(params, x, t, context._replace(states=seen))
+  assert jnp.abs(other - want).max() > 1e-3
+
+
+@pytest.mark.parametrize('n', [3, 20])
+def test_a_text_is_read_to_its_end_and_no_further(n):
+  encoder = condition.Text(20, 8, 2)
+  tokens = captions.tokens(['x' * n, ''], 20)
+  params = encoder.init(jax.random.key(0), tokens)
+  context = encoder.apply(params, tokens)
+  assert context.states.shape == (2, 21, 8)
+  assert context.mask.sum(1).tolist() == [n + 1, 1]
+  gradient = jax.grad(
+    lambda table: (
+      encoder.apply(
+        {'params': {**params['params'], 'Embed_1': {'embedding': table}}},
+        tokens,
+      )
+      .pooled[0]
+      .sum()
+      ** 2
+    )
+  )(params['params']['Embed_1']['embedding'])
+  assert np.all(gradient[n + 1 :] == 0)
+  assert np.all(np.abs(gradient[: n + 1]).max(1) > 0)
+
+
+def linear(x_t, t, context):
+  """A network whose answer depends on everything; its variance too."""
+  y = 0.3 * x_t + context[:, None] + 0.01 * t[:, None]
+  return jnp.concatenate([y, jnp.cos(y)], axis=-1)
+
+
+def answers(**options):
+  x = jax.random.normal(jax.random.key(5), (4, 6))
+  t = jnp.array([1, 200, 600, 1000])
+  given, nothing = jnp.arange(4.0), jnp.zeros(4)
+  net = guidance.guided(linear, given, nothing, T=1000, **options)
+  return (
+    np.asarray(net(x, t)),
+    np.asarray(linear(x, t, given)),
+    np.asarray(linear(x, t, nothing)),
+  )
+
+
+@pytest.mark.parametrize('w', [0.0, 0.4, 1.0, 3.0])
+def test_guidance_goes_from_nothing_through_the_condition_and_on(w):
+  got, with_c, without = answers(scale=w)
+  want = without + w * (with_c - without)
+  np.testing.assert_allclose(got[:, :6], want[:, :6], atol=1e-5)
+  np.testing.assert_array_equal(got[:, 6:], with_c[:, 6:])
+
+
+def test_guidance_outside_its_interval_is_the_condition_alone():
+  got, with_c, without = answers(scale=3.0, interval=(0.2, 0.6))
+  inside = [1, 2]  # t = 200 and 600 of 1000, both ends included
+  want = with_c[:, :6].copy()
+  want[inside] = (without + 3 * (with_c - without))[inside, :6]
+  np.testing.assert_allclose(got[:, :6], want, atol=1e-5)
+
+
+def test_rescaled_guidance_has_the_spread_of_none():
+  spread = lambda x: x[:, :6].std(1)  # noqa: E731
+  x, t = jax.random.normal(jax.random.key(5), (4, 6)), jnp.full(4, 3)
+  net = lambda x, t, c: x * (1 + c[:, None])  # noqa: E731
+  made = functools.partial(
+    guidance.guided, net, jnp.ones(4), jnp.zeros(4), T=9, scale=3.0
+  )
+  want = spread(np.asarray(net(x, t, jnp.ones(4))))
+  assert np.all(spread(np.asarray(made()(x, t))) > 1.5 * want)
+  got = spread(np.asarray(made(rescale=1.0)(x, t)))
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_guiding_any_prediction_guides_x0_alike():
+  """x̂_0 is affine in the answer, with the same slope for both halves."""
+  s, w, t = schedules.linear(), 2.5, 400
+  x_t, x0_c, x0_0 = jax.random.normal(jax.random.key(1), (3, 7))
+  want = x0_0 + w * (x0_c - x0_0)
+  for name in ('eps', 'x0', 'v', 'mu'):
+    predict = getattr(predictions, name)
+
+    def answer(x0, predict=predict):
+      rest = x_t - jnp.sqrt(s.alpha_bar[t]) * x0
+      eps = rest / jnp.sqrt(s.one_minus_alpha_bar[t])
+      return predict.target(s, x0, eps, t)
+
+    mixed = answer(x0_0) + w * (answer(x0_c) - answer(x0_0))
+    got = predict.to_x0(s, x_t, mixed, t)
+    # μ̃ holds 0.005 of x_0 at this t, so that two digits are lost.
+    np.testing.assert_allclose(got, want, atol=1e-3 if name == 'mu' else 1e-5)
+
+
+@functools.cache
+def trained(**changes):
+  """Losses of three steps with texts, and guided samples."""
+  c = config(**changes)
+  mesh, how = build.mesh(c), c.parallel.engine
+  source = build.source(c)
+  state = parallel.init_state(functools.partial(build.init_state, c), mesh)
+  step = parallel.compile_step(build.train_step(c, mesh.size), mesh, how, state)
+  losses = []
+  for i in range(3):
+    index = np.arange(32, dtype=np.int32)
+    batch = {**source.gather(index + 32 * i), 'index': index}
+    state, metrics = step(state, parallel.put(batch, mesh, how))
+    losses.append([float(metrics['loss']), float(metrics['grad_norm'])])
+  draw = parallel.compile_map(
+    build.sampler(c, seed=0), mesh, how, state.ema_params
+  )
+  rows = {
+    'index': np.arange(16, dtype=np.int32),
+    'condition': np.repeat(captions.tokens(['a two', 'zero'], 32), 8, axis=0),
+  }
+  return np.array(losses), draw(state.ema_params, parallel.put(rows, mesh, how))
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    dict(parallel__data=2, parallel__fsdp=4),
+    dict(parallel__engine='pmap', parallel__data=8),
+  ],
+  ids=lambda changes: ' '.join(f'{k}={v}' for k, v in changes.items()),
+)
+def test_one_device_is_eight_with_texts_and_guidance_too(changes):
+  losses, (images, _) = trained(**changes)
+  one_losses, (one_images, _) = trained(parallel__data=1)
+  # As in test_parallel.
+  np.testing.assert_allclose(losses, one_losses, rtol=2e-5)
+  assert np.abs(images.astype(int) - one_images).max() <= 1
+  assert np.mean(images != one_images) < 0.01
+
+
+def test_without_guidance_an_image_is_drawn_as_told():
+  """The shortcut for w = 1 is the guided network at w = 1."""
+  c = config(sampler__guidance=1)
+  state = jax.jit(functools.partial(build.init_state, c))()
+  key = jax.random.key(3)
+  params = jax.tree.map(
+    lambda p: p + 0.1 * jax.random.normal(key, p.shape), state.params
+  )
+  x, t = jax.random.normal(key, (2, 8, 8, 1)), jnp.array([5, 900])
+  told = captions.tokens(['a two', 'zero'], 32)
+
+  def answer(c):
+    return build.reverse_process(c).model_fn(params, told)(x, t)
+
+  want = build.model(c).apply({'params': params}, x, t, told)
+  np.testing.assert_allclose(answer(c), want, atol=1e-5)
+  near = answer(config(sampler__guidance=1 + 1e-6))
+  np.testing.assert_allclose(near, want, atol=1e-4)
+  nothing = build.reverse_process(c).model_fn(params)(x, t)
+  none = answer(config(sampler__guidance=0))
+  np.testing.assert_allclose(none, nothing, atol=1e-5)
+  assert jnp.abs(want - nothing).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (dict(condition__name='txt'), "did you mean 'text'"),
+    (dict(condition__name='label'), 'condition.classes'),
+    (dict(condition__name='label', condition__classes=7), '10 classes'),
+    (dict(condition__drop=1), 'drop'),
+    (dict(condition__width=6), 'multiple of 4'),
+    (dict(condition__length=0), 'length'),
+    (dict(condition__length=8), 'length=8'),
+    (dict(sampler__guidance=-1), 'guidance'),
+    (dict(sampler__guidance_interval=(0.9, 0.1)), 'interval'),
+    (dict(sampler__guidance_rescale=2), 'rescale'),
+    (dict(condition__name=''), 'for a network with a condition'),
+    (dict(data__captions='file'), 'needs captions'),
+    (dict(data__names=('a', 'b')), '2 names for the 10'),
+    (dict(data__templates=('a digit',)), 'needs {} once'),
+  ],
+)
+def test_a_condition_that_cannot_be_is_a_line_for_the_user(changes, message):
+  def begin():
+    c = config(**changes)
+    build.check(c)
+    build.model(c)
+    build.source(c)
+
+  with pytest.raises(errors.UserError, match=message):
+    begin()
+
+
+def run(*args):
+  main.run([*args])
+
+
+@pytest.fixture(scope='module')
+def of_words(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('runs') / 'words'
+  tiny = [x for x in conftest.TINY if 'config=' not in x]
+  run(
+    f'--config={TEXT}',
+    *tiny,
+    f'--workdir={workdir}',
+    '--config.steps=4',
+    *('--config.condition.width=8', '--config.condition.depth=1'),
+  )
+  return workdir
+
+
+def test_prompts_are_answered_in_turn(of_words, tmp_path):
+  (tmp_path / 'prompts.txt').write_text('a nine\n\n  zero \n')
+  common = ['--mode=sample', f'--workdir={of_words}', '--num_samples=3']
+  asked = ['--prompt=seven', f'--prompts={tmp_path / "prompts.txt"}']
+  run(*common, *asked, f'--output={tmp_path / "a.npz"}')
+  run(*common, *asked, f'--output={tmp_path / "a.png"}', '--guidance=3')
+  with np.load(tmp_path / 'a.npz') as file:
+    assert file['images'].shape == (9, 8, 8, 1)
+  with Image.open(tmp_path / 'a.png') as image:
+    assert image.height > 100
+  run(*common, '--guidance=0', f'--output={tmp_path / "b.npz"}')
+  run(
+    *common,
+    *('--prompt=seven', '--guidance=0'),
+    f'--output={tmp_path / "c.npz"}',
+  )
+  # Nothing is asked for in both.
+  with np.load(tmp_path / 'b.npz') as b, np.load(tmp_path / 'c.npz') as c:
+    difference = np.abs(b['images'].astype(int) - c['images'])
+    assert difference.max() <= 1
+
+
+@pytest.mark.parametrize(
+  ('args', 'message'),
+  [
+    (['--label=3'], '--label is for'),
+    (['--prompt=' + 'x' * 99], 'condition.length=32'),
+    (['--prompts=nowhere.txt'], 'nowhere.txt'),
+    (['--prompt=a', '--guidance=much'], 'guidance'),
+    (['--prompt=a', '--guidance=-2'], 'guidance'),
+  ],
+)
+def test_bad_prompts_are_a_line_for_the_user(of_words, args, message):
+  with pytest.raises(errors.UserError, match=message):
+    run('--mode=sample', f'--workdir={of_words}', *args)
+
+
+def test_prompts_are_for_models_of_texts(tiny_run):
+  for wrong in ('--prompt=a seven', '--label=7'):
+    with pytest.raises(errors.UserError, match='is for models of'):
+      run('--mode=sample', f'--workdir={tiny_run[0]}', wrong)
+  with pytest.raises(errors.UserError, match='--mode=sample'):
+    run(*conftest.TINY, '--prompt=a seven')
+
+
+@pytest.mark.parametrize('label', ['10', '-1', 'seven'])
+def test_a_class_that_is_not_there(label):
+  c = config(digits, condition__name='label', condition__classes=10)
+  with pytest.raises(errors.UserError, match='0 to 9'):
+    conditioning.class_number(c, label)
+  assert conditioning.class_number(c, '7') == 7
+  c.data.names = ('zero', 'seven')
+  assert conditioning.class_number(c, 'seven') == 1
+
+
+def test_classes_take_turns_if_none_is_asked_for():
+  c = config(digits, condition__name='label', condition__classes=10)
+  state = jax.jit(functools.partial(build.init_state, c))()
+  key = jax.random.key(3)
+  params = jax.tree.map(
+    lambda p: p + 0.1 * jax.random.normal(key, p.shape), state.params
+  )
+  draw = jax.jit(build.sampler(c, seed=0))
+  index = jnp.array([3, 12, 25])
+  free, _ = draw(params, index)
+  told, _ = draw(params, {'index': index, 'condition': index % 10})
+  other, _ = draw(params, {'index': index, 'condition': (index + 1) % 10})
+  np.testing.assert_array_equal(free, told)
+  assert np.any(free != other)

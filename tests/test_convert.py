@@ -1,0 +1,573 @@
+"""Other people's weights: what diffusers answers, we answer; and back again.
+
+tests/golden/diffusers holds what torch and diffusers answered; its script says
+how it was made. `test_diffusers.py` asks them anew.
+"""
+
+import functools
+import json
+import re
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import make_diffusers as golden
+from safetensors import numpy as safetensors_numpy
+
+from ddpm_jax import build
+from ddpm_jax import errors
+from ddpm_jax import main
+from ddpm_jax import recipe
+from ddpm_jax.diffusion import predictions
+from ddpm_jax.diffusion import process
+from ddpm_jax.diffusion import samplers
+from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import variances
+from ddpm_jax.interop import diffusers
+from ddpm_jax.interop import fields
+from ddpm_jax.interop import files
+from ddpm_jax.jobs import train
+from ddpm_jax.runtime import checkpoint
+from ddpm_jax.runtime import parallel
+
+# The files that google/ddpm-cifar10-32 publishes.
+CIFAR = {
+  '_class_name': 'UNet2DModel',
+  '_diffusers_version': '0.0.4',
+  'act_fn': 'silu',
+  'attention_head_dim': None,
+  'block_out_channels': [128, 256, 256, 256],
+  'center_input_sample': False,
+  'down_block_types': [
+    *('DownBlock2D', 'AttnDownBlock2D', 'DownBlock2D', 'DownBlock2D')
+  ],
+  'downsample_padding': 0,
+  'flip_sin_to_cos': False,
+  'freq_shift': 1,
+  'in_channels': 3,
+  'layers_per_block': 2,
+  'mid_block_scale_factor': 1,
+  'norm_eps': 1e-06,
+  'norm_num_groups': 32,
+  'out_channels': 3,
+  'sample_size': 32,
+  'time_embedding_type': 'positional',
+  'up_block_types': ['UpBlock2D', 'UpBlock2D', 'AttnUpBlock2D', 'UpBlock2D'],
+}
+SCHEDULER = {
+  '_class_name': 'DDPMScheduler',
+  '_diffusers_version': '0.1.1',
+  'beta_end': 0.02,
+  'beta_schedule': 'linear',
+  'beta_start': 0.0001,
+  'clip_sample': True,
+  'num_train_timesteps': 1000,
+  'trained_betas': None,
+  'variance_type': 'fixed_large',
+}
+# And ddpm-church-256, with bedroom, cat and celebahq.
+CHURCH = CIFAR | {
+  'block_out_channels': [128, 128, 256, 256, 512, 512],
+  'down_block_types': [
+    *['DownBlock2D'] * 4,
+    *('AttnDownBlock2D', 'DownBlock2D'),
+  ],
+  'sample_size': 256,
+  'up_block_types': ['UpBlock2D', 'AttnUpBlock2D', *['UpBlock2D'] * 4],
+}
+
+
+def configured(unet, scheduler):
+  """The whole recipe that follows from the fields."""
+  config = recipe.shipped('base')
+  config.update_from_flattened_dict(fields.to_recipe(unet, scheduler))
+  return config
+
+
+def abstract_params(config):
+  return jax.eval_shape(lambda: build.init_state(config)).params
+
+
+@functools.cache
+def golden_model(name):
+  """(name, tensors, recipe, our weights) of a golden model."""
+  model = files.read_model(golden.FOLDER / name)
+  config = configured(model.unet, model.scheduler)
+  tensors = files.read_tensors(model.weights)
+  params = diffusers.to_params(
+    abstract_params(config), tensors, diffusers.DIFFUSERS
+  )
+  return name, tensors, config, params
+
+
+@pytest.fixture(params=golden.MODELS)
+def imported(request):
+  return golden_model(request.param)
+
+
+def test_outputs_are_those_of_diffusers(imported):
+  name, _, config, params = imported
+  expected = np.load(golden.FOLDER / name / 'expected.npz')
+  out = jax.jit(build.model(config).apply)(
+    {'params': params}, expected['x'], expected['t'] + 1
+  )
+  scale = np.max(np.abs(expected['out']))
+  # Sums of hundreds of float32 products, in another order.
+  np.testing.assert_allclose(out, expected['out'], rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize('variance', golden.VARIANCES)
+@pytest.mark.parametrize('prediction', golden.PREDICTIONS)
+def test_ancestral_steps_are_those_of_diffusers(prediction, variance):
+  """Theirs are affine in the noise: mean + σ z, with z of our keys."""
+  expected = np.load(golden.FOLDER / 'steps.npz')
+  x = jnp.asarray(expected['x'])
+  out = (
+    expected['out'] if variance == 'learned_range' else expected['out'][..., :3]
+  )
+  keys = jax.random.split(jax.random.key(0), len(x))
+  z = process.normal(keys, x.shape[1:])
+  for t in golden.TIMES:
+    mean, sigma = expected[f'{prediction}/{variance}/{t}']
+    x_prev, _ = samplers.ancestral(
+      *(schedules.linear(), lambda x, t: out, keys, x, jnp.array(t + 1)),
+      predict=getattr(predictions, fields.PREDICTIONS[prediction]),
+      variance=getattr(variances, fields.VARIANCES[variance]),
+    )
+    # Their tables are products in float32: β_2 there is off by 3e-4 of itself,
+    # and with it the weights of x_t and x̂_0.
+    np.testing.assert_allclose(x_prev, mean + sigma * z, rtol=0, atol=1e-3)
+    if t == 0:
+      assert not np.any(sigma)
+
+
+def test_a_chain_of_1000_steps_is_that_of_diffusers():
+  name, _, config, params = golden_model('rgb')
+  expected = np.load(golden.FOLDER / name / 'expected.npz')
+  x = jnp.asarray(expected['x'])
+  noise = jnp.stack([golden.noise(10 + t, x.shape) for t in range(1000)])
+  p = build.reverse_process(config)
+
+  def step(schedule, model_fn, keys, x_t, t, *_):
+    mean, x0_hat = samplers.greedy(schedule, model_fn, keys, x_t, t)
+    sigma = jnp.where(t > 1, jnp.exp(variances.beta(schedule, None, t) / 2), 0)
+    return mean + sigma * noise[t - 1], x0_hat
+
+  keys = jax.random.split(jax.random.key(0), len(x))
+  x_0, _ = samplers.sample(step, p.schedule, p.model_fn(params), keys, x)
+  assert np.std(expected['chain']) > 0.1
+  np.testing.assert_allclose(x_0, expected['chain'], rtol=0, atol=1e-3)
+
+
+def test_weights_come_back_bit_for_bit(imported):
+  _, tensors, _, params = imported
+  modern = {diffusers.modern(name): x for name, x in tensors.items()}
+  back = diffusers.from_params(params, diffusers.DIFFUSERS)
+  assert back.keys() == modern.keys()
+  for name, x in back.items():
+    np.testing.assert_array_equal(x, modern[name], strict=True)
+
+
+def test_pytorch_diffusion_has_other_names_for_the_same(imported):
+  _, tensors, config, params = imported
+  last = len(config.model.multipliers) - 1
+  other = {}
+  for name, x in tensors.items():
+    name = diffusers.modern(name)
+    if 'attentions' in name and x.ndim == 2:
+      x = x[..., None, None]  # convolutions there
+    name = re.sub(r'up_blocks\.(\d+)', lambda m: f'up.{last - int(m[1])}', name)
+    for here, there in (
+      ('time_embedding.linear_1', 'temb.dense.0'),
+      ('time_embedding.linear_2', 'temb.dense.1'),
+      ('down_blocks', 'down'),
+      ('mid_block.resnets.0', 'mid.block_1'),
+      ('mid_block.attentions.0', 'mid.attn_1'),
+      ('mid_block.resnets.1', 'mid.block_2'),
+      ('resnets', 'block'),
+      ('attentions', 'attn'),
+      ('downsamplers.0', 'downsample'),
+      ('upsamplers.0', 'upsample'),
+      ('time_emb_proj', 'temb_proj'),
+      ('conv_shortcut', 'nin_shortcut'),
+      ('conv_norm_out', 'norm_out'),
+      ('group_norm', 'norm'),
+      *(('to_q', 'q'), ('to_k', 'k'), ('to_v', 'v')),
+      ('to_out.0', 'proj_out'),
+    ):
+      name = name.replace(here, there)
+    other[name] = x
+  same = diffusers.to_params(params, other, diffusers.PYTORCH_DIFFUSION)
+  jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+@pytest.mark.parametrize(
+  ('unet', 'count'), [(CIFAR, 35_746_307), (CHURCH, 113_673_219)]
+)
+def test_the_released_models_have_the_papers_parameters(unet, count):
+  config = configured(unet, SCHEDULER)
+  sizes = [x.size for x in jax.tree.leaves(abstract_params(config))]
+  assert sum(sizes) == count
+
+
+@pytest.mark.parametrize(
+  ('unet', 'variance', 'ours'),
+  [
+    (CIFAR, 'fixed_large', 'configs/cifar.py'),
+    (CHURCH, 'fixed_small', 'configs/lsun.py:church'),
+  ],
+)
+def test_the_released_models_are_our_recipes(unet, variance, ours, monkeypatch):
+  monkeypatch.chdir(recipe.CONFIGS.parent)
+  keys = fields.to_recipe(unet, SCHEDULER | {'variance_type': variance})
+  theirs, ours = keys, recipe.flatten(recipe.load(ours))
+  # They were released for sampling: without the dropout of their training.
+  assert theirs.pop('model.dropout') == 0.0
+  assert theirs == {key: ours[key] for key in theirs}
+
+
+@pytest.mark.parametrize('name', golden.MODELS)
+def test_fields_written_and_read_again_are_the_same_recipe(name):
+  model = files.read_model(golden.FOLDER / name)
+  config = configured(model.unet, model.scheduler)
+  unet, scheduler = fields.from_recipe(recipe.flatten(config), [])
+  assert fields.to_recipe(unet, scheduler) == fields.to_recipe(*model[:2])
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('_class_name', 'UNet2DConditionModel'),
+    ('act_fn', 'mish'),
+    ('add_attention', False),
+    ('attention_head_dim', 8),
+    ('attn_norm_num_groups', 16),
+    ('block_out_channels', [128, 192, 256, 256]),
+    ('block_out_channels', 128),
+    ('center_input_sample', True),
+    ('class_embed_type', 'timestep'),
+    ('down_block_types', ['DownBlock2D'] * 3),
+    ('down_block_types', ['SkipDownBlock2D'] * 4),
+    ('down_block_types', ['DownBlock2D'] * 3 + ['ResnetDownsampleBlock2D']),
+    ('downsample_padding', 1),
+    ('downsample_type', 'resnet'),
+    ('encoder_hid_dim', 3),
+    ('flip_sin_to_cos', True),
+    ('freq_shift', 0),
+    ('in_channels', 4),
+    ('layers_per_block', 0),
+    ('mid_block_scale_factor', 1.4),
+    ('mid_block_type', None),
+    ('norm_eps', 1e-5),
+    ('norm_num_groups', None),
+    ('num_class_embeds', 10),
+    ('out_channels', 6),
+    ('resnet_time_scale_shift', 'scale_shift'),
+    ('sample_size', None),
+    ('time_embedding_dim', 128),
+    ('time_embedding_type', 'fourier'),
+    ('up_block_types', ['UpBlock2D'] * 4),
+    ('upsample_type', 'resnet'),
+  ],
+)
+def test_another_network_is_refused_by_its_field(field, value):
+  with pytest.raises(errors.UserError) as caught:
+    fields.to_recipe(CIFAR | {field: value}, SCHEDULER)
+  # Types that do not match are told as one mistake or the other.
+  told = 'block_types' if field.endswith('block_types') else f'{field}='
+  assert told in str(caught.value)
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('_class_name', 'DDIMScheduler'),
+    ('beta_schedule', 'sigmoid'),
+    ('beta_start', None),
+    ('clip_sample', None),
+    ('clip_sample_range', 2.0),
+    ('num_train_timesteps', 0),
+    ('predict_epsilon', False),
+    ('prediction_type', 'flow'),
+    ('rescale_betas_zero_snr', 'yes'),
+    ('sigma_data', 0.5),
+    ('steps_offset', 1),
+    ('thresholding', True),
+    ('trained_betas', [0.1]),
+    ('variance_type', 'fixed_large_log'),
+    ('variance_type', 'learned'),  # σ² there, log σ² here
+  ],
+)
+def test_another_process_is_refused_by_its_field(field, value):
+  with pytest.raises(errors.UserError, match=f'{field}='):
+    fields.to_recipe(CIFAR, SCHEDULER | {field: value})
+
+
+def test_what_is_absent_means_what_it_means_to_diffusers():
+  """All that differs is named at once."""
+  with pytest.raises(errors.UserError) as caught:
+    fields.to_recipe({'sample_size': 32}, {})
+  for field in (
+    *('attention_head_dim=8', 'flip_sin_to_cos=True', 'freq_shift=0'),
+    *('norm_eps=1e-05', 'downsample_padding=1'),
+  ):
+    assert f'{field}, its default' in str(caught.value)
+
+
+def test_a_learned_variance_needs_as_many_channels():
+  learned = SCHEDULER | {'variance_type': 'learned_range'}
+  with pytest.raises(errors.UserError, match='out_channels=3'):
+    fields.to_recipe(CIFAR, learned)
+  keys = fields.to_recipe(CIFAR | {'out_channels': 6}, learned)
+  assert keys['model.variance'] == 'learned_range'
+  assert keys['loss.name'] == 'hybrid'
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('model.name', 'mlp'),
+    ('condition.name', 'text'),
+    ('model.predict', 'mu'),
+    ('sampler.variance', 'learned'),
+    ('model.multipliers', (2, 2)),
+  ],
+)
+def test_what_has_no_counterpart_is_not_written(key, value):
+  keys = recipe.flatten(recipe.shipped('cifar')) | {key: value}
+  with pytest.raises(errors.UserError, match=re.escape(f'config.{key}=')):
+    fields.from_recipe(keys, [])
+
+
+def test_zero_terminal_snr_is_kept_both_ways():
+  zero = {'rescale_betas_zero_snr': True, 'prediction_type': 'v_prediction'}
+  keys = fields.to_recipe(CIFAR, SCHEDULER | zero)
+  assert keys['schedule.zero_terminal_snr']
+  whole = recipe.flatten(recipe.shipped('cifar')) | keys
+  _, scheduler = fields.from_recipe(whole, [])
+  assert zero.items() <= scheduler.items()
+
+
+def copy_of(name, folder):
+  shutil.copytree(golden.FOLDER / name, folder)
+  return folder
+
+
+def convert(*args):
+  main.run(['--mode=convert', *(str(arg) for arg in args)])
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    'unet/config.json',
+    'scheduler/scheduler_config.json',
+    'unet/diffusion_pytorch_model.safetensors',
+  ],
+)
+def test_a_missing_file_is_named(tmp_path, name):
+  folder = copy_of('rgb', tmp_path / 'in')
+  (folder / name).unlink()
+  with pytest.raises(errors.UserError, match=f'has no {name}'):
+    convert(f'--input={folder}', f'--output={tmp_path}/out')
+
+
+def test_truncated_weights_are_noticed(tmp_path):
+  folder = copy_of('rgb', tmp_path / 'in')
+  path = folder / files.SAFE[0]
+  whole = path.read_bytes()
+  for size in (0, 7, 100, len(whole) - 1):
+    path.write_bytes(whole[:size])
+    with pytest.raises(errors.UserError, match='cannot be read'):
+      convert(f'--input={folder}', f'--output={tmp_path}/out')
+  (folder / files.UNET[0]).write_text('{')
+  with pytest.raises(errors.UserError, match=r'config\.json is damaged'):
+    convert(f'--input={folder}', f'--output={tmp_path}/out')
+
+
+@pytest.mark.parametrize(
+  ('change', 'told'),
+  [
+    (lambda t: t.pop('conv_in.bias'), 'lack: conv_in.bias'),
+    (lambda t: t.update(extra=np.zeros(3)), 'no place in the network: extra'),
+    (
+      lambda t: t.update({'conv_in.bias': np.zeros(3, np.float32)}),
+      r'conv_in.bias is \(3,\)',
+    ),
+    (
+      lambda t: t.update({'conv_in.bias': np.full(4, np.nan, np.float32)}),
+      'conv_in.bias holds values that are not finite',
+    ),
+  ],
+)
+def test_weights_of_another_network_are_named(tmp_path, change, told):
+  folder = copy_of('rgb', tmp_path / 'in')
+  tensors = safetensors_numpy.load_file(folder / files.SAFE[0])
+  change(tensors)
+  safetensors_numpy.save_file(tensors, folder / files.SAFE[0])
+  with pytest.raises(errors.UserError, match=told):
+    convert(f'--input={folder}', f'--output={tmp_path}/out')
+
+
+def test_half_precision_weights_become_float32(tmp_path):
+  folder = copy_of('learned', tmp_path / 'in')
+  tensors = safetensors_numpy.load_file(folder / files.SAFE[0])
+  half = {name: x.astype(np.float16) for name, x in tensors.items()}
+  safetensors_numpy.save_file(half, folder / files.SAFE[0])
+  model = files.read_model(folder)
+  params = diffusers.to_params(
+    abstract_params(configured(model.unet, model.scheduler)),
+    files.read_tensors(model.weights),
+    diffusers.DIFFUSERS,
+  )
+  kernel = params['conv_in']['kernel']
+  assert kernel.dtype == np.float32
+  expected = half['conv_in.weight'].transpose(2, 3, 1, 0)
+  np.testing.assert_array_equal(kernel, expected)
+
+
+def test_pickles_are_not_read_without_torch(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  folder = copy_of('rgb', tmp_path / 'in')
+  (folder / files.SAFE[0]).rename(folder / files.PICKLED[0])
+  for args in (
+    [f'--input={folder}'],
+    [f'--input={folder}/{files.PICKLED[0]}', '--config=configs/cifar.py'],
+  ):
+    monkeypatch.chdir(recipe.CONFIGS.parent)
+    with pytest.raises(errors.UserError, match=r'is a pickle.*install torch'):
+      convert(*args, f'--output={tmp_path}/out')
+
+
+def test_a_name_on_the_hub_needs_the_hub(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+  for name, told in (
+    ('google/ddpm-cifar10-32', r'pip install .ddpm_jax\[hub\]'),
+    ('/no/such/folder', 'no such folder or file'),
+  ):
+    with pytest.raises(errors.UserError, match=told):
+      convert(f'--input={name}', '--output=out')
+
+
+@pytest.fixture(scope='module')
+def converted(tmp_path_factory):
+  """A workdir of the golden model `rgb`, with images of our own for data."""
+  folder = tmp_path_factory.mktemp('converted')
+  grays = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3))
+  np.savez(folder / 'data.npz', images=grays.astype(np.uint8))
+  convert(
+    f'--input={golden.FOLDER / "rgb"}',
+    f'--output={folder / "run"}',
+    '--config.data.name=arrays',
+    '--config.batch_size=16',
+    '--config.optimizer.warmup=0',
+  )
+  return folder / 'run'
+
+
+QUICK = ('--config.sampler.steps=5', '--config.parallel.data=1')
+
+
+def drawn_by(run, output):
+  main.run(
+    [
+      *('--mode=sample', f'--workdir={run}', '--num_samples=9'),
+      *(f'--output={output}', *QUICK),
+    ]
+  )
+  return np.load(output)['images']
+
+
+def test_a_run_exported_and_imported_draws_the_same(converted, tmp_path):
+  convert(f'--workdir={converted}', f'--output={tmp_path / "theirs"}')
+  convert(f'--input={tmp_path / "theirs"}', f'--output={tmp_path / "again"}')
+  drawn = drawn_by(converted, tmp_path / 'a.npz')
+  assert drawn.shape == (9, 8, 8, 3)
+  assert np.std(drawn) > 10
+  again = drawn_by(tmp_path / 'again', tmp_path / 'b.npz')
+  np.testing.assert_array_equal(drawn, again)
+  a, b = (
+    safetensors_numpy.load_file(folder / files.SAFE[0])
+    for folder in (golden.FOLDER / 'rgb', tmp_path / 'theirs')
+  )
+  for name in a.keys() | b.keys():
+    np.testing.assert_array_equal(a[name], b[name])
+  index = json.loads((tmp_path / 'theirs' / 'model_index.json').read_text())
+  assert index['_class_name'] == 'DDPMPipeline'
+
+
+def test_flags_that_do_not_go_together_are_told(tmp_path, converted):
+  model, run = golden.FOLDER / 'rgb', converted
+  before = sorted(run.rglob('*'))
+  for args, told in (
+    ([f'--input={model}'], 'convert takes'),
+    (['--output=x'], 'convert takes'),
+    ([f'--input={model}', f'--workdir={run}', '--output=x'], 'convert takes'),
+    ([f'--input={model}', f'--output={run}'], 'is there already'),
+    ([f'--workdir={run}', f'--output={run}'], 'is there already'),
+    ([f'--workdir={tmp_path}/no', '--output=x'], 'no run in'),
+    (
+      [f'--input={model}', '--output=x', '--config.model.channels=8'],
+      r'config\.model\.channels is 4 in',
+    ),
+    (
+      [f'--input={model}/{files.SAFE[0]}', '--output=x'],
+      'says nothing of its recipe',
+    ),
+    (
+      [
+        *(f'--input={model}/{files.SAFE[0]}', '--output=x'),
+        f'--config={recipe.CONFIGS}/digits_text.py',
+      ],
+      'without a condition',
+    ),
+  ):
+    with pytest.raises(errors.UserError, match=told):
+      convert(*args)
+  assert sorted(run.rglob('*')) == before
+  with pytest.raises(errors.UserError, match='--input is for'):
+    main.run(['--mode=sample', f'--workdir={run}', f'--input={model}'])
+
+
+def test_it_is_evaluated_and_goes_on_training(converted, tmp_path, capfd):
+  run = tmp_path / 'run'
+  shutil.copytree(converted, run)
+  data = f'--config.data.path={converted.parent / "data.npz"}'
+  few = ['--config.evaluate.draws=2', '--config.evaluate.images=8']
+  main.run(['--mode=evaluate', f'--workdir={run}', data, *few, *QUICK])
+  found = json.loads((run / 'evaluation.json').read_text())
+  assert found['step'] == 0
+  assert 0 < found['bits_per_dim'] < 1000
+  main.run(
+    [
+      *(f'--workdir={run}', data, *QUICK, '--num_samples=1'),
+      *('--config.steps=2', '--config.log.every=1'),
+    ]
+  )
+  assert 'going on from step 0' in capfd.readouterr().err
+  lines = (run / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(line)['step'] for line in lines] == [1, 2]
+  assert checkpoint.steps(run / 'checkpoints') == [0, 2]
+  with pytest.raises(errors.UserError, match=r'keys differ: data\.path'):
+    main.run([f'--workdir={run}', '--config.data.path=elsewhere.npz'])
+
+
+def test_it_begins_with_the_weights_and_nothing_else(converted):
+  config = recipe.resolve(None, converted, {})
+  mesh = build.mesh(config)
+  abstract = parallel.abstract_state(lambda: build.init_state(config), mesh)
+  saved = checkpoint.restore(
+    converted / 'checkpoints', train.trained(abstract), abstract.ema_params
+  )
+  tensors = files.read_tensors(golden.FOLDER / 'rgb' / files.SAFE[0])
+  params = diffusers.to_params(abstract.params, tensors, diffusers.DIFFUSERS)
+  for found in (saved.ema, saved.state['params']):
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+  assert saved.step == saved.state['step'] == 0
+  assert saved.data == {'next_index': 0}
+  assert all(not np.any(x) for x in jax.tree.leaves(saved.state['opt_state']))

@@ -1,0 +1,253 @@
+"""Editing: what is known stays, what is made anew fits, and files that do not
+fit are refused.
+"""
+
+import functools
+
+import gaussian
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import base
+from ddpm_jax import build
+from ddpm_jax import errors
+from ddpm_jax import main
+from ddpm_jax.diffusion import editing
+from ddpm_jax.diffusion import pixels
+from ddpm_jax.diffusion import process
+from ddpm_jax.diffusion import samplers
+from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import spacings
+from ddpm_jax.jobs import edit
+
+T = 100
+S = schedules.linear(T, 1e-3, 0.2)
+
+
+def keys(n, seed=0):
+  return jax.random.split(jax.random.key(seed), n)
+
+
+def step(name='ancestral', **options):
+  return functools.partial(getattr(samplers, name), clip=False, **options)
+
+
+def test_q_between_is_q_from_0_and_one_step_from_t_minus_1():
+  x, eps = process.normal(keys(2), (5,))
+  at = jnp.array
+  for t in (1, 2, 50, T):
+    np.testing.assert_allclose(
+      process.q_between(S, x, at(0), at(t), eps),
+      process.q_sample(S, x, at(t), eps),
+      atol=1e-5,  # √ of 1 - ᾱ_1, which is 1e-3, in float32
+    )
+    np.testing.assert_allclose(
+      process.q_between(S, x, at(t - 1), at(t), eps),
+      process.q_step(S, x, at(t), eps),
+      atol=1e-5,
+    )
+    np.testing.assert_array_equal(process.q_between(S, x, at(t), at(t), eps), x)
+
+
+def test_jumps_take_every_part_as_often_as_asked():
+  assert editing.jumps(5, 2, 2) == [5, 4, 5, 4, 3, 2, 3, 2, 1, 1]
+  assert editing.jumps(5, 2, 1) == [5, 4, 3, 2, 1]
+  assert len(editing.jumps(250, 10, 10)) == 2500
+  with pytest.raises(ValueError, match='at least 1'):
+    editing.jumps(5, 0, 1)
+
+
+@pytest.mark.parametrize('name', ['ancestral', 'ddim', 'dpm_solver_pp_2m'])
+def test_what_is_known_comes_back_exactly(name):
+  grays = jnp.arange(256, dtype=jnp.uint8).reshape(16, 16, 1)
+  mask = jnp.arange(16)[:, None] % 3 == 0
+  net = gaussian.model_fn(S, 0.4, 0.3)
+  x_T = process.normal(keys(2, 1), (16, 16, 1))
+  inpaint = editing.inpaint(step(name), pixels.to_float(grays), mask[..., None])
+  times = editing.jumps(T, 20, 2)
+  x_0, _ = samplers.sample(inpaint, S, net, keys(2), x_T, times=times)
+  known = np.broadcast_to(~mask[..., None], grays.shape)
+  for image in np.asarray(pixels.to_uint8(x_0)):
+    np.testing.assert_array_equal(image[known], np.asarray(grays)[known])
+    assert np.mean(image[~known] != np.asarray(grays)[~known]) > 0.9
+
+
+def test_with_nothing_known_and_no_jumps_it_is_the_sampler():
+  net = gaussian.model_fn(S, 0.4, 0.3)
+  x_T = process.normal(keys(3, 1), (4,))
+  all_anew = editing.inpaint(step('ddim'), jnp.zeros(4), jnp.ones(4, bool))
+  one, other = (
+    samplers.sample(way, S, net, keys(3), x_T)[0]
+    for way in (all_anew, step('ddim'))
+  )
+  np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_the_way_up_and_down_again_leaves_the_data_as_they_are():
+  """With the exact ε: jumps neither add to the noise nor take from it."""
+  N = 4000
+  net = gaussian.model_fn(S, 0.0, 1.0)
+  x_T = process.normal(keys(N, 1), (1,))
+  all_anew = editing.inpaint(step(), jnp.zeros(1), jnp.ones(1, bool))
+  times = [t for t in editing.jumps(T, 25, 3) if t > 1]
+  x, _ = samplers.sample(all_anew, S, net, keys(N), x_T, times=times)
+  # All x_t are N(0, 1), by σ² = β; five standard errors.
+  assert abs(float(x.mean())) < 5 / np.sqrt(N)
+  assert abs(float(x.var()) - 1) < 5 * np.sqrt(2 / N)
+  # Of another visit there is other noise: a part done twice is not undone.
+  once, _ = samplers.sample(
+    all_anew, S, net, keys(N), x_T, times=range(T, 1, -1)
+  )
+  assert np.mean(np.asarray(x) != np.asarray(once)) > 0.99
+
+
+def pair(rho):
+  """E[ε | x_t] of two pixels with correlation ρ, N(0, 1) each."""
+  sigma = jnp.array([[1.0, rho], [rho, 1.0]])
+
+  def eps_hat(x_t, t):
+    a, n = S.alpha_bar[t], S.one_minus_alpha_bar[t]
+    total = a[:, None, None] * sigma + n[:, None, None] * jnp.eye(2)
+    solved = jnp.linalg.solve(total, x_t[..., None])[..., 0]
+    return jnp.sqrt(n)[:, None] * solved
+
+  return eps_hat
+
+
+def test_resampling_makes_the_new_fit_the_known():
+  """x_2 given x_1 = 1.5 has the mean 1.5 ρ: more nearly with more visits."""
+  N, rho = 500, 0.9
+  known, mask = jnp.array([1.5, 0.0]), jnp.array([False, True])
+  x_T = process.normal(keys(N, 1), (2,))
+  inpaint = editing.inpaint(step(), known, mask)
+  off = {}
+  for resample in (1, 5):
+    times = editing.jumps(T, 10, resample)
+    x_0, _ = samplers.sample(inpaint, S, pair(rho), keys(N), x_T, times=times)
+    np.testing.assert_array_equal(x_0[:, 0], 1.5)
+    off[resample] = abs(float(x_0[:, 1].mean()) - 1.5 * rho)
+  assert off[5] < off[1] / 2
+  assert off[5] < 0.15
+
+
+@pytest.fixture
+def files(tmp_path):
+  """A digit, another, and a mask of its right half: paths and arrays."""
+  from sklearn import datasets
+
+  digits = datasets.load_digits().images[[3, 8]] * 15.9
+  mask = np.zeros((8, 8))
+  mask[:, 4:] = 255
+  found = {}
+  for name, x in zip(('image', 'to', 'mask'), [*digits, mask], strict=True):
+    found[name] = tmp_path / f'{name}.png', x.astype(np.uint8)
+    Image.fromarray(found[name][1]).save(found[name][0])
+  return found
+
+
+@pytest.fixture
+def edited(tiny_run, tmp_path):
+  def edited(*args):
+    output = tmp_path / 'out.npz'
+    flags = ['--mode=edit', f'--workdir={tiny_run[0]}', f'--output={output}']
+    main.run([*flags, '--num_samples=5', *map(str, args)])
+    with np.load(output) as file:
+      return file['images'][..., 0].astype(int)
+
+  return edited
+
+
+def test_a_part_is_made_anew_and_the_rest_is_kept(files, edited, capsys):
+  (image, x0), (mask, anew) = files['image'], files['mask']
+  small = '--config.edit.jump=5', '--config.edit.resample=2'
+  drawn = edited(f'--image={image}', f'--mask={mask}', *small)
+  np.testing.assert_array_equal(
+    drawn[:, anew == 0], np.broadcast_to(x0[anew == 0], (5, 32))
+  )
+  assert len({x.tobytes() for x in drawn}) == 5
+  # tiny_run takes 10 steps, here twice each.
+  assert '32 of 64 pixels anew, in 20 steps' in capsys.readouterr().err
+
+
+def test_a_variation_is_nearer_to_the_image_the_less_noisy_it_was(
+  files, edited
+):
+  image, x0 = files['image']
+
+  def off(strength):
+    drawn = edited(f'--image={image}', f'--strength={strength}')
+    return np.abs(drawn - x0).mean()
+
+  low, high = off(0.1), off(1.0)
+  assert low < high / 2
+
+
+def test_one_image_turns_into_another(files, edited):
+  (image, x0), (to, other) = files['image'], files['to']
+  drawn = edited(f'--image={image}', f'--to={to}', '--strength=0.1')
+  first, *_, last = drawn
+  assert np.abs(first - x0).mean() < np.abs(first - other).mean() / 2
+  assert np.abs(last - other).mean() < np.abs(last - x0).mean() / 2
+  # Half-way it is as far from both.
+  far = [np.abs(x - x0).mean() for x in drawn]
+  assert far == sorted(far)
+
+
+def test_other_sizes_are_resized_and_said(files, edited, capsys, tmp_path):
+  image, mask = files['image'][0], files['mask'][0]
+  for path in (image, mask):
+    with Image.open(path) as file:
+      file.resize((40, 24), Image.Resampling.NEAREST).convert('RGB').save(path)
+  drawn = edited(f'--image={image}', f'--mask={mask}')
+  assert '40x24: resized (shorter side, bicubic) and cut to 8x8' in (
+    capsys.readouterr().err
+  )
+  known = drawn[:, :, :2]  # well away from the mask's resized edge
+  np.testing.assert_array_equal(known, np.broadcast_to(known[0], known.shape))
+
+
+@pytest.mark.parametrize('spacing', build.functions(spacings).values())
+def test_levels_are_shares_of_T_whatever_the_spacing(spacing):
+  config = base.get_config()
+  short = schedules.stride(schedules.linear(1000), 100, spacing)
+  times = np.asarray(short.time)
+  for strength in (0.01, 0.3, 0.75, 1.0):
+    t, told = edit.level(config, short, strength)
+    assert times[t] == told >= min(1000 * strength, times[-1])
+    assert times[t - 1] < 1000 * strength
+
+
+def test_mistakes_are_a_line(files, tiny_run, tmp_path):
+  image, mask = files['image'][0], files['mask'][0]
+  white, odd = tmp_path / 'white.png', tmp_path / 'odd.png'
+  Image.new('L', (8, 8), 255).save(white)
+  Image.new('L', (9, 8), 255).save(odd)
+  text = tmp_path / 'text.png'
+  text.write_text('no image')
+  given = f'--image={image}'
+  for args, message in (
+    ([], 'name an --image'),
+    ([f'--image={text}'], '--image=.*cannot be read'),
+    ([f'--image={tmp_path / "none.png"}'], 'No such file'),
+    ([given, f'--to={text}'], '--to=.*cannot be read'),
+    ([given, f'--mask={mask}', f'--to={image}'], 'one of them'),
+    ([given, f'--mask={mask}', '--strength=0.5'], 'not for --mask'),
+    ([given, f'--mask={odd}'], 'is 9x8, and .* 8x8: they must be of one size'),
+    ([given, f'--mask={white}'], 'all white'),
+    ([given, '--strength=0'], r'0\.\.1'),
+    ([given, '--strength=1.5'], r'0\.\.1'),
+    ([given, f'--to={image}', '--num_samples=1'], '2 or more'),
+    (
+      [given, f'--mask={mask}', '--config.edit.resample=0'],
+      'resample=0 must be at least 1',
+    ),
+  ):
+    with pytest.raises(errors.UserError, match=message) as caught:
+      main.run(['--mode=edit', f'--workdir={tiny_run[0]}', *args])
+    assert '\n' not in str(caught.value)
+  for flag in (given, f'--mask={mask}', f'--to={image}', '--strength=0.5'):
+    with pytest.raises(errors.UserError, match='is for --mode=edit'):
+      main.run(['--mode=sample', f'--workdir={tiny_run[0]}', flag])
