@@ -21,16 +21,15 @@ def get_config() -> ConfigDict:
     *('zero', 'one', 'two', 'three', 'four'),
     *('five', 'six', 'seven', 'eight', 'nine'),
   )
+  # Many, of any length, so that it is the word that counts.
   c.data.templates = (
-    '{}',
-    'a {}',
-    'the number {}',
-    'the digit {}',
-    'a handwritten {}',
-    'a picture of a {}',
-    'draw a {}',
-    'please write {}',
+    *('{}', 'a {}', 'the {}', 'one {}', '{} please', 'number {}'),
+    *('the number {}', 'the digit {}', 'a handwritten {}', 'a small {}'),
+    *('a picture of a {}', 'an image of the number {}', 'draw a {}'),
+    *('please write {}', 'write a {} for me', 'show me the {}'),
+    *('could you draw the number {}?', 'I want to see a {}'),
+    *('a white {} on black', '{}, written by hand', 'it is a {}'),
   )
-  c.condition.update(name='text', length=32, width=64)
+  c.condition.update(name='text', length=48, width=64)
   c.sampler.guidance = 2.0
   return c

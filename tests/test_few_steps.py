@@ -489,16 +489,19 @@ def test_the_table_of_a_run(tiny_run, tmp_path, monkeypatch, capsys):
 
 
 def test_the_ways_of_the_table_are_samplers_within_their_evaluations():
-  config = base.get_config()
-  for way in few_steps.ways(config).values():
-    for n in few_steps.looks(way, 1000):
-      c = few_steps.changed(config, way, n)
-      build.reverse_process(c)
-      assert n - 1 <= few_steps.evaluations(c) <= n
-  fixed = set(few_steps.ways(config))
-  recipe.override(config, {'model.variance': 'learned_range'})
-  learned = set(few_steps.ways(config))
-  assert fixed ^ learned == {k for k in few_steps.WAYS if 'ancestral' in k}
+  found = []
+  for variance in ('beta', 'learned_range', 'learned'):
+    config = base.get_config()
+    recipe.override(config, {'model.variance': variance})
+    found.append(set(few_steps.ways(config)))
+    for way in few_steps.ways(config).values():
+      for n in few_steps.looks(way, 1000):
+        c = few_steps.changed(config, way, n)
+        build.reverse_process(c)
+        assert n - 1 <= few_steps.evaluations(c) <= n
+  ancestral = {k for k in few_steps.WAYS if 'ancestral' in k}
+  assert found[0] ^ found[1] == ancestral
+  assert found[2] == set(few_steps.WAYS) - ancestral
 
 
 @pytest.mark.parametrize(

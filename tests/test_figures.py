@@ -22,6 +22,7 @@ from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.jobs import figures
 from ddpm_jax.jobs import sample
+from ddpm_jax.jobs.evaluate import bound as bound_job
 from ddpm_jax.jobs.figures import common
 from ddpm_jax.jobs.figures import curves
 from ddpm_jax.jobs.figures import pictures
@@ -265,7 +266,7 @@ def test_rate_grows_and_ends_where_evaluate_says(trained, monkeypatch, capsys):
   (bound,) = bounds
   assert bound.t.shape == (11, 1000)  # exact, whatever evaluate would do
   rate, rmse = progress(bound)
-  result = bounds.summary(bound, 1000)
+  result = bound_job.summary(bound, 1000)
   assert np.all(np.diff(rate) >= 0)
   assert rate[-1] == pytest.approx(result['rate'], rel=1e-9)
   assert rmse[-1] == pytest.approx(result['rmse'], rel=1e-9)

@@ -96,12 +96,17 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
 
 
 def ways(config: ConfigDict) -> dict[str, dict[str, Any]]:
-  """Those that the network was made for: a learned variance, or a fixed one."""
-  learns = variances.is_learned(config.model.variance)
+  """Those that the network was made for: a learned variance, or a fixed one.
+
+  One that was learned of single steps says nothing of jumps.
+  """
+  variance = config.model.variance
+  learns = variances.is_learned(variance)
   return {
     title: way
     for title, way in WAYS.items()
-    if way['name'] != 'ancestral' or ('variance' in way) != learns
+    if way['name'] != 'ancestral'
+    or (('variance' in way) != learns and variance != 'learned')
   }
 
 

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import recipe
 from ddpm_jax.data import given
 from ddpm_jax.jobs import sample
 from ddpm_jax.jobs.evaluate import features
@@ -45,13 +46,14 @@ def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
   extract = features.extractor(config, mesh, trained.params, size)
   real, against = reference_of(config, args, extract, trained)
 
+  options = recipe.to_json(config)['sampler']
+  del options['batch_size']  # which changes no image
   made = {
     'step': step,
     'weights': kind,
-    'sampler': config.sampler.name,
-    'sampler_steps': config.sampler.steps,
-    'variance': config.sampler.variance,
-    'clip': config.sampler.clip,
+    'sampler': options.pop('name'),
+    'sampler_steps': options.pop('steps'),
+    'sampler_options': options,
     'seed': seed,
     'resize': config.evaluate.resize,
     'inception': trained.digest,
