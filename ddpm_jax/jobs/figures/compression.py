@@ -46,7 +46,7 @@ def codec(
   )
   spent, theory = compress.spent(sent, x0), curves.progress(bound)
   around = 8 * sent.around / x0.size
-  curves = {
+  lines = {
     'codec, whole file': (spent.code + around, spent.rmse),
     'codec, without header': (spent.code, spent.rmse),
     'ΣKL of its steps': (spent.kl, spent.rmse),
@@ -55,12 +55,12 @@ def codec(
   for form in ('JPEG', 'WEBP'):
     whole, inner, rmse = by_quality(x0, form)
     print(quality_table(form, whole, inner, rmse))
-    curves[f'{form}, whole file'] = whole, rmse
-    curves[f'{form}, without header'] = inner, rmse
+    lines[f'{form}, whole file'] = whole, rmse
+    lines[f'{form}, without header'] = inner, rmse
   most = max(spent.code[-1] + around, 1)
   near = {
     name: (x[x <= 2 * most], np.asarray(y)[x <= 2 * most])
-    for name, (x, y) in curves.items()
+    for name, (x, y) in lines.items()
   }
   steps = np.arange(len(spent.kl))
   both = {'code': (steps, spent.code), 'ΣKL': (steps, spent.kl)}
@@ -90,7 +90,7 @@ def quality_table(
   form: str, whole: np.ndarray, inner: np.ndarray, rmse: np.ndarray
 ) -> str:
   """For a person."""
-  lines = [f'{form}: whole file (bits/dim)   without header   RMSE (0..255)']
+  rows = [f'{form}: whole file (bits/dim)   without header   RMSE (0..255)']
   for row in zip(whole, inner, rmse, strict=True):
-    lines += ['{:27.3f}   {:14.3f}   {:13.3f}'.format(*row)]
-  return '\n'.join(lines)
+    rows += ['{:27.3f}   {:14.3f}   {:13.3f}'.format(*row)]
+  return '\n'.join(rows)
