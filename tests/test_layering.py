@@ -19,7 +19,15 @@ LAYERS = [
 ]
 INSIDE = {  # Rooms whose files have an order of their own.
   'diffusion': [
-    ['editing', 'guidance', 'objectives', 'samplers', 'two_noise', 'two_term'],
+    [
+      'codec',
+      'editing',
+      'guidance',
+      'objectives',
+      'samplers',
+      'two_noise',
+      'two_term',
+    ],
     ['likelihood'],
     ['process'],
     ['predictions', 'variances'],

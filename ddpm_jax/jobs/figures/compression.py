@@ -23,9 +23,9 @@ def codec(
   """What the codec sends of real images, and what comes of every part of it.
 
   Beside ΣKL, by steps received; and RMSE by bits/dim beside that of the bound,
-  which is of all T steps and sends nothing, and of JPEG and WebP. Of each a
-  thinner line leaves out what is header. `path` is of images to take in the
-  place of those of the split to evaluate on.
+  which is of all T steps and sends nothing, and of JPEG and WebP, each with its
+  headers and without. `path` is of images to take in the place of those of the
+  split to evaluate on.
   """
   config = trained.config.copy_and_resolve_references()
   config.evaluate.draws = 0
