@@ -443,6 +443,13 @@ def noise(config: ConfigDict, seed: int, index: jax.Array) -> Any:
   return keys, process.normal(first, shape(config))
 
 
+def index_and_condition(rows: Any) -> tuple[jax.Array, Any]:
+  """What `sampler` takes, of either form; the condition may be None."""
+  if isinstance(rows, dict):
+    return rows['index'], rows.get('condition')
+  return rows, None
+
+
 def sampler(config: ConfigDict, seed: int, snapshots: int = 0) -> Callable:
   """(params, rows) -> images (B, H, W, C), predictions (B, K, H, W, C).
 
@@ -454,8 +461,7 @@ def sampler(config: ConfigDict, seed: int, snapshots: int = 0) -> Callable:
   p = reverse_process(config)
 
   def sample(params: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
-    rows = rows if isinstance(rows, dict) else {'index': rows}
-    index, told = rows['index'], rows.get('condition')
+    index, told = index_and_condition(rows)
     if told is None and config.condition.name == 'label':
       told = index % config.condition.classes
     keys, x_T = noise(config, seed, index)

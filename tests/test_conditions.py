@@ -23,6 +23,7 @@ from ddpm_jax.data import sources
 from ddpm_jax.data import store
 from ddpm_jax.diffusion import guidance
 from ddpm_jax.diffusion import predictions
+from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.models import condition
 from ddpm_jax.models import unet
@@ -175,7 +176,7 @@ def test_digits_are_told_in_words():
 def test_some_examples_are_told_nothing_and_the_rest_any_caption():
   c = config(condition__drop=0.2)
   n = 4000
-  batch = {'text': np.tile(captions.tokens(['a', 'b', 'c'], 32), (n, 1, 1))}
+  batch = {'text': np.tile(captions.tokens(['a', 'b', 'c'], 48), (n, 1, 1))}
   keys = jax.random.split(jax.random.key(0), n)
   first = np.asarray(conditioning.of_batch(c, batch, keys))[:, 0]
   counts = [np.sum(first == x) for x in (0, *b'abc')]
@@ -327,7 +328,7 @@ def trained(**changes):
   )
   rows = {
     'index': np.arange(16, dtype=np.int32),
-    'condition': np.repeat(captions.tokens(['a two', 'zero'], 32), 8, axis=0),
+    'condition': np.repeat(captions.tokens(['a two', 'zero'], 48), 8, axis=0),
   }
   return np.array(losses), draw(state.ema_params, parallel.put(rows, mesh, how))
 
@@ -358,7 +359,7 @@ def test_without_guidance_an_image_is_drawn_as_told():
     lambda p: p + 0.1 * jax.random.normal(key, p.shape), state.params
   )
   x, t = jax.random.normal(key, (2, 8, 8, 1)), jnp.array([5, 900])
-  told = captions.tokens(['a two', 'zero'], 32)
+  told = captions.tokens(['a two', 'zero'], 48)
 
   def answer(c):
     return build.reverse_process(c).model_fn(params, told)(x, t)
@@ -443,11 +444,45 @@ def test_prompts_are_answered_in_turn(of_words, tmp_path):
     assert difference.max() <= 1
 
 
+def test_an_image_is_edited_as_told(of_words, tmp_path):
+  gray = np.full((8, 8), 120, np.uint8)
+  Image.fromarray(gray).save(tmp_path / 'gray.png')
+  made = []
+  for prompt in ('zero', 'a four'):
+    output = tmp_path / f'{prompt}.npz'
+    common = [f'--workdir={of_words}', f'--image={tmp_path / "gray.png"}']
+    common += ['--strength=1', '--num_samples=2', '--guidance=9']
+    run('--mode=edit', *common, f'--prompt={prompt}', f'--output={output}')
+    with np.load(output) as file:
+      made.append(file['images'])
+  assert np.any(made[0] != made[1])
+  with pytest.raises(errors.UserError, match='takes one --prompt'):
+    run('--mode=edit', *common, '--prompt=a', '--prompt=b')
+
+
+@pytest.mark.parametrize('name', sorted(build.functions(samplers, 'x_t')))
+def test_every_sampler_can_be_guided(name):
+  c = config(sampler__name=name, sampler__guidance=3)
+  state = jax.jit(functools.partial(build.init_state, c))()
+  key = jax.random.key(3)
+  params = jax.tree.map(
+    lambda p: p + 0.1 * jax.random.normal(key, p.shape), state.params
+  )
+  draw = jax.jit(build.sampler(c, seed=0))
+
+  def images(text):
+    told = captions.tokens([text] * 2, c.condition.length)
+    rows = {'index': jnp.arange(2), 'condition': told}
+    return np.asarray(draw(params, rows)[0])
+
+  assert np.mean(images('two') != images('zero')) > 0.1
+
+
 @pytest.mark.parametrize(
   ('args', 'message'),
   [
     (['--label=3'], '--label is for'),
-    (['--prompt=' + 'x' * 99], 'condition.length=32'),
+    (['--prompt=' + 'x' * 99], 'condition.length=48'),
     (['--prompts=nowhere.txt'], 'nowhere.txt'),
     (['--prompt=a', '--guidance=much'], 'guidance'),
     (['--prompt=a', '--guidance=-2'], 'guidance'),

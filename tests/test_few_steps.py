@@ -454,20 +454,6 @@ def test_what_does_fit_is_not_refused():
     build.reverse_process(config)
 
 
-def test_a_run_that_is_older_than_a_key_gets_its_default(tiny_run, tmp_path):
-  config = json.loads((tiny_run[0] / 'config.json').read_text())
-  for section, key in (('sampler', 'spacing'), ('sampler', 'steps')):
-    del config[section][key]
-  del config['edit']
-  config['schedule']['T'] = 77
-  (tmp_path / 'config.json').write_text(json.dumps(config))
-  found = recipe.resolve(None, tmp_path, {'sampler.spacing': 'quadratic'})
-  assert found.sampler.spacing == 'quadratic'
-  assert found.sampler.steps == 77  # follows T, as it does in a recipe
-  assert found.edit.jump == base.get_config().edit.jump
-  recipe.check_same(found, recipe.from_json(config), 'here')
-
-
 @pytest.mark.slow
 def test_the_table_of_a_run(tiny_run, tmp_path, monkeypatch, capsys):
   workdir = tmp_path / 'run'

@@ -38,6 +38,9 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   build.check(config)
   if not build.image_size(config):
     raise errors.UserError('--mode=edit is of images, and this run of points')
+  wanted, told = sample.asked(config, args)
+  if len(wanted) > 1:
+    raise errors.UserError('--mode=edit takes one --prompt or --label')
   seed = config.seed if args.seed is None else args.seed
   draw, what = editor(config, args, seed)
   output = args.output or args.workdir / f'edited_seed{seed}'
@@ -46,7 +49,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   drawn = sample.in_batches(config, mesh, args.num_samples, draw)
   step, params = sample.restore_ema(config, mesh, args.workdir)
   logs.say(f'{what}, with the EMA weights of step {step}')
-  sample.save(output, drawn(params), args.num_samples)
+  sample.save(output, drawn(params, told), args.num_samples)
   logs.say(f'{args.num_samples} images: {output}')
 
 
@@ -68,7 +71,10 @@ def check_flags(args: argparse.Namespace) -> None:
 def editor(
   config: ConfigDict, args: argparse.Namespace, seed: int
 ) -> tuple[Callable, str]:
-  """(params, index (B,)) -> uint8 (B, H, W, C), and what it does, in words."""
+  """(params, rows) -> uint8 (B, H, W, C), and what it does, in words.
+
+  The rows are those of `build.sampler`.
+  """
   height, width, channels = build.shape(config)
   shape = height, width, channels
   image = opened('image', args.image)
@@ -132,9 +138,10 @@ def inpainted(
   times = build.call(editing.jumps, config.edit, p.schedule.T)
   step = editing.inpaint(p.step, x0, jnp.asarray(mask))
 
-  def draw(params: Any, index: jax.Array) -> jax.Array:
+  def draw(params: Any, rows: Any) -> jax.Array:
+    index, condition = build.index_and_condition(rows)
     keys, x_T = build.noise(config, seed, index)
-    model_fn = p.model_fn(params)
+    model_fn = p.model_fn(params, condition)
     x_0, _ = samplers.sample(step, p.schedule, model_fn, keys, x_T, times=times)
     return pixels.to_uint8(x_0)
 
@@ -149,10 +156,11 @@ def varied(
   p = build.reverse_process(config)
   t, told = level(config, p.schedule, strength)
 
-  def draw(params: Any, index: jax.Array) -> jax.Array:
+  def draw(params: Any, rows: Any) -> jax.Array:
+    index, condition = build.index_and_condition(rows)
     keys, eps = build.noise(config, seed, index)
     x_t = process.q_sample(p.schedule, x0, jnp.array(t), eps)
-    model_fn, times = p.model_fn(params), range(t, 0, -1)
+    model_fn, times = p.model_fn(params, condition), range(t, 0, -1)
     x_0, _ = samplers.sample(
       p.step, p.schedule, model_fn, keys, x_t, times=times
     )
@@ -174,12 +182,13 @@ def between(
   t, told = level(config, p.schedule, strength)
   mix = jax.vmap(editing.interpolate, (None, None, None, None, 0, 0))
 
-  def draw(params: Any, index: jax.Array) -> jax.Array:
+  def draw(params: Any, rows: Any) -> jax.Array:
+    index, condition = build.index_and_condition(rows)
     keys, eps = build.noise(config, seed, jnp.zeros_like(index))
     weight = index / (count - 1)
     weight = weight.reshape(-1, *[1] * x0.ndim)
     x_t = mix(p.schedule, x0, other, jnp.array(t), weight, eps)
-    model_fn, times = p.model_fn(params), range(t, 0, -1)
+    model_fn, times = p.model_fn(params, condition), range(t, 0, -1)
     x_0, _ = samplers.sample(
       p.step, p.schedule, model_fn, keys, x_t, times=times
     )
