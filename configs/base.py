@@ -115,6 +115,16 @@ def get_config() -> ConfigDict:
   c.edit.jump = 10  # steps back, to take them again
   c.edit.resample = 10  # times that each step is taken, in all
 
+  c.codec = ConfigDict()
+  c.codec.steps = 30  # that x_1 is told in; the more, the finer, and the slower
+  # A group of dimensions is told as one of 2^this candidates. One more takes
+  # twice the time, and lets groups have a bit more.
+  c.codec.log2_candidates = 14
+  # The most that KL of a group is, in bits; larger groups take less room in
+  # all, but above some 6 bits below the candidates' they are no more exact.
+  c.codec.group_bits = 8.0
+  c.codec.batch_size = 64  # images at a time, on one device
+
   c.evaluate = ConfigDict()
   c.evaluate.split = ''  # of the data; '': the one that was trained on
   c.evaluate.images = 0  # how many of them; 0: all

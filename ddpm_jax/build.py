@@ -25,6 +25,7 @@ from ddpm_jax import errors
 from ddpm_jax import models
 from ddpm_jax import recipe
 from ddpm_jax.data import sources
+from ddpm_jax.diffusion import codec as codec_parts
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import objectives
 from ddpm_jax.diffusion import pixels
@@ -46,6 +47,8 @@ POSITIVE = (
   'model.blocks',
   'schedule.T',
   'sampler.batch_size',
+  'codec.steps',
+  'codec.batch_size',
   'evaluate.batch_size',
   'checkpoint.every',
   'checkpoint.keep',
@@ -268,7 +271,7 @@ def mesh(config: ConfigDict, *, local: bool = False) -> jax.sharding.Mesh:
 
 def stream(seed: int, use: str) -> jax.Array:
   """The key of one use of a seed."""
-  uses = ('init', 'train', 'sample', 'evaluate')
+  uses = ('init', 'train', 'sample', 'evaluate', 'codec')
   return jax.random.fold_in(jax.random.key(seed), uses.index(use))
 
 
@@ -534,3 +537,62 @@ def features(config: ConfigDict) -> Callable:
     return inception.Inception().apply({'params': params}, prepare(images))  # type: ignore[return-value]
 
   return apply
+
+
+class Codec(NamedTuple):
+  """The two parts of the codec, for functions of the weights `params`."""
+
+  errors: Callable  # (params, batch) -> (S, B); see `diffusion/codec.py`
+  run: Callable  # (params, batch, squares, told, sending) -> Passed
+  schedule: schedules.Schedule  # of the jumps
+
+
+def codec(config: ConfigDict, seed: int) -> Codec:
+  """The codec of a recipe, for batches with `image` and `index`.
+
+  Raises:
+    UserError: for a number that it cannot do with.
+  """
+  c, network, table = config.codec, model(config), schedule(config)
+  if not 1 <= c.log2_candidates <= 24:
+    raise errors.UserError(
+      f'config.codec.log2_candidates={c.log2_candidates} is not in 1..24'
+    )
+  if not 0 < c.group_bits <= c.log2_candidates:
+    raise errors.UserError(
+      f'config.codec.group_bits={c.group_bits} is not above 0 and at most '
+      f'config.codec.log2_candidates={c.log2_candidates}'
+    )
+  predict = reverse(config, config.model.variance)['predict']
+  short = call(codec_parts.jumps, c, table)
+  rules = codec_parts.Rules(c.log2_candidates, c.group_bits)
+
+  def model_fn(params: Any) -> process.ModelFn:
+    return lambda x_t, t: network.apply({'params': params}, x_t, t)  # type: ignore[return-value]
+
+  def squares(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    keys, _ = noise(config, seed, batch['index'])
+    x0 = pixels.to_float(batch['image'])
+    return codec_parts.errors(
+      table, short, model_fn(params), keys, x0, predict=predict
+    )
+
+  def run(
+    params: Any,
+    batch: dict[str, jax.Array],
+    squares: jax.Array,
+    told: codec_parts.Code,
+    sending: jax.Array,
+  ) -> codec_parts.Passed:
+    _, x_T = noise(config, seed, batch['index'])
+    return codec_parts.run(
+      *(table, short, model_fn(params), stream(seed, 'codec'), x_T),
+      rules=rules,
+      squares=squares,
+      told=told,
+      x0=pixels.to_float(batch['image']),
+      sending=sending,
+      predict=predict,
+    )
+
+  return Codec(squares, run, short)

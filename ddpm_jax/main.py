@@ -27,11 +27,12 @@ stopped goes on when its --workdir is named again.
 
 # The flags that not all modes have, and those that do.
 ONLY = {
+  'bytes': ['decompress'],
   'figure': ['figures'],
   'image': ['edit'],
-  'images': ['evaluate'],
+  'images': ['compress', 'evaluate', 'figures'],
   'inception': ['evaluate'],
-  'input': ['convert'],
+  'input': ['convert', 'decompress'],
   'label': ['sample', 'edit'],
   'mask': ['edit'],
   'prompt': ['sample', 'edit'],
@@ -118,7 +119,14 @@ def parser() -> Parser:
     '--input',
     metavar='MODEL',
     help='for --mode=convert: a folder of diffusers, its name on '
-    'huggingface.co, or a .ckpt of pytorch_diffusion (with --config)',
+    'huggingface.co, or a .ckpt of pytorch_diffusion (with --config); for '
+    '--mode=decompress: what --mode=compress has written',
+  )
+  p.add_argument(
+    '--bytes',
+    type=int,
+    metavar='N',
+    help='for --mode=decompress: of --input, take the first N',
   )
   p.add_argument(
     '--figure',
@@ -170,7 +178,8 @@ def parser() -> Parser:
     '--images',
     type=pathlib.Path,
     metavar='PATH',
-    help='score these, a folder or an .npz, in the place of samples',
+    help='score these, a folder or an .npz, in the place of samples; for '
+    '--mode=compress and --figure=codec: what to send, an image too',
   )
   scores.add_argument(
     '--step',

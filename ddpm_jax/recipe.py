@@ -19,7 +19,7 @@ CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 # Sections and keys that may change under a run that has begun: they say how
 # long, where and how it is watched, not what is learned.
 FREE = (
-  *('steps', 'sampler', 'edit', 'evaluate'),
+  *('steps', 'sampler', 'edit', 'codec', 'evaluate'),
   *('parallel', 'checkpoint', 'log'),
 )
 

@@ -29,6 +29,7 @@ from ddpm_jax.jobs.figures import pictures
 from ddpm_jax.runtime import images
 
 NAMES = (
+  'codec',
   'forward',
   'generation',
   'gradients',
@@ -69,6 +70,8 @@ def test_every_figure_is_a_picture(name, tiny_run, tmp_path):
   workdir = shutil.copytree(tiny_run[0], tmp_path / 'run')  # some add to it
   args = ['--mode=figures', f'--figure={name}', f'--workdir={workdir}']
   count = {'schedules': [], 'interpolation': ['--num_samples=2']}
+  count['codec'] = ['--num_samples=3', '--config.codec.steps=5']
+  count['codec'] += ['--config.codec.log2_candidates=8']
   args += count.get(name, ['--num_samples=3'])
   main.run([*args, f'--output={tmp_path / "new" / "a.png"}'])
   with Image.open(tmp_path / 'new' / 'a.png') as file:

@@ -19,7 +19,15 @@ LAYERS = [
 ]
 INSIDE = {  # Rooms whose files have an order of their own.
   'diffusion': [
-    ['editing', 'guidance', 'objectives', 'samplers', 'two_noise', 'two_term'],
+    [
+      'codec',
+      'editing',
+      'guidance',
+      'objectives',
+      'samplers',
+      'two_noise',
+      'two_term',
+    ],
     ['likelihood'],
     ['process'],
     ['predictions', 'variances'],
@@ -27,8 +35,16 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['pixels', 'spacings', 'timesteps'],
   ],
   'runtime': [
-    ['checkpoint', 'images', 'logs', 'parallel', 'stop', 'workdir'],
-    ['fingerprint'],
+    [
+      'bitstream',
+      'checkpoint',
+      'images',
+      'logs',
+      'parallel',
+      'stop',
+      'workdir',
+    ],
+    ['arithmetic', 'fingerprint'],
   ],
   'metrics': [
     ['fidelity', 'small', 'weights'],

@@ -1,6 +1,7 @@
 """Pictures: grids, strips and curves, as PNG files; GIFs where time moves."""
 
 import contextlib
+import io
 import math
 import os
 import pathlib
@@ -20,6 +21,30 @@ def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
   part = path.with_name(f'.{path.name}.part')
   yield part
   os.replace(part, path)
+
+
+def encode(
+  image: np.ndarray, form: str, quality: int
+) -> tuple[np.ndarray, int, int]:
+  """A uint8 (H, W, 1 or 3) image as JPEG or WEBP shows it.
+
+  Returns:
+    What it looks like then; the bytes it takes; and those of them that are not
+    headers or tables, but the coded image.
+  """
+  file = io.BytesIO()
+  flat = image[..., 0] if image.shape[-1] == 1 else image
+  Image.fromarray(flat).save(file, format=form, quality=quality)
+  data = file.getvalue()
+  if form == 'JPEG':
+    scan = data.index(b'\xff\xda')
+    start = scan + 2 + int.from_bytes(data[scan + 2 : scan + 4], 'big')
+    inner = len(data) - start - 2
+  else:
+    inner = len(data) - 30  # RIFF 12, chunk 8, frame 10
+  mode = 'L' if image.shape[-1] == 1 else 'RGB'
+  shown = np.asarray(Image.open(file).convert(mode)).reshape(image.shape)
+  return shown, len(data), inner
 
 
 def save_png(path: pathlib.Path, image: np.ndarray) -> None:

@@ -1,7 +1,8 @@
 """`--mode=figures --figure=NAME`: the figures of the paper, from any run.
 
-A function of `pictures` or `curves` that takes `trained` is a figure, and its
-name is what `--figure` says. Its `count`, if it has one, is `--num_samples`.
+A function of `pictures`, `curves` or `compression` that takes `trained` is a
+figure, and its name is what `--figure` says. Its `count`, if it has one, is
+`--num_samples`, and its `path` is `--images`.
 They are drawn anew from the EMA weights, never from numbers that were stored.
 """
 
@@ -9,6 +10,7 @@ import argparse
 import inspect
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -16,6 +18,7 @@ from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax.jobs import sample
 from ddpm_jax.jobs.figures import common
+from ddpm_jax.jobs.figures import compression
 from ddpm_jax.jobs.figures import curves
 from ddpm_jax.jobs.figures import pictures
 from ddpm_jax.runtime import images
@@ -29,9 +32,13 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     UserError: if there is no such figure, no run in `--workdir`, or no images.
   """
   figure = named(args.figure)
-  options = {} if args.num_samples is None else {'count': args.num_samples}
-  if options.keys() - inspect.signature(figure).parameters:
-    raise errors.UserError(f'--figure={args.figure} takes no --num_samples')
+  options: dict[str, Any] = (
+    {} if args.num_samples is None else {'count': args.num_samples}
+  )
+  options |= {} if args.images is None else {'path': args.images}
+  flags = {'count': '--num_samples', 'path': '--images'}
+  for option in options.keys() - inspect.signature(figure).parameters:
+    raise errors.UserError(f'--figure={args.figure} takes no {flags[option]}')
   sample.check_workdir(args.workdir)
   path = args.output or args.workdir / f'figure_{args.figure}.png'
   if path.suffix != '.png':
@@ -64,7 +71,7 @@ def save(path: pathlib.Path, drawn: common.Drawn) -> None:
 
 def every() -> dict[str, Callable[..., common.Drawn]]:
   """The figures, by name, in the order of the alphabet."""
-  rooms = (pictures, curves)
+  rooms = (pictures, curves, compression)
   known = {
     k: f for r in rooms for k, f in build.functions(r, 'trained').items()
   }

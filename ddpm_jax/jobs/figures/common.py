@@ -59,8 +59,13 @@ def spread(T: int, n: int) -> list[int]:
 def real(config: ConfigDict, seed: int, count: int) -> np.ndarray:
   """Some images of the split to evaluate on, uint8; all if they are fewer."""
   source = build.source(config, config.evaluate.split or config.data.split)
-  index = np.random.default_rng(seed).permutation(len(source))[:count]
-  return source.gather(index.astype(np.int32))['image']
+  return source.gather(some(len(source), seed, count))['image']
+
+
+def some(n: int, seed: int, count: int) -> np.ndarray:
+  """`count` of n, in random order; all if they are fewer."""
+  index = np.random.default_rng(seed).permutation(n)[:count]
+  return index.astype(np.int32)
 
 
 def noised(

@@ -1,0 +1,301 @@
+"""Algorithms 3 and 4 carried out: a code for samples of q  (section 4.3).
+
+The sender tells x_s of q(x_s | x_t, x_0), for falling times, to a receiver who
+knows p(x_s | x_t). It is a Poisson functional representation (Li & El Gamal
+2018): both draw the same candidates z_1, z_2, ... of p, and the sender tells
+the i with the largest (q/p)(z_i) / a_i, for the arrivals a_1 < a_2 < ... of a
+Poisson process. Then z_i is a sample of q, and log2 i has at most a bit more in
+the mean than KL(q ‖ p). There is an end to the candidates, so that a sample is
+as good as its KL is small beside their number: the dimensions of an image are
+told in groups of at most so many bits.
+"""
+
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import random
+
+from ddpm_jax.diffusion import likelihood
+from ddpm_jax.diffusion import pixels
+from ddpm_jax.diffusion import predictions
+from ddpm_jax.diffusion import process
+from ddpm_jax.diffusion import schedules
+
+
+class Code(NamedTuple):
+  """What is told of B images of D dimensions in S steps: int32 arrays."""
+
+  size: Any  # (S, B), of the groups: which of `sizes(D)`
+  chosen: Any  # (S, B, D), from 0; one and the same within a group
+
+
+class Passed(NamedTuple):
+  """What both sides know after 0, 1, ..., S steps, and the code."""
+
+  code: Code
+  shown: jax.Array  # (S+1, B, ...) uint8, x̂_0
+  check: jax.Array  # (S+1, B) uint32, of the bits of x_t
+  nats: jax.Array  # (S, B), KL(q ‖ p) of each step; 0 at the receiver
+
+
+class Rules(NamedTuple):
+  """What both sides agree on beforehand."""
+
+  log2_candidates: int  # of a group
+  group_bits: float  # the most that KL(q ‖ p) of a group may be
+
+
+def jumps(schedule: schedules.Schedule, steps: int) -> schedules.Schedule:
+  """The schedule of `steps` jumps from T to 1, and of one from 1 to 0.
+
+  x_1 is the last that is told. The times are about as many times larger, each
+  than the next, so that all jumps but the first few take about as many bits.
+
+  Raises:
+    ValueError: if `steps` is not in 1..T-1.
+  """
+  T = schedule.T
+  if not 1 <= steps < T:
+    raise ValueError(f'codec.steps must be in 1..{T - 1}, got {steps}')
+  return schedules.stride(schedule, steps + 1, geometric)
+
+
+def geometric(T: int, steps: int) -> np.ndarray:
+  """0, and τ_k = T^(k / (steps-1)) from 1 to T, no two the same: (steps+1,)."""
+  k = np.arange(steps)
+  return np.append(
+    0, np.maximum(np.round(T ** (k / (steps - 1))), 1 + k).astype(int)
+  )
+
+
+def predict_x0(
+  schedule: schedules.Schedule,
+  short: schedules.Schedule,
+  model_fn: process.ModelFn,
+  x_t: jax.Array,
+  k: jax.Array | int,
+  predict: predictions.Prediction,
+) -> jax.Array:
+  """x̂_0 in [-1, 1] of x_t at `short`'s time k, one for all of a batch."""
+  t = short.time[k]
+  out, _ = process.split(model_fn(x_t, jnp.full(len(x_t), t)), x_t)
+  return jnp.clip(predict.to_x0(schedule, x_t, out, t), -1, 1)
+
+
+def errors(
+  schedule: schedules.Schedule,
+  short: schedules.Schedule,
+  model_fn: process.ModelFn,
+  keys: jax.Array,
+  x0: jax.Array,
+  *,
+  predict: predictions.Prediction = predictions.eps,
+) -> jax.Array:
+  """Mean squares of x_0 - x̂_0 before each step, (S, B), at x_t of q(x_t | x_0).
+
+  Of them the variance of p is made, the best of all fixed ones: β̃, and what x̂_0
+  is wrong by (Bao et al. 2022, which asks for them in the mean over data).
+  """
+
+  def body(_: None, k: jax.Array) -> tuple[None, jax.Array]:
+    eps = process.normal(jax.vmap(jax.random.fold_in, (0, None))(keys, k), size)
+    x_t = process.q_sample(short, x0, k, eps)
+    x0_hat = predict_x0(schedule, short, model_fn, x_t, k, predict)
+    return None, jnp.square(x0 - x0_hat).reshape(len(x0), -1).mean(1)
+
+  size = x0.shape[1:]
+  _, squares = jax.lax.scan(body, None, jnp.arange(short.T, 1, -1))
+  return squares
+
+
+def expected(short: schedules.Schedule, squares: np.ndarray) -> np.ndarray:
+  """KL(q ‖ p) of a dimension at each step, bits (S,), as `squares` say."""
+  s = [np.asarray(table, np.float64) for table in short]
+  beta, alpha_bar, one_minus, beta_tilde = s[:4]
+  k = np.arange(short.T, 1, -1)
+  of_x0 = np.sqrt(alpha_bar[k - 1]) * beta[k] / one_minus[k]
+  return 0.5 * np.log2(1 + of_x0**2 * squares / beta_tilde[k])
+
+
+def run(
+  schedule: schedules.Schedule,
+  short: schedules.Schedule,
+  model_fn: process.ModelFn,
+  key: jax.Array,
+  x_T: jax.Array,
+  *,
+  rules: Rules,
+  squares: jax.Array,
+  told: Code,
+  x0: jax.Array,
+  sending: jax.Array,
+  predict: predictions.Prediction = predictions.eps,
+) -> Passed:
+  """All steps, of the sender as of the receiver.
+
+  It is one function, and should be one compiled program, so that both sides
+  compute the same p to the last bit; only the sender searches.
+
+  Args:
+    schedule: of T steps.
+    short: its `jumps`.
+    model_fn: the network.
+    key: of the candidates, which all images share.
+    x_T: (B, ...) of N(0, 1), which both sides draw: it is not told, and wrong
+      by L_T.
+    rules: of the code.
+    squares: (S,), as of `errors`.
+    told: the code, for the receiver.
+    x0: (B, ...) in [-1, 1], for the sender.
+    sending: whether this is the sender; a scalar.
+    predict: what the network predicts.
+  """
+  B, D = len(x_T), int(np.prod(x_T.shape[1:]))
+  order = jax.random.permutation(jax.random.fold_in(key, 0), D)
+  back = jnp.argsort(order)
+
+  def body(x_t: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
+    k, square, told = scanned
+    x0_hat = predict_x0(schedule, short, model_fn, x_t, k, predict)
+    mean, var = process.q_posterior(short, x0_hat, x_t, k)
+    of_x0, _ = predictions.posterior_weights(short, k)
+    var_p = var + jnp.square(of_x0) * square
+    words = jax.random.bits(jax.random.fold_in(key, k), (2,), jnp.uint32)
+
+    def search() -> tuple[Code, jax.Array]:
+      gap = (of_x0 * (x0 - x0_hat)).reshape(B, D)[:, order]
+      kl = likelihood.normal_kl(gap, jnp.log(var), 0.0, jnp.log(var_p))
+      size = group_size(kl, rules.group_bits / likelihood.BITS)
+      chosen = choose(words, gap, var, var_p, size, rules.log2_candidates)
+      return Code(size, chosen), kl.sum(1)
+
+    code, nats = jax.lax.cond(sending, search, lambda: (told, jnp.zeros(B)))
+    z, _ = candidates(words, code.chosen, jnp.arange(D))
+    x_prev = mean + jnp.sqrt(var_p) * z[:, back].reshape(x_t.shape)
+    return x_prev, (code, pixels.to_uint8(x0_hat), checksum(x_t), nats)
+
+  steps = jnp.arange(short.T, 1, -1)
+  x_1, (code, shown, check, nats) = jax.lax.scan(
+    body, x_T, (steps, squares, told)
+  )
+  last = predict_x0(schedule, short, model_fn, x_1, 1, predict)
+  return Passed(
+    code,
+    jnp.concatenate([shown, pixels.to_uint8(last)[None]]),
+    jnp.concatenate([check, checksum(x_1)[None]]),
+    nats,
+  )
+
+
+def sizes(D: int) -> list[int]:
+  """What groups of dimensions may be of: 1, 2, 3, 4, 6, 8, 12, ... up to D."""
+  every = sorted(m * 2**i for m in (1, 3) for i in range(D.bit_length() + 1))
+  return every[: 1 + next(i for i, m in enumerate(every) if m >= D)]
+
+
+def group_sums(x: jax.Array) -> list[jax.Array]:
+  """Sums over the groups of the first axis, (groups, ...), of each of `sizes`.
+
+  The last group may be smaller than the others.
+  """
+  sums = {1: x}
+  for m in sizes(len(x))[1:]:
+    part = 3 if m == 3 else 2
+    less = sums[m // part]
+    odd = -len(less) % part
+    less = jnp.pad(less, [(0, odd), *[(0, 0)] * (x.ndim - 1)])
+    sums[m] = less.reshape(-1, part, *x.shape[1:]).sum(1)
+  return list(sums.values())
+
+
+def group_size(kl: jax.Array, most: float) -> jax.Array:
+  """Which of `sizes` is the largest with no group above `most`, (B,).
+
+  Size 1 if there is none. `kl` (B, D) is that of each dimension.
+  """
+  fits = [jnp.all(x <= most, axis=0) for x in group_sums(kl.T)]
+  which = jnp.arange(len(fits), dtype=jnp.int32)[:, None]
+  return jnp.max(jnp.where(jnp.stack(fits), which, 0), axis=0)
+
+
+def candidates(
+  words: jax.Array, i: jax.Array, d: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """z ~ N(0, 1) and e ~ Exp(1), the i-th of dimension d, elementwise.
+
+  Each follows from i, d and the two words of the step's key alone, so that the
+  receiver draws no more than those it is told.
+  """
+  i, d = jnp.broadcast_arrays(i.astype(jnp.uint32), d.astype(jnp.uint32))
+  bits = random.threefry_2x32(words, jnp.concatenate([i.ravel(), d.ravel()]))
+  # (n + 1/2) / 2^23, exact in float32, is neither 0 nor 1.
+  u = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
+  of_z, of_e = u.reshape(2, *i.shape)
+  return np.sqrt(2) * jax.scipy.special.erfinv(2 * of_z - 1), -jnp.log(of_e)
+
+
+def choose(
+  words: jax.Array,
+  gap: jax.Array,
+  var: jax.Array,
+  var_p: jax.Array,
+  size: jax.Array,
+  log2_candidates: int,
+) -> jax.Array:
+  """The index to tell of each group, for each of its dimensions: (B, D).
+
+  Args:
+    words: of the step's key.
+    gap: (B, D), the mean of q less that of p.
+    var: of q.
+    var_p: of p.
+    size: (B,), of the groups: which of `sizes(D)`.
+    log2_candidates: how many there are.
+  """
+  (B, D), every = gap.shape, sizes(gap.shape[1])
+  # As many at a time as make a megabyte, side by side and last, for speed.
+  n = 2 ** min(log2_candidates, max(3, (2**18 // (B * D)).bit_length() - 1))
+  # log (q/p)(z) of a dimension, but for what all candidates share.
+  of_square = -0.5 * (var_p / var - 1)
+  of_z = (gap * jnp.sqrt(var_p) / var).T[:, :, None]
+
+  def block(carry: Any, first: jax.Array) -> tuple[Any, None]:
+    arrival, best, found = carry
+    i = first + jnp.arange(n, dtype=jnp.int32)
+    z, waits = candidates(words, i, jnp.arange(D)[:, None])
+    arrivals = arrival + jnp.cumsum(waits, axis=1)
+    late = jnp.log(arrivals)[:, None]
+    log_ratio = (of_square * jnp.square(z))[:, None] + of_z * z[:, None]
+    for j, ratios in enumerate(group_sums(log_ratio)):
+      score = ratios - late[:: every[j]]  # a group has those of its first one
+      better = score > best[j]
+      found[j] = jnp.where(better, i, found[j])
+      best[j] = jnp.where(better, score, best[j])
+    return (arrivals[:, -1:], best, found), None
+
+  shapes = [(-(-D // m), B, n) for m in every]
+  start = (
+    jnp.zeros((D, 1)),
+    [jnp.full(shape, -jnp.inf) for shape in shapes],
+    [jnp.zeros(shape, jnp.int32) for shape in shapes],
+  )
+  firsts = jnp.arange(0, 2**log2_candidates, n, dtype=jnp.int32)
+  (_, best, found), _ = jax.lax.scan(block, start, firsts)
+
+  def of_dimensions(m: int, best: jax.Array, found: jax.Array) -> jax.Array:
+    top = jnp.argmax(best, axis=2, keepdims=True)
+    index = jnp.take_along_axis(found, top, axis=2)[..., 0]
+    return jnp.repeat(index, m, axis=0)[:D].T
+
+  indices = jnp.stack(jax.tree.map(of_dimensions, every, best, found))
+  return indices[size, jnp.arange(B)]
+
+
+def checksum(x: jax.Array) -> jax.Array:
+  """Σ_i (2i + 1) w_i mod 2³² over the bits w of each example, (B,)."""
+  words = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(len(x), -1)
+  odd = 2 * jnp.arange(words.shape[1], dtype=jnp.uint32) + 1
+  return jnp.sum(odd * words, axis=1, dtype=jnp.uint32)

@@ -1,0 +1,171 @@
+"""The codec's file: all of it comes back, or it is said that it does not."""
+
+import collections
+import json
+import zlib
+
+import numpy as np
+import pytest
+
+from ddpm_jax import errors
+from ddpm_jax.runtime import arithmetic
+from ddpm_jax.runtime import bitstream
+
+SIZES = [1, 2, 3, 4, 6, 8, 12, 16]
+STEPS, N, SHAPE = 12, 20, (4, 4, 1)
+RULES = bitstream.Rules(SIZES, [0.1 * k for k in range(1, STEPS + 1)])
+HEADER = {'codec': {'steps': STEPS}, 'images': N, 'shape': SHAPE}
+
+
+def some_code(seed=0):
+  rng = np.random.default_rng(seed)
+  size = rng.integers(0, len(SIZES), (STEPS, N))
+  chosen = rng.geometric(0.01, (STEPS, N, 16)) - 1
+  for s in range(STEPS):
+    for n in range(N):
+      m = SIZES[size[s, n]]
+      chosen[s, n] = chosen[s, n, ::m].repeat(m)[:16]
+  return size, chosen, rng.integers(0, 65536, STEPS)
+
+
+SIZE, CHOSEN, CHECK = some_code()
+DATA, BITS, AROUND = bitstream.write(HEADER, RULES, SIZE, CHOSEN, CHECK)
+
+
+def test_it_comes_back():
+  read, whole = bitstream.read(DATA, RULES)
+  assert whole
+  size = len(DATA) - read.ends[0]
+  assert read.header == json.loads(json.dumps({**HEADER, 'bytes': size}))
+  np.testing.assert_array_equal(read.size, SIZE)
+  np.testing.assert_array_equal(read.chosen, CHOSEN)
+  assert read.checks == {s: CHECK[s - 1] for s in read.checks}
+  assert read.ends[STEPS] == len(DATA)
+
+
+def test_its_bits_are_counted():
+  coded = 8 * (len(DATA) - AROUND)
+  # A chunk ends with a whole byte, and at most a byte more.
+  chunks = len(bitstream.read(DATA, RULES)[0].checks)
+  assert chunks > 4
+  assert 0 <= coded - BITS.sum() < 16 * chunks
+
+
+def same_as_far_as_it_goes(read):
+  s = len(read.size)
+  np.testing.assert_array_equal(read.size, SIZE[:s])
+  np.testing.assert_array_equal(read.chosen, CHOSEN[:s])
+  assert all(CHECK[s - 1] == check for s, check in read.checks.items())
+
+
+@pytest.mark.parametrize('cut', range(0, len(DATA), 101))
+def test_any_first_part_is_worth_its_whole_chunks(cut):
+  _, end = bitstream.read_header(DATA)
+  if cut < end:
+    with pytest.raises(errors.UserError):
+      bitstream.read(DATA[:cut], RULES)
+    return
+  read, whole = bitstream.read(DATA[:cut], RULES)
+  assert not whole
+  every, _ = bitstream.read(DATA, RULES)
+  assert len(read.size) == max(s for s, e in every.ends.items() if e <= cut)
+  same_as_far_as_it_goes(read)
+
+
+@pytest.mark.parametrize('seed', range(10))
+def test_a_hundred_flips_and_cuts_give_no_wrong_code(seed):
+  rng = np.random.default_rng(seed)
+  refused, one_line = 0, True
+  for _ in range(100):
+    data = bytearray(DATA)
+    for _ in range(rng.integers(0, 3)):
+      data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    data = bytes(data[: rng.integers(len(data) + 1)])
+    try:
+      read, whole = bitstream.read(data, RULES)
+    except errors.UserError as e:
+      refused += 1
+      one_line &= '\n' not in str(e)
+      continue
+    same_as_far_as_it_goes(read)
+    assert whole == (data == DATA)
+  assert 20 < refused < 100
+  assert one_line
+
+
+def test_a_chunk_cannot_be_missing_or_moved():
+  every, _ = bitstream.read(DATA, RULES)
+  a, b, c, *_ = every.ends.values()
+  for data in (
+    DATA[:a] + DATA[b:],
+    DATA[:a] + DATA[b:c] + DATA[a:b] + DATA[c:],
+    DATA + DATA[a:b],
+  ):
+    with pytest.raises(errors.UserError, match='damaged'):
+      bitstream.read(data, RULES)
+
+
+def test_damage_names_the_part_that_is_whole():
+  every, _ = bitstream.read(DATA, RULES)
+  _, b, c, *_ = every.ends.values()
+  data = bytearray(DATA)
+  data[(b + c) // 2] ^= 1
+  with pytest.raises(errors.UserError, match=f'--bytes={b} shows'):
+    bitstream.read(bytes(data), RULES)
+  same_as_far_as_it_goes(bitstream.read(bytes(data[:b]), RULES)[0])
+
+
+@pytest.mark.parametrize(
+  ('data', 'what'),
+  [
+    (b'', 'not a file of'),
+    (b'\x89PNG\r\n\x1a\n' * 40, 'not a file of'),
+    (DATA[:8], 'ends before its header'),
+    (DATA[:6] + b'\x07' + DATA[7:], 'version 7'),
+    (DATA + b'more', 'damaged|goes on'),
+  ],
+)
+def test_another_file_is_refused(data, what):
+  with pytest.raises(errors.UserError, match=what):
+    bitstream.read(data, RULES)
+
+
+@pytest.mark.parametrize('p', [0.5, 0.1, 0.999])
+def test_bits_take_as_much_as_they_tell(p):
+  rng = np.random.default_rng(0)
+  told = (rng.random(20_000) < p).astype(int).tolist()
+  encoder = arithmetic.Encoder(arithmetic.Odds())
+  for bit in told:
+    encoder.bit('a', bit)
+  data = encoder.finish()
+  ones = np.mean(told)
+  entropy = -(ones * np.log2(ones) + (1 - ones) * np.log2(1 - ones))
+  # Learning the odds takes ½ log2 n bits, the end a byte, odds of 16 bits a
+  # hundredth.
+  assert 8 * len(data) < 1.01 * entropy * len(told) + 20
+  decoder = arithmetic.Decoder(arithmetic.Odds(), data)
+  assert [decoder.bit('a', None) for _ in told] == told
+
+
+def test_numbers_of_any_size_come_back():
+  rng = np.random.default_rng(0)
+  told = [0, 1, 2, 2**24, *(2 ** rng.uniform(0, 30, 300)).astype(int).tolist()]
+  encoder = arithmetic.Encoder(arithmetic.Odds())
+  for n in told:
+    arithmetic.whole(encoder, ('a',), n)
+  decoder = arithmetic.Decoder(arithmetic.Odds(), encoder.finish())
+  assert [arithmetic.whole(decoder, ('a',), None) for _ in told] == told
+
+
+def test_noise_is_not_read_for_ever():
+  """A CRC lets nothing through but what was written; this is without one."""
+  decoder = arithmetic.Decoder(arithmetic.Odds(), b'')
+  with pytest.raises(ValueError, match='no number'):
+    collections.deque(
+      arithmetic.whole(decoder, ('a',), None) for _ in range(99)
+    )
+
+
+def test_a_header_is_small():
+  assert AROUND < 200
+  assert zlib.decompress(DATA[9 : 9 + int.from_bytes(DATA[7:9], 'big')])
