@@ -363,7 +363,9 @@ def trained(**changes):
   'changes',
   [
     dict(parallel__data=2, parallel__fsdp=4),
-    dict(parallel__engine='pmap', parallel__data=8),
+    pytest.param(
+      dict(parallel__engine='pmap', parallel__data=8), marks=pytest.mark.slow
+    ),
   ],
   ids=lambda changes: ' '.join(f'{k}={v}' for k, v in changes.items()),
 )

@@ -335,7 +335,7 @@ def test_words_leave_every_pixel_as_it_is(channels):
 @pytest.mark.parametrize(
   ('args', 'message'),
   [
-    ([], 'forward, generation, interpolation'),
+    ([], 'forward, generation, gradients'),
     (['--figure=foward'], "did you mean 'forward'"),
     (['--figure=named'], 'unknown figure'),
     (['--figure=forward', '--num_samples=0'], 'not positive'),

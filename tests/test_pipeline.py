@@ -31,6 +31,7 @@ def test_a_batch_has_the_promised_shapes_and_types():
   assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
     'image': ((6, 2, 2, 1), 'uint8'),
     'label': ((6,), 'int32'),
+    'id': ((6,), 'int32'),
     'index': ((6,), 'int32'),
   }
   np.testing.assert_array_equal(batch['image'][:, 0, 0, 0], batch['label'])

@@ -52,7 +52,10 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   else:
     save(output, drawn, count)
   if len(wanted) > 1:
-    logs.say(f'{args.num_samples} of each of: {", ".join(wanted)}')
+    logs.say(
+      f'{args.num_samples} of each of {len(wanted)} in turn, from '
+      f'{wanted[0]!r} to {wanted[-1]!r}'
+    )
   logs.say(f'{count} images: {output}')
 
 
