@@ -20,7 +20,8 @@ def batches(
 
   An item is what the source gathers (image: uint8 (b, H, W, C), label and id:
   int32 (b,), perhaps text) and index: int32 (b,), the row in the global batch;
-  b = batch_size / process_count. The images come in a new order every epoch, and a batch may straddle two.
+  b = batch_size / process_count. The images come in a new order every epoch,
+  and a batch may straddle two.
 
   The rows of the processes, one after another, are the batch of one process,
   and the state (`get_state`, `set_state`; JSON) is the same for all of them.
