@@ -269,6 +269,24 @@ def test_a_text_is_read_to_its_end_and_no_further(n):
   assert np.all(np.abs(gradient[: n + 1]).max(1) > 0)
 
 
+def test_what_a_frozen_encoder_said_is_read_where_there_is_any():
+  encoder = condition.Frozen(5, 12, 8)
+  k = jax.random.split(jax.random.key(0), 3)
+  mask = jnp.arange(5) < jnp.array([[2], [5], [0]])
+  states = jax.random.normal(k[0], (3, 5, 12)).astype(jnp.float16)
+  given = {'states': states, 'mask': mask}
+  params = encoder.init(k[1], given)
+  want = encoder.apply(params, given)
+  assert want.mask.sum(1).tolist() == [3, 6, 1]
+  noise = jax.random.normal(k[2], states.shape).astype(jnp.float16)
+  hidden = jnp.where(mask[..., None], states, noise)
+  got = encoder.apply(params, {'states': hidden, 'mask': mask})
+  np.testing.assert_allclose(got.pooled, want.pooled, atol=1e-6)
+  nothing = encoder.apply(params, encoder.nothing(1))
+  np.testing.assert_allclose(nothing.pooled[0], want.pooled[2], atol=1e-6)
+  assert jnp.abs(want.pooled[0] - want.pooled[2]).max() > 1e-2
+
+
 def linear(x_t, t, context):
   """A network whose answer depends on everything; its variance too."""
   y = 0.3 * x_t + context[:, None] + 0.01 * t[:, None]

@@ -87,9 +87,9 @@ class Frozen(nn.Module):
   def __call__(self, given: dict[str, jax.Array]) -> Context:
     mask = jnp.pad(given['mask'], ((0, 0), (1, 0)), constant_values=True)
     states = nn.Dense(self.width)(given['states'].astype(jnp.float32))
+    first = self.param('first', nn.initializers.normal(1.0), (self.width,))
     states = jnp.pad(states, ((0, 0), (1, 0), (0, 0)))
-    h = states.at[:, 0].set(nn.Embed(1, self.width)(jnp.zeros((), jnp.int32)))
-    h = nn.LayerNorm()(h)
+    h = nn.LayerNorm()(states.at[:, 0].set(first))
     return Context(mean(h, mask), h, mask)
 
 
