@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
   c.condition.name = ''
   c.condition.drop = 0.1  # share of examples that are told nothing, in training
   c.condition.classes = 0  # of label
-  c.condition.length = 64  # most bytes of a text; most word pieces of minilm
+  c.condition.length = 64  # most bytes of a text; word pieces of minilm: 16 do
   c.condition.width = 128  # of the encoder's states
   c.condition.depth = 2  # layers of the encoder of text
 

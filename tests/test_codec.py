@@ -96,6 +96,23 @@ def test_its_bits_are_within_the_bound(gap, var, var_p):
   assert bits / N <= b + np.log2(b + 1) + 1.5
 
 
+def test_of_a_few_symbols_each_is_told_as_often_as_q_says():
+  """Discrete q and p: the representation itself, without a Gaussian."""
+  p = np.array([0.4, 0.3, 0.2, 0.1])
+  q = np.array([0.05, 0.15, 0.3, 0.5])
+  n, N = 20_000, 256  # q/p is 5 at most: past 256 nothing is ever told
+
+  def told(key):
+    k_z, k_a = jax.random.split(key)
+    z = jax.random.categorical(k_z, jnp.log(p), shape=(N,))
+    arrivals = jnp.cumsum(jax.random.exponential(k_a, (N,)))
+    return z[jnp.argmax(codec.score(jnp.log(q / p)[z], arrivals))]
+
+  drawn = jax.jit(jax.vmap(told))(jax.random.split(jax.random.key(0), n))
+  counts = np.bincount(drawn, minlength=4)
+  assert stats.chisquare(counts, n * q).pvalue > 1e-4
+
+
 def test_what_both_know_already_is_told_in_no_bits():
   chosen, _ = told((0.0,), 1.0, 1.0, 2000, 10)
   assert not chosen.any()

@@ -237,6 +237,15 @@ def candidates(
   return np.sqrt(2) * jax.scipy.special.erfinv(2 * of_z - 1), -jnp.log(of_e)
 
 
+def score(log_ratio: jax.Array, arrival: jax.Array) -> jax.Array:
+  """log (q/p)(z) / a: the candidate that has most of it is told.
+
+  It is a sample of q, for any q and p, if the arrivals a are those of a Poisson
+  process and the candidates z independent draws of p.
+  """
+  return log_ratio - jnp.log(arrival)
+
+
 def choose(
   words: jax.Array,
   gap: jax.Array,
@@ -267,13 +276,13 @@ def choose(
     i = first + jnp.arange(n, dtype=jnp.int32)
     z, waits = candidates(words, i, jnp.arange(D)[:, None])
     arrivals = arrival + jnp.cumsum(waits, axis=1)
-    late = jnp.log(arrivals)[:, None]
     log_ratio = (of_square * jnp.square(z))[:, None] + of_z * z[:, None]
     for j, ratios in enumerate(group_sums(log_ratio)):
-      score = ratios - late[:: every[j]]  # a group has those of its first one
-      better = score > best[j]
+      # A group has the arrivals of its first dimension.
+      scores = score(ratios, arrivals[:: every[j], None])
+      better = scores > best[j]
       found[j] = jnp.where(better, i, found[j])
-      best[j] = jnp.where(better, score, best[j])
+      best[j] = jnp.where(better, scores, best[j])
     return (arrivals[:, -1:], best, found), None
 
   shapes = [(-(-D // m), B, n) for m in every]
