@@ -1,6 +1,5 @@
 """`--mode=figures`: pictures of what they say they are of."""
 
-import argparse
 import shutil
 
 import gaussian
@@ -354,9 +353,8 @@ def test_mistakes_are_one_line(args, message, tiny_run):
 
 def test_points_have_no_figures(tiny_run):
   config = recipe.resolve('configs/swiss_roll.py', None, {})
-  args = argparse.Namespace(
-    **{'figure': 'forward', 'workdir': tiny_run[0], 'output': None},
-    **{'num_samples': None, 'seed': None},
+  args = main.parser().parse_args(
+    ['--figure=forward', f'--workdir={tiny_run[0]}']
   )
   with pytest.raises(errors.UserError, match='points'):
     figures.run(config, args)
