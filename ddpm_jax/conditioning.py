@@ -15,6 +15,7 @@ from ddpm_jax.data import captions
 from ddpm_jax.data import store
 from ddpm_jax.diffusion import guidance
 from ddpm_jax.diffusion import process
+from ddpm_jax.interop import minilm
 from ddpm_jax.models import condition as encoders
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import workdir
@@ -64,21 +65,22 @@ def check(config: ConfigDict) -> None:
     )
 
 
+def encoder(config: ConfigDict) -> Any:
+  """The linen module that reads the condition; None if there is none."""
+  c = config.condition
+  if c.name == 'label':
+    return encoders.Label(c.classes, c.width)
+  if c.name == 'text':
+    return encoders.Text(c.length, c.width, c.depth)
+  if c.name == 'minilm':
+    return encoders.Frozen(c.length, minilm.FEATURES, c.width)
+  return None
+
+
 def wrap(config: ConfigDict, network: nn.Module) -> nn.Module:
   """The network, with the encoder of a condition if it has one."""
-  c = config.condition
-  if not c.name:
-    return network
-  if c.name == 'label':
-    return encoders.Conditional(network, encoders.Label(c.classes, c.width))
-  if c.name == 'text':
-    text = encoders.Text(c.length, c.width, c.depth)
-    return encoders.Conditional(network, text)
-  frozen = encoders.Frozen(c.length, FEATURES, c.width)
-  return encoders.Conditional(network, frozen)
-
-
-FEATURES = 384  # of MiniLM
+  reader = encoder(config)
+  return encoders.Conditional(network, reader) if reader else network
 
 
 def encode(config: ConfigDict, texts: Sequence[str]) -> Any:
@@ -90,8 +92,6 @@ def encode(config: ConfigDict, texts: Sequence[str]) -> Any:
   c = config.condition
   if c.name == 'text':
     return captions.tokens(texts, c.length)
-  from ddpm_jax.interop import minilm  # its weights are 90 MB
-
   # What a frozen encoder says never changes.
   told = repr((c.name, c.length, *texts)).encode()
   path = workdir.cache() / f'{hashlib.sha256(told).hexdigest()[:32]}.npz'
@@ -166,7 +166,7 @@ def of_batch(
     )
   if keys is None:
     return given
-  nothing = _nothing(config, len(keys))
+  nothing = encoder(config).nothing(len(keys))
   # Not the bits that chose the caption.
   others = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
   dropped = jax.vmap(lambda k: jax.random.bernoulli(k, c.drop))(others)
@@ -199,11 +199,6 @@ def class_number(config: ConfigDict, name: str) -> int:
   return int(name)
 
 
-def _nothing(config: ConfigDict, n: int) -> Any:
-  wrapped: Any = wrap(config, nn.Module())
-  return wrapped.encoder.nothing(n)
-
-
 def model_fn(
   config: ConfigDict, network: nn.Module, params: Any, condition: Any
 ) -> process.ModelFn:
@@ -227,7 +222,7 @@ def model_fn(
   return guidance.guided(
     denoise,
     given,
-    context(_nothing(config, n)),
+    context(encoder(config).nothing(n)),
     T=config.schedule.T,
     scale=s.guidance,
     interval=tuple(s.guidance_interval),

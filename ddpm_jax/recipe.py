@@ -23,8 +23,6 @@ FREE = (
   *('parallel', 'checkpoint', 'log'),
 )
 
-BASE = pathlib.Path(__file__).parents[1] / 'configs' / 'base.py'
-
 
 def resolve(
   spec: str | None, folder: pathlib.Path | None, changes: dict[str, str]

@@ -9,6 +9,7 @@ import sys
 import time
 
 import conftest
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,6 +19,7 @@ from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax.jobs import train
+from ddpm_jax.jobs.evaluate import weights as evaluated
 from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import parallel
 
@@ -89,8 +91,6 @@ def weights(workdir):
 
 
 def assert_equal(a, b, atol=0.0):
-  import jax
-
   assert a.step == b.step
   assert a.data == b.data
   jax.tree.map(
@@ -201,6 +201,14 @@ def test_the_history_of_the_losses_is_resumed_too(tmp_path):
   whole, parts = trained('whole', 9), trained('parts', 5, 9)
   assert metrics(whole) == metrics(parts)
   assert_equal(weights(whole), weights(parts))
+  # The raw weights of such a run can be had, to evaluate them.
+  config = recipe.resolve(None, whole, {'evaluate.weights': 'raw'})
+  args = main.parser().parse_args([f'--workdir={whole}'])
+  kind, step, params = evaluated.restore(config, build.mesh(config), args)
+  assert (kind, step) == ('raw', 9)
+  jax.tree.map(
+    np.testing.assert_array_equal, params, weights(whole).state['params']
+  )
   # All t have a history: later draws, and so losses, follow from it.
   assert weights(whole).state['history'].seen.min() > 10
 

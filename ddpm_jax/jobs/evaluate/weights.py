@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax.jobs import sample
+from ddpm_jax.jobs import train
 from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import parallel
 
@@ -35,8 +36,7 @@ def raw(
   """(step, weights) as they were trained, without averaging."""
   init = functools.partial(build.init_state, config)
   abstract = parallel.abstract_state(init, mesh)
-  state = {k: getattr(abstract, k) for k in ('step', 'params', 'opt_state')}
   step, state = checkpoint.restore_item(
-    folder / 'checkpoints', 'state', state, step
+    folder / 'checkpoints', 'state', train.trained(abstract), step
   )
   return step, state['params']
