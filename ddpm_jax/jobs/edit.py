@@ -160,11 +160,7 @@ def varied(
     index, condition = build.index_and_condition(rows)
     keys, eps = build.noise(config, seed, index)
     x_t = process.q_sample(p.schedule, x0, jnp.array(t), eps)
-    model_fn, times = p.model_fn(params, condition), range(t, 0, -1)
-    x_0, _ = samplers.sample(
-      p.step, p.schedule, model_fn, keys, x_t, times=times
-    )
-    return pixels.to_uint8(x_0)
+    return from_x_t(p, p.model_fn(params, condition), keys, x_t, t)
 
   return draw, f'varying the image from t = {told} down, in {t} steps'
 
@@ -188,13 +184,22 @@ def between(
     weight = index / (count - 1)
     weight = weight.reshape(-1, *[1] * x0.ndim)
     x_t = mix(p.schedule, x0, other, jnp.array(t), weight, eps)
-    model_fn, times = p.model_fn(params, condition), range(t, 0, -1)
-    x_0, _ = samplers.sample(
-      p.step, p.schedule, model_fn, keys, x_t, times=times
-    )
-    return pixels.to_uint8(x_0)
+    return from_x_t(p, p.model_fn(params, condition), keys, x_t, t)
 
   return draw, f'mixing the images at t = {told}, {t} steps each'
+
+
+def from_x_t(
+  p: build.Reverse,
+  model_fn: process.ModelFn,
+  keys: jax.Array,
+  x_t: jax.Array,
+  t: int,
+) -> jax.Array:
+  """Uint8 images that the reverse process makes of x_t."""
+  times = range(t, 0, -1)
+  x_0, _ = samplers.sample(p.step, p.schedule, model_fn, keys, x_t, times=times)
+  return pixels.to_uint8(x_0)
 
 
 def level(
