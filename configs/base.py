@@ -46,11 +46,14 @@ def get_config() -> ConfigDict:
   c.model.multipliers = (1, 2, 2, 2)  # of `channels`, a level each
   # Residual blocks a level going down, one more going up; layers of an mlp.
   c.model.blocks = 2
-  c.model.attention = (16,)  # sides in pixels where attention follows a block
+  c.model.attention = (16,)  # sides of levels where attention follows a block
   c.model.groups = 32  # of group normalisation
   c.model.dropout = 0.1
   c.model.dtype = 'float32'  # of activations: float32 | bfloat16
   c.model.remat = False  # recompute blocks in the backward pass: less memory
+  # Side of the squares of pixels that the network sees as one, of more
+  # channels: 2 is four times cheaper, and coarser; for large images.
+  c.model.patch = 1
 
   c.condition = ConfigDict()  # what the network is told beside x_t and t
   # '': nothing | label (the class) | text (read by a small transformer that is

@@ -225,6 +225,7 @@ def test_states_that_are_not_there_are_not_seen():
     dropout=0.0,
     dtype='float32',
     remat=False,
+    patch=1,
   )
   k = jax.random.split(jax.random.key(0), 6)
   x, t = jax.random.normal(k[0], (2, 8, 8, 1)), jnp.array([3, 700])

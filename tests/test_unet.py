@@ -9,6 +9,7 @@ import pytest
 
 from configs import base
 from ddpm_jax import build
+from ddpm_jax import errors
 from ddpm_jax import recipe
 from ddpm_jax.models import unet
 
@@ -225,3 +226,32 @@ def test_attention_is_by_side_in_pixels():
 def test_what_cannot_be_built_is_a_line_for_the_user(changes, message):
   with pytest.raises(build.errors.UserError, match=message):
     configured(**changes)
+
+
+def test_patches_come_back_and_hold_neighbours():
+  x = jnp.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+  patches = unet.to_patches(x, 2)
+  assert patches.shape == (2, 2, 3, 12)
+  np.testing.assert_array_equal(
+    np.sort(patches[1, 0, 2]), np.sort(x[1, :2, 4:].ravel())
+  )
+  np.testing.assert_array_equal(unet.from_patches(patches, 2), x)
+
+
+def test_patches_change_what_the_network_costs_and_not_what_it_takes():
+  x, t = images(size=(16, 8)), jnp.ones(2, int)
+  flops = {}
+  for patch in (1, 2):
+    model = unet.UNet(**SMALL, patch=patch)
+    params = variables(model, x)
+    compiled = jax.jit(model.apply).lower(params, x, t).compile()
+    flops[patch] = compiled.cost_analysis()['flops']
+    assert apply(model, params, x, t).shape == x.shape
+  assert flops[2] < 0.4 * flops[1]
+
+
+def test_a_patch_must_divide_the_image():
+  c = recipe.load('configs/folder.py')
+  c.model.patch = 3
+  with pytest.raises(errors.UserError, match='not a multiple of 24'):
+    build.model(c)

@@ -154,6 +154,7 @@ def to_recipe(unet: Fields, scheduler: Fields) -> dict[str, Any]:
     'model.attention': tuple(
       min(sides) // 2**level for level in _attended(u['down_block_types'])
     ),
+    'model.patch': 1,
     'model.groups': u['norm_num_groups'],
     'model.dropout': float(u['dropout']),
     'condition.name': '',
@@ -236,6 +237,7 @@ def _check_exportable(keys: Fields) -> None:
   for key, known, why in (
     ('model.name', ('unet',), 'diffusers has no such network'),
     ('condition.name', ('',), 'a UNet2DModel is told nothing of the kind'),
+    ('model.patch', (1,), 'a UNet2DModel sees pixel by pixel'),
     ('model.predict', PREDICTIONS.values(), 'a DDPMScheduler has no such'),
     (
       'sampler.variance',

@@ -32,6 +32,20 @@ def time_embedding(t: jax.Array, width: int) -> jax.Array:
   return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1)
 
 
+def to_patches(x: jax.Array, side: int) -> jax.Array:
+  """(B, H, W, C) -> (B, H/side, W/side, side² C)."""
+  B, H, W, C = x.shape
+  x = x.reshape(B, H // side, side, W // side, side, C)
+  return x.swapaxes(2, 3).reshape(B, H // side, W // side, side**2 * C)
+
+
+def from_patches(x: jax.Array, side: int) -> jax.Array:
+  """The inverse of `to_patches`."""
+  B, H, W, C = x.shape
+  x = x.reshape(B, H, W, side, side, C // side**2)
+  return x.swapaxes(2, 3).reshape(B, H * side, W * side, C // side**2)
+
+
 class Dropout(nn.Module):
   """Dropout whose mask for an example follows from its place in the batch.
 
@@ -137,7 +151,7 @@ class CrossAttention(nn.Module):
 
 
 class UNet(nn.Module):
-  """ε_θ(x_t, t) for images of any size that halves levels - 1 times.
+  """ε_θ(x_t, t) for images whose sides `patch` and the levels divide.
 
   Attributes:
     out_channels: of the output.
@@ -149,6 +163,8 @@ class UNet(nn.Module):
     dropout: rate, in training.
     dtype: of activations and products.
     remat: recompute each block in the backward pass, to save memory.
+    patch: side of the squares of pixels that the first level has as one pixel
+      of more channels (Hoogeboom et al. 2023, "simple diffusion").
   """
 
   out_channels: int
@@ -160,6 +176,7 @@ class UNet(nn.Module):
   dropout: float = 0.1
   dtype: Dtype = jnp.float32
   remat: bool = False
+  patch: int = 1
 
   @nn.compact
   def __call__(
@@ -188,11 +205,11 @@ class UNet(nn.Module):
       ValueError: if H or W cannot be halved often enough.
     """
     levels = range(len(self.multipliers))
-    factor = 2 ** (len(levels) - 1)
+    factor = self.patch * 2 ** (len(levels) - 1)
     if x_t.ndim != 4 or x_t.shape[1] % factor or x_t.shape[2] % factor:
       raise ValueError(
         f'images {x_t.shape} are not (B, H, W, C) with H and W multiples of '
-        f'{factor}, as {len(levels)} levels need'
+        f'{factor}, as {len(levels)} levels of patch {self.patch} need'
       )
     if index is None:
       index = jnp.arange(len(x_t))
@@ -223,7 +240,8 @@ class UNet(nn.Module):
     if context is not None:
       temb += dense(name='condition')(context.pooled)
 
-    h = conv(self.channels, kernel_init=init(), name='conv_in')(x_t)
+    h = to_patches(x_t, self.patch)
+    h = conv(self.channels, kernel_init=init(), name='conv_in')(h)
     skips = [h]
     for level in levels:
       for i in range(self.blocks):
@@ -255,10 +273,9 @@ class UNet(nn.Module):
     h = nn.GroupNorm(self.groups, epsilon=1e-6, dtype=self.dtype, name='norm')(
       h
     )
-    h = conv(self.out_channels, kernel_init=init(0), name='conv_out')(
-      nn.swish(h)
-    )
-    return h.astype(jnp.float32)
+    outputs = self.out_channels * self.patch**2
+    h = conv(outputs, kernel_init=init(0), name='conv_out')(nn.swish(h))
+    return from_patches(h, self.patch).astype(jnp.float32)
 
 
 def build(
@@ -273,11 +290,12 @@ def build(
   dropout: float,
   dtype: str,
   remat: bool,
+  patch: int,
 ) -> UNet:
   """The U-Net of a recipe, for images of (height, width) pixels.
 
-  `attention` holds sides in pixels: a level whose shorter side is one of them
-  has attention after every block. The other keys are those of `UNet`.
+  `attention` holds sides in pixels of a level: one whose shorter side is among
+  them has attention after every block. The other keys are those of `UNet`.
 
   Raises:
     ValueError: if the image cannot be halved so often, `groups` does not divide
@@ -285,12 +303,14 @@ def build(
   """
   if len(image_size) != 2:
     raise ValueError('model.name=unet is for images; points take mlp')
-  factor = 2 ** (len(multipliers) - 1)
+  if patch < 1:
+    raise ValueError(f'model.patch={patch} must be at least 1')
+  factor = patch * 2 ** (len(multipliers) - 1)
   if any(side % factor for side in image_size):
     raise ValueError(
       f'image size {image_size[0]}x{image_size[1]} is not a multiple of '
-      f'{factor}, which {len(multipliers)} levels need; change '
-      'data.image_size, or give model.multipliers fewer entries'
+      f'{factor}, which {len(multipliers)} levels of model.patch={patch} need; '
+      'change data.image_size, or give model.multipliers fewer entries'
     )
   if any(channels * m % groups for m in multipliers):
     raise ValueError(
@@ -299,7 +319,9 @@ def build(
     )
   if dtype not in ('float32', 'bfloat16'):
     raise ValueError(f'model.dtype={dtype!r} is not float32 or bfloat16')
-  sides = [min(image_size) // 2**level for level in range(len(multipliers))]
+  sides = [
+    min(image_size) // patch // 2**level for level in range(len(multipliers))
+  ]
   return UNet(
     out_channels=image_channels,
     channels=channels,
@@ -310,4 +332,5 @@ def build(
     dropout=dropout,
     dtype=jnp.dtype(dtype),
     remat=remat,
+    patch=patch,
   )
