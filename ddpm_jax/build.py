@@ -209,9 +209,10 @@ def warn_of_signal(config: ConfigDict) -> None:
 
 
 def model(config: ConfigDict) -> nn.Module:
-  """The linen module: `model.apply(variables, x_t, t, train=False)`.
+  """The linen module: `model.apply(variables, x_t, t, keys=None)`.
 
-  It takes a condition after t, if the recipe has one.
+  It takes a condition after t, if the recipe has one, and in training keys (B,)
+  for what is random.
   """
   name = config.model.name
   known = [m.name for m in pkgutil.iter_modules(models.__path__)]
@@ -342,10 +343,8 @@ def loss_fn(config: ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
     args = () if told is None else (told,)
 
     def model_fn(x_t: jax.Array, t: jax.Array) -> Any:
-      variables, rngs = {'params': params}, {'dropout': k_drop}
-      return network.apply(
-        variables, x_t, t, *args, train=True, index=index, rngs=rngs
-      )
+      keys = fold(k_drop, index)
+      return network.apply({'params': params}, x_t, t, *args, keys=keys)
 
     losses = objective(table, model_fn, fold(k_eps, index), x0, t, **options)
     weight = 1.0 if p is None else 1 / (T * p[t - 1])

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,11 +26,11 @@ def count(params):
   return sum(x.size for x in jax.tree.leaves(params))
 
 
-def variables(model, x):
+def variables(model, *args):
   """As after training: nothing is left at 0 or 1e-10."""
-  shape = jax.eval_shape(
-    model.init, jax.random.key(0), x, jnp.ones(len(x), int)
-  )
+  if isinstance(model, unet.UNet):
+    args = *args, jnp.ones(len(args[0]), int)
+  shape = jax.eval_shape(model.init, jax.random.key(0), *args)
   rng = np.random.default_rng(0)
 
   def trained(x):
@@ -118,8 +119,9 @@ def test_sizes_that_do_not_halve_are_refused(shape):
 @pytest.mark.parametrize('train', [False, True])
 def test_no_example_leaks_into_another(train):
   model, x, t = unet.UNet(**SMALL), images(4), jnp.array([1, 5, 9, 1000])
-  v, rngs = variables(model, x), {'dropout': jax.random.key(3)}
-  f = lambda x: model.apply(v, x, t, train=train, rngs=rngs)  # noqa: E731
+  v = variables(model, x)
+  keys = jax.random.split(jax.random.key(3), 4) if train else None
+  f = lambda x: model.apply(v, x, t, keys=keys)  # noqa: E731
   reaches = jax.jacfwd(lambda s: f(x * s[:, None, None, None]).sum((1, 2, 3)))
   j = jax.jit(reaches)(jnp.ones(4))
   np.testing.assert_array_equal(j - jnp.diag(jnp.diag(j)), 0)
@@ -137,34 +139,48 @@ def test_dropout_is_off_when_sampling_and_differs_by_key_when_training():
   model, x, t = unet.UNet(**SMALL, dropout=0.5), images(), jnp.ones(2, int)
   v = variables(model, x)
 
-  def out(train, seed):
-    rngs = {'dropout': jax.random.key(seed)}
-    return apply(model, v, x, t, train=train, rngs=rngs)
+  def out(seed):
+    return apply(model, v, x, t, keys=jax.random.split(jax.random.key(seed), 2))
 
-  np.testing.assert_array_equal(out(False, 0), out(False, 1))
-  np.testing.assert_array_equal(out(True, 0), out(True, 0))
-  assert jnp.max(jnp.abs(out(True, 0) - out(True, 1))) > 1e-3
-  assert jnp.max(jnp.abs(out(True, 0) - out(False, 0))) > 1e-3
+  sampling = apply(model, v, x, t)
+  np.testing.assert_array_equal(out(0), out(0))
+  assert jnp.max(jnp.abs(out(0) - out(1))) > 1e-3
+  assert jnp.max(jnp.abs(out(0) - sampling)) > 1e-3
 
 
-def test_dropout_of_an_example_follows_its_place_in_the_whole_batch():
+def test_dropout_of_an_example_follows_its_key():
   model, x, t = unet.UNet(**SMALL, dropout=0.5), images(4), jnp.ones(4, int)
-  v, rngs = variables(model, x), {'dropout': jax.random.key(0)}
-  whole = apply(model, v, x, t, train=True, rngs=rngs)
-  half = apply(
-    model, v, x[2:], t[2:], train=True, rngs=rngs, index=jnp.array([2, 3])
-  )
+  v, keys = variables(model, x), jax.random.split(jax.random.key(0), 4)
+  whole = apply(model, v, x, t, keys=keys)
+  half = apply(model, v, x[2:], t[2:], keys=keys[2:])
   np.testing.assert_allclose(half, whole[2:], atol=1e-5)
 
 
 def test_dropout_keeps_the_mean():
-  drop = unet.Dropout(0.3)
-  x, index = jnp.ones((16, 64, 64, 1)), jnp.arange(16)
-  y = drop.apply({}, x, index, rngs={'dropout': jax.random.key(0)})
+  x, keys = jnp.ones((16, 64, 64, 1)), jax.random.split(jax.random.key(0), 16)
+  y = unet.dropout(keys, x, 0.3)
   kept = (y != 0).mean()
   error = (0.3 * 0.7 / x.size) ** 0.5
   assert abs(kept - 0.7) < 5 * error
   np.testing.assert_allclose(y[y != 0], 1 / 0.7, rtol=1e-6)
+
+
+def test_blocks_and_examples_drop_different_things():
+  keys = []
+  whole = unet.dropout
+
+  def watched(k, x, rate):
+    keys.append(k)
+    return whole(k, x, rate)
+
+  model, x, t = unet.UNet(**SMALL, dropout=0.5), images(2), jnp.ones(2, int)
+  v, of_examples = variables(model, x), jax.random.split(jax.random.key(0), 2)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(unet, 'dropout', watched)
+    model.apply(v, x, t, keys=of_examples)
+  data = jax.random.key_data(jnp.stack(keys)).reshape(-1, 2)
+  # Two levels, one block down and two up; two in the middle.
+  assert len(np.unique(data, axis=0)) == 8 * 2
 
 
 def test_bf16_computes_roughly_the_same_with_float32_parameters():
@@ -186,10 +202,10 @@ def test_bf16_computes_roughly_the_same_with_float32_parameters():
 def test_remat_changes_no_parameter_and_no_gradient():
   x, t = images(), jnp.array([3, 700])
   plain, remat = unet.UNet(**SMALL), unet.UNet(**SMALL, remat=True)
-  v, rngs = variables(plain, x), {'dropout': jax.random.key(0)}
+  v, keys = variables(plain, x), jax.random.split(jax.random.key(0), 2)
 
   def gradient(model):
-    loss = lambda v: jnp.sum(model.apply(v, x, t, train=True, rngs=rngs) ** 2)  # noqa: E731
+    loss = lambda v: jnp.sum(model.apply(v, x, t, keys=keys) ** 2)  # noqa: E731
     return jax.jit(jax.grad(loss))(v)
 
   a, b = gradient(plain), gradient(remat)
@@ -255,3 +271,25 @@ def test_a_patch_must_divide_the_image():
   c.model.patch = 3
   with pytest.raises(errors.UserError, match='not a multiple of 24'):
     build.model(c)
+
+
+def test_upsampling_is_nearest_neighbour_and_a_convolution():
+  x = images(size=(6, 4), channels=8)
+  plain, ours = nn.Conv(8, (3, 3), padding=1), unet.Upsample(jnp.float32)
+  v = variables(plain, x.repeat(2, axis=1).repeat(2, axis=2))
+  assert jax.tree.structure(v) == jax.tree.structure(
+    jax.eval_shape(ours.init, jax.random.key(0), x)
+  )
+
+  def gradient(f):
+    return jax.jit(jax.grad(lambda v, x: jnp.sum(jnp.sin(f(v, x))), (0, 1)))(
+      v, x
+    )
+
+  doubled = lambda v, x: plain.apply(  # noqa: E731
+    v, x.repeat(2, axis=1).repeat(2, axis=2)
+  )
+  np.testing.assert_allclose(ours.apply(v, x), doubled(v, x), atol=1e-5)
+  # Sums of some 50 terms about 1, in another order.
+  a, b = gradient(ours.apply), gradient(doubled)
+  jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, atol=2e-5), a, b)

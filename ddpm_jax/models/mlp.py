@@ -25,11 +25,10 @@ class MLP(nn.Module):
     x_t: jax.Array,
     t: jax.Array,
     *,
-    train: bool = False,
-    index: jax.Array | None = None,
+    keys: jax.Array | None = None,
   ) -> jax.Array:
     """(B, D) and (B,) in 1..T -> float32 (B, out_channels)."""
-    del train, index  # nothing is random here
+    del keys  # nothing is random here
     temb = unet.time_embedding(t - 1, self.channels)
     temb = nn.swish(nn.Dense(self.channels)(temb))
     h = nn.Dense(self.channels)(x_t)
