@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from ddpm_jax import errors
 from ddpm_jax import jobs
+from ddpm_jax.runtime import machine
 
 DESCRIPTION = """\
 Denoising diffusion probabilistic models: train them, draw from them.
@@ -231,6 +232,7 @@ def run(argv: list[str]) -> None:
   # JAX and the rest take seconds to import; --help and mistakes need none.
   from ddpm_jax import recipe
 
+  machine.keep_compiled()
   args.changes = changes
   job = importlib.import_module(f'ddpm_jax.jobs.{args.mode}')
   config = None
@@ -243,6 +245,7 @@ def main() -> NoReturn:
   logging.basicConfig(format='%(message)s', level=logging.WARNING)
   code = 0
   try:
+    machine.huge_pages()
     run(sys.argv[1:])
   except errors.UserError as e:
     print(f'error: {e}', file=sys.stderr)

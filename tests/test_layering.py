@@ -40,11 +40,11 @@ INSIDE = {  # Rooms whose files have an order of their own.
       'checkpoint',
       'images',
       'logs',
+      'machine',
       'parallel',
       'stop',
-      'workdir',
     ],
-    ['arithmetic', 'fingerprint'],
+    ['arithmetic', 'fingerprint', 'workdir'],
   ],
   'metrics': [
     ['fidelity', 'small', 'weights'],
