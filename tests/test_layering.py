@@ -44,7 +44,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
       'parallel',
       'stop',
     ],
-    ['arithmetic', 'fingerprint', 'workdir'],
+    ['account', 'arithmetic', 'fingerprint', 'workdir'],
   ],
   'metrics': [
     ['fidelity', 'small', 'weights'],
