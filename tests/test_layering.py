@@ -44,7 +44,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
       'stop',
       'workdir',
     ],
-    ['arithmetic', 'fingerprint'],
+    ['account', 'arithmetic', 'fingerprint'],
   ],
   'metrics': [
     ['fidelity', 'small', 'weights'],
