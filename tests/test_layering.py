@@ -42,6 +42,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
       'logs',
       'parallel',
       'stop',
+      'target',
       'workdir',
     ],
     ['account', 'arithmetic', 'fingerprint'],
