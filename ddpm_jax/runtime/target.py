@@ -35,7 +35,7 @@ TPUS = {
   'v4': Chip(30.75 * GIB, 275e12, 1228e9),
   'v5e': Chip(15.75 * GIB, 197e12, 819e9),
   'v5p': Chip(95.74 * GIB, 459e12, 2765e9),
-  'v6e': Chip(31.25 * GIB, 918e12, 1640e9),
+  'v6e': Chip(31.25 * GIB, 918e12, 1638e9),
 }
 # What the CUDA compiler asks of a device: an H100 SXM, 80 GB.
 H100 = """

@@ -46,7 +46,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   finally:
     jax.config.update('jax_optimization_level', level)
   found = {
-    'config': args.config,
+    'config': args.config or str(args.workdir),
     'topology': target.name,
     'optimized': bool(args.optimize),
   } | found
@@ -60,7 +60,7 @@ def plan(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
   train = measure.program(programs.train(config, mesh), target)
   logs.say('compiling the sampler')
   draw = measure.program(programs.draw(config, mesh), target)
-  step, call = train['seconds'], draw['seconds']
+  step, call = train['roofline_seconds'], draw['roofline_seconds']
   calls = math.ceil(programs.IMAGES / draw['images'])
   return {
     'devices': mesh.size,

@@ -27,7 +27,7 @@ def program(it: programs.Program, target: targets.Target) -> dict[str, Any]:
       (
         *('argument_bytes', 'activation_bytes', 'code_bytes', 'peak_bytes'),
         *('flops', 'bytes', 'collectives', 'host_transfers', 'optimal_seconds'),
-        *('roofline_seconds', 'bound_by', 'seconds', 'images_per_second'),
+        *('roofline_seconds', 'bound_by', 'images_per_second', 'refused'),
       )
     ),
   }
@@ -40,8 +40,11 @@ def program(it: programs.Program, target: targets.Target) -> dict[str, Any]:
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
-    found['peak_bytes'] = needed(str(e), state)
-    return found | {'compile_seconds': time.time() - start}
+    return found | {
+      'peak_bytes': needed(str(e), state),
+      'refused': str(e).splitlines()[0],
+      'compile_seconds': time.time() - start,
+    }
   found['compile_seconds'] = time.time() - start
 
   def all_turns(count: float | None) -> float | None:
@@ -57,7 +60,8 @@ def program(it: programs.Program, target: targets.Target) -> dict[str, Any]:
   seconds = known[bound_by] if bound_by else None
   optimal = all_turns(a.optimal_seconds) or None
   return found | {
-    'fits': a.peak <= chip.memory if chip.memory else None,
+    # The TPU's compiler refuses what does not fit; the others do not look.
+    'fits': target.platform == 'tpu' or (chip.memory and a.peak <= chip.memory),
     'argument_bytes': a.arguments,
     'activation_bytes': a.temporaries,
     'code_bytes': a.code,
@@ -75,7 +79,6 @@ def program(it: programs.Program, target: targets.Target) -> dict[str, Any]:
     'optimal_seconds': optimal,
     'roofline_seconds': seconds,
     'bound_by': bound_by,
-    'seconds': seconds,
     'images_per_second': seconds and it.images / seconds,
   }
 
