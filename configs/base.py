@@ -147,6 +147,7 @@ def get_config() -> ConfigDict:
   c.parallel.engine = 'jit'  # jit | pmap
   c.parallel.data = -1  # devices along the batch; -1: all that are left
   c.parallel.fsdp = 1  # devices that share one copy of the state
+  c.parallel.spatial = 1  # devices that share an image, its rows
 
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 5000  # steps

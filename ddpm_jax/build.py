@@ -253,11 +253,17 @@ def source(config: ConfigDict, split: str = '') -> Any:
   return conditioning.attach(config, made)
 
 
-def mesh(config: ConfigDict, *, local: bool = False) -> jax.sharding.Mesh:
+def mesh(
+  config: ConfigDict,
+  *,
+  local: bool = False,
+  devices: Sequence[Any] | None = None,
+) -> jax.sharding.Mesh:
   """The devices of a run; with `local`, those of this process.
 
   Raises:
-    UserError: if there are not as many, or the engine is not for them.
+    UserError: if there are not as many, or the engine is not for them, or the
+      images cannot be cut so often.
   """
   wanted = config.parallel
   if wanted.engine not in parallel.ENGINES:
@@ -267,7 +273,35 @@ def mesh(config: ConfigDict, *, local: bool = False) -> jax.sharding.Mesh:
       'pmap keeps the whole state on every device: set parallel.fsdp=1, or '
       'parallel.engine=jit'
     )
-  return parallel.make_mesh(wanted.data, wanted.fsdp, local=local)
+  if wanted.spatial > 1:
+    check_spatial(config)
+  return parallel.make_mesh(
+    *(wanted.data, wanted.fsdp, wanted.spatial), local=local, devices=devices
+  )
+
+
+def check_spatial(config: ConfigDict) -> None:
+  """Refuses images whose rows cannot be cut so often.
+
+  Raises:
+    UserError: with what can be done.
+  """
+  n = config.parallel.spatial
+  if config.parallel.engine == 'pmap':
+    raise errors.UserError(
+      'pmap keeps an image on one device: set parallel.spatial=1, or '
+      'parallel.engine=jit'
+    )
+  if not image_size(config):
+    raise errors.UserError('points have no rows: set parallel.spatial=1')
+  rows = image_size(config)[0]
+  least = rows // 2 ** (len(config.model.multipliers) - 1)
+  if least % n:
+    raise errors.UserError(
+      f'config.parallel.spatial={n} does not divide the {least} row(s) that '
+      f'{rows} have become at the smallest of '
+      f'{len(config.model.multipliers)} levels'
+    )
 
 
 def stream(seed: int, use: str) -> jax.Array:
@@ -449,13 +483,18 @@ def index_and_condition(rows: Any) -> tuple[jax.Array, Any]:
   return rows, None
 
 
-def sampler(config: ConfigDict, seed: int, snapshots: int = 0) -> Callable:
+def sampler(
+  config: ConfigDict,
+  seed: int,
+  snapshots: int = 0,
+  cut: Callable[[jax.Array], jax.Array] = lambda images: images,
+) -> Callable:
   """(params, rows) -> images (B, H, W, C), predictions (B, K, H, W, C).
 
   Both uint8; or points, float32. `rows` holds `index` (B,) and, if the recipe
   has one, a `condition`; or it is the index alone, and then the classes take
   turns, or nothing is asked for. Image `index` of a seed is the same in a batch
-  of any size.
+  of any size. `cut` may spread images over devices.
   """
   p = reverse_process(config)
 
@@ -465,7 +504,7 @@ def sampler(config: ConfigDict, seed: int, snapshots: int = 0) -> Callable:
       told = index % config.condition.classes
     keys, x_T = noise(config, seed, index)
     x_0, seen = samplers.sample(
-      *(p.step, p.schedule, p.model_fn(params, told), keys, x_T),
+      *(p.step, p.schedule, p.model_fn(params, told), keys, cut(x_T)),
       snapshots=snapshots,
     )
     seen = seen.swapaxes(0, 1)

@@ -34,14 +34,17 @@ ONLY = {
   'images': ['compress', 'evaluate', 'figures'],
   'inception': ['evaluate'],
   'input': ['convert', 'decompress'],
+  'json': ['plan'],
   'label': ['sample', 'edit'],
   'mask': ['edit'],
+  'optimize': ['plan'],
   'prompt': ['sample', 'edit'],
   'prompts': ['sample', 'edit'],
   'reference': ['evaluate'],
   'step': ['evaluate'],
   'strength': ['edit'],
   'to': ['edit'],
+  'topology': ['plan'],
 }
 
 
@@ -159,6 +162,23 @@ def parser() -> Parser:
     metavar='S',
     help='for --mode=edit without --mask: how noisy --image is made first, of '
     'T; from 0 (it is kept) to 1 (it is forgotten); default: 0.5',
+  )
+  p.add_argument(
+    '--topology',
+    metavar='NAME',
+    help='for --mode=plan: the devices, such as v5e:4x4, h100:1x8 or cpu:8',
+  )
+  p.add_argument(
+    '--optimize',
+    action='store_true',
+    default=None,
+    help='for --mode=plan: compile as a run does, which takes minutes more',
+  )
+  p.add_argument(
+    '--json',
+    action='store_true',
+    default=None,
+    help='for --mode=plan: one JSON object on stdout',
   )
   scores = p.add_argument_group('for --mode=evaluate')
   scores.add_argument(

@@ -43,6 +43,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
       'machine',
       'parallel',
       'stop',
+      'target',
     ],
     ['account', 'arithmetic', 'fingerprint', 'workdir'],
   ],

@@ -55,6 +55,7 @@ def images(b=2, size=(8, 8), channels=3):
     ('configs/cifar.py', 35_746_307),
     ('configs/celebahq.py', 113_673_219),
     ('configs/lsun.py:bedroom', 113_673_219),
+    ('configs/lsun.py:bedroom_large', 255_677_955),
     ('configs/lsun.py:church', 113_673_219),
     ('configs/lsun.py:cat', 113_673_219),
   ],

@@ -124,6 +124,12 @@ def restore_ema(
   return checkpoint.restore_item(folder / 'checkpoints', 'ema', abstract, step)
 
 
+def at_a_time(config: ConfigDict, mesh: jax.sharding.Mesh, count: int) -> int:
+  """How many images are drawn in a batch, of `count` in all."""
+  n = parallel.parts(mesh)
+  return math.ceil(min(count, config.sampler.batch_size) / n) * n
+
+
 def drawer(
   config: ConfigDict, mesh: jax.sharding.Mesh, count: int, draw: Callable
 ) -> tuple[int, Callable[..., Any]]:
@@ -133,8 +139,7 @@ def drawer(
   weights, of the index of the first image, and of a condition for each image if
   `draw` takes one (see `build.sampler`), that gives the arrays of b images.
   """
-  n = mesh.size
-  size = math.ceil(min(count, config.sampler.batch_size) / n) * n
+  size = at_a_time(config, mesh, count)
   engine = config.parallel.engine
   init = functools.partial(build.init_state, config)
   compiled = parallel.compile_map(
@@ -177,7 +182,9 @@ def sampler(
   snapshots: int = 0,
 ) -> Callable[..., Iterator[tuple[np.ndarray, np.ndarray]]]:
   """Uint8 images (b, H, W, C), and predictions on the way (b, K, H, W, C)."""
-  return in_batches(config, mesh, count, build.sampler(config, seed, snapshots))
+  cut = functools.partial(parallel.cut_rows, mesh=mesh)
+  draw = build.sampler(config, seed, snapshots, cut)
+  return in_batches(config, mesh, count, draw)
 
 
 def gather(batches: Iterator[Any]) -> Any:

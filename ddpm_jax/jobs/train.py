@@ -42,7 +42,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   # What may be refused comes first, then what takes long.
   build.check(config)
   mesh = build.mesh(config)
-  step_fn = build.train_step(config, mesh.size)
+  step_fn = build.train_step(config, parallel.parts(mesh))
   pictures = picture_maker(config, mesh, folder, args.num_samples)
   workdir.create(folder)
   source = build.source(config)

@@ -4,8 +4,10 @@ A state is one ordinary (global) array a leaf under both. With jit the compiler
 finds the collectives from the shardings; with pmap they are written out.
 """
 
+import collections
 import functools
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,40 +19,79 @@ from jax.sharding import PartitionSpec as P
 
 from ddpm_jax import errors
 
-AXES = ('data', 'fsdp')
+AXES = ('data', 'fsdp', 'spatial')
+BATCH = AXES[:2]  # those that share out a batch; the third cuts an image
 ENGINES = ('jit', 'pmap')
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, *, local: bool = False) -> Mesh:
-  """A mesh of data × fsdp devices; data = -1 takes all that are left.
+def make_mesh(
+  data: int = -1,
+  fsdp: int = 1,
+  spatial: int = 1,
+  *,
+  local: bool = False,
+  devices: Sequence[Any] | None = None,
+) -> Mesh:
+  """A mesh of data × fsdp × spatial devices; data = -1 takes all that are left.
 
   With `local` it is of this process's devices alone, for work that processes
-  share out without talking to each other.
+  share out without talking to each other. `devices` are by default those here.
 
   Raises:
-    UserError: if there are not so many devices.
+    UserError: if there are not so many devices, or they would cut an image
+      across processes.
   """
-  devices = jax.local_devices() if local else jax.devices()
-  if local and jax.process_count() > 1:
-    data, fsdp = -1, 1  # what a recipe says is of all devices
-  wanted = data * fsdp if data > 0 else max(len(devices) // fsdp, 1) * fsdp
-  if fsdp < 1 or data == 0 or data < -1 or wanted > len(devices):
+  several = devices is None and jax.process_count() > 1
+  if devices is None:
+    devices = jax.local_devices() if local else jax.devices()
+  if local and several:
+    data, fsdp, spatial = -1, 1, 1  # what a recipe says is of all devices
+  group = max(fsdp * spatial, 1)
+  wanted = data * group if data > 0 else max(len(devices) // group, 1) * group
+  nonsense = min(fsdp, spatial) < 1 or data == 0 or data < -1
+  if nonsense or wanted > len(devices):
     raise errors.UserError(
-      f'config.parallel.data={data} times config.parallel.fsdp={fsdp} does not '
-      f'fit the {len(devices)} device(s) here; --config.parallel.data=-1 '
-      '--config.parallel.fsdp=1 always does'
+      f'config.parallel.data={data} times config.parallel.fsdp={fsdp} times '
+      f'config.parallel.spatial={spatial} does not fit the {len(devices)} '
+      'device(s) here; --config.parallel.data=-1 --config.parallel.fsdp=1 '
+      '--config.parallel.spatial=1 always does'
     )
-  if not local and jax.process_count() > 1 and wanted != len(devices):
+  if not local and several and wanted != len(devices):
     raise errors.UserError(
       f'{wanted} of {len(devices)} devices: a run of several processes must '
       'use all; set parallel.data=-1'
     )
-  return jax.make_mesh(
-    (wanted // fsdp, fsdp),
-    AXES,
-    axis_types=(AxisType.Auto,) * 2,  # linen knows no explicit axes
-    devices=devices[:wanted],
+  shape = (wanted // group, fsdp, spatial)
+  auto = (AxisType.Auto,) * 3  # linen knows no explicit axes
+  if spatial == 1:
+    return jax.make_mesh(shape, AXES, auto, devices=devices[:wanted])
+  return Mesh(
+    _in_one_process(devices, spatial)[:wanted].reshape(shape), AXES, auto
   )
+
+
+def _in_one_process(devices: Sequence[Any], spatial: int) -> np.ndarray:
+  """The devices, so that each `spatial` of them in a row are of one process.
+
+  A process brings rows of the batch, whole images: it must have all devices
+  that an image is cut over. They are also each other's neighbours.
+
+  Raises:
+    UserError: if there are not so many in a process.
+  """
+  ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
+  for here in collections.Counter(d.process_index for d in ordered).values():
+    if here % spatial:
+      raise errors.UserError(
+        f'config.parallel.spatial={spatial} does not divide the {here} '
+        'device(s) of a process'
+      )
+  return np.array(ordered)
+
+
+def parts(mesh: Mesh) -> int:
+  """Into how many a batch is shared out; each may be several devices."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -58,7 +99,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-  return NamedSharding(mesh, P(AXES))
+  return NamedSharding(mesh, P(BATCH))
+
+
+def cut_rows(images: jax.Array, mesh: Mesh) -> jax.Array:
+  """(B, H, W, C) with H over the devices of `spatial`, inside of jit.
+
+  The compiler does the rest: convolutions send rows to their neighbours, norms
+  add up, attention gathers keys and values.
+  """
+  if mesh.shape['spatial'] == 1:
+    return images
+  return jax.lax.with_sharding_constraint(
+    images, NamedSharding(mesh, P(BATCH, 'spatial'))
+  )
+
+
+def _cut_batch(batch: Any, mesh: Mesh) -> Any:
+  """`cut_rows` of the images of a batch, if it has any."""
+  if not isinstance(batch, dict) or 'image' not in batch:
+    return batch
+  return batch | {'image': cut_rows(batch['image'], mesh)}
 
 
 def state_sharding(mesh: Mesh, state: Any) -> Any:
@@ -135,8 +196,12 @@ def compile_step(step: Callable, mesh: Mesh, how: str, state: Any) -> Callable:
     loss, grads = loss_and_grads
     return loss, jax.lax.with_sharding_constraint(grads, sharding.params)
 
+  def on_mesh(state: Any, batch: Any) -> Any:
+    batch = _cut_batch(batch, mesh)
+    return step(state, batch, gather=lambda x: gather(x, mesh), mean=mean)
+
   return jax.jit(
-    functools.partial(step, gather=lambda x: gather(x, mesh), mean=mean),
+    on_mesh,
     in_shardings=(sharding, over_batch(mesh)),
     out_shardings=(sharding, replicated(mesh)),
     donate_argnums=0,
@@ -157,9 +222,14 @@ def compile_map(fn: Callable, mesh: Mesh, how: str, params: Any) -> Callable:
     return lambda params, batch: jax.tree.map(
       lambda x: np.concatenate(np.asarray(x)), mapped(params, batch)
     )
-  mapped = jax.jit(
-    lambda params, batch: fn(gather(params, mesh), batch),
+  mapped = jit_map(fn, mesh, params)
+  return lambda params, batch: jax.tree.map(np.asarray, mapped(params, batch))
+
+
+def jit_map(fn: Callable, mesh: Mesh, params: Any) -> Any:
+  """The same under jit alone, and leaving the arrays where they are."""
+  return jax.jit(
+    lambda params, batch: fn(gather(params, mesh), _cut_batch(batch, mesh)),
     in_shardings=(state_sharding(mesh, params), over_batch(mesh)),
     out_shardings=over_batch(mesh),
   )
-  return lambda params, batch: jax.tree.map(np.asarray, mapped(params, batch))

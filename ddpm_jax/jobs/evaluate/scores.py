@@ -1,6 +1,7 @@
 """FID and its like, of samples of a run or of images made elsewhere."""
 
 import argparse
+import functools
 import json
 import shutil
 import zlib
@@ -22,6 +23,7 @@ from ddpm_jax.metrics import weights as weights_file
 from ddpm_jax.runtime import fingerprint
 from ddpm_jax.runtime import images as pictures
 from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import parallel
 
 
 def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
@@ -41,7 +43,9 @@ def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
     sample.check_output(args.output, count)
   mesh = build.mesh(config, local=True)
   seed = config.seed if args.seed is None else args.seed
-  size, draw = sample.drawer(config, mesh, count, build.sampler(config, seed))
+  cut = functools.partial(parallel.cut_rows, mesh=mesh)
+  sampler = build.sampler(config, seed, cut=cut)
+  size, draw = sample.drawer(config, mesh, count, sampler)
   kind, step, params = weights.restore(config, mesh, args)
   extract = features.extractor(config, mesh, trained.params, size)
   real, against = reference_of(config, args, extract, trained)

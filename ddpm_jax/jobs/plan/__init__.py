@@ -1,0 +1,81 @@
+"""`--mode=plan`: what a recipe would need, and take, on devices not here.
+
+The training step and the sampler are made as `train` and `sample` make them and
+compiled ahead of time; the numbers are the compiler's. Nothing is run.
+"""
+
+import argparse
+import json
+import math
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from ddpm_jax import build
+from ddpm_jax import errors
+from ddpm_jax.jobs.plan import advice
+from ddpm_jax.jobs.plan import measure
+from ddpm_jax.jobs.plan import programs
+from ddpm_jax.jobs.plan import table
+from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import target as targets
+
+
+def run(config: ConfigDict, args: argparse.Namespace) -> None:
+  """Prints a table, or with `--json` one object, of `--topology`.
+
+  Raises:
+    UserError: if the topology is not known, or does not fit the recipe.
+  """
+  if not args.topology:
+    raise errors.UserError(
+      'plan for which devices? such as --topology=v5e:4x4, h100:1x8 or cpu:8'
+    )
+  if config.parallel.engine != 'jit':
+    raise errors.UserError(
+      'pmap compiles for devices that are here: plan with parallel.engine=jit'
+    )
+  build.check(config)
+  target = targets.find(args.topology)
+  level: str = jax.config.jax_optimization_level  # type: ignore[attr-defined]
+  if not args.optimize:
+    jax.config.update('jax_optimization_level', 'O0')
+  try:
+    found = plan(config, target)
+  finally:
+    jax.config.update('jax_optimization_level', level)
+  found = {
+    'config': args.config or str(args.workdir),
+    'topology': target.name,
+    'optimized': bool(args.optimize),
+  } | found
+  print(json.dumps(found) if args.json else table.markdown(found))
+
+
+def plan(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
+  """All that is known, of one device: the training step's, and `sampler`'s."""
+  mesh = build.mesh(config, devices=target.devices)
+  logs.say(f'compiling the training step for {mesh.size} device(s)')
+  train = measure.program(programs.train(config, mesh), target)
+  logs.say('compiling the sampler')
+  draw = measure.program(programs.draw(config, mesh), target)
+  step, call = train['roofline_seconds'], draw['roofline_seconds']
+  calls = math.ceil(programs.IMAGES / draw['images'])
+  return {
+    'devices': mesh.size,
+    'mesh': dict(mesh.shape),
+    'memory_bytes': target.chip.memory,
+    **train,
+    'fits': both(train['fits'], draw['fits']),
+    'train_fits': train['fits'],
+    'steps': config.steps,
+    'train_hours': step and config.steps * step / 3600,
+    'advice': advice.find(config, target, mesh, train),
+    'sampler': draw | {'hours': call and calls * call / 3600},
+  }
+
+
+def both(a: bool | None, b: bool | None) -> bool | None:
+  """Of both; None if that is not known."""
+  return None if None in (a, b) else a and b
