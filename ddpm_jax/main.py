@@ -29,15 +29,17 @@ stopped goes on when its --workdir is named again.
 # The flags that not all modes have, and those that do.
 ONLY = {
   'bytes': ['decompress'],
+  'compare': ['benchmark'],
   'figure': ['figures'],
   'image': ['edit'],
   'images': ['compress', 'evaluate', 'figures'],
   'inception': ['evaluate'],
   'input': ['convert', 'decompress'],
-  'json': ['plan'],
+  'json': ['benchmark', 'plan'],
   'label': ['sample', 'edit'],
   'mask': ['edit'],
   'optimize': ['plan'],
+  'profile': ['benchmark'],
   'prompt': ['sample', 'edit'],
   'prompts': ['sample', 'edit'],
   'reference': ['evaluate'],
@@ -178,7 +180,21 @@ def parser() -> Parser:
     '--json',
     action='store_true',
     default=None,
-    help='for --mode=plan: one JSON object on stdout',
+    help='for --mode=plan and --mode=benchmark: one JSON object on stdout',
+  )
+  p.add_argument(
+    '--compare',
+    type=pathlib.Path,
+    metavar='FILE',
+    help='for --mode=benchmark: what an earlier one with --json has printed; '
+    'ratios to it are printed',
+  )
+  p.add_argument(
+    '--profile',
+    type=pathlib.Path,
+    metavar='FOLDER',
+    help='for --mode=benchmark: trace a few train steps into this folder, for '
+    'TensorBoard or Perfetto, and print the ten costliest kinds of operation',
   )
   scores = p.add_argument_group('for --mode=evaluate')
   scores.add_argument(

@@ -35,6 +35,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['pixels', 'spacings', 'timesteps'],
   ],
   'runtime': [
+    ['profile', 'timing'],
     [
       'bitstream',
       'checkpoint',

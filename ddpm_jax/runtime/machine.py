@@ -40,7 +40,7 @@ def keep_compiled() -> None:
   """
   import jax
 
-  if not jax.config.jax_compilation_cache_dir:
+  if not jax.config.values['jax_compilation_cache_dir']:
     path = workdir.cache() / 'xla'
     jax.config.update('jax_compilation_cache_dir', str(path))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)

@@ -1,0 +1,87 @@
+"""How long things take, and how fast this machine is at best."""
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.runtime import parallel
+
+
+class Spread(NamedTuple):
+  """Seconds of one call, over several."""
+
+  median: float
+  low: float
+  high: float
+
+
+def spread(took: list[float]) -> Spread:
+  return Spread(statistics.median(took), min(took), max(took))
+
+
+def clock(call: Callable[[], Any], *, seconds: float, least: int = 3) -> Spread:
+  """Times `call` again and again for so many seconds.
+
+  Each is timed until its arrays are there, after one that is not timed: it
+  compiles, and gets its memory from the system.
+  """
+  jax.block_until_ready(call())
+  took: list[float] = []
+  while len(took) < least or sum(took) < seconds:
+    begun = time.perf_counter()
+    jax.block_until_ready(call())
+    took.append(time.perf_counter() - begun)
+  return spread(took)
+
+
+def compile_seconds(
+  lowered: jax.stages.Lowered,
+) -> tuple[float, jax.stages.Compiled]:
+  begun = time.perf_counter()
+  compiled = lowered.compile()
+  return time.perf_counter() - begun, compiled
+
+
+def peaks(
+  mesh: jax.sharding.Mesh, dtype: str, seconds: float
+) -> dict[str, float]:
+  """FLOP/s of all devices of a mesh together, for the best of two sizes.
+
+  `matmul`: of square matrices; `convolution`: 3x3, as in the U-Net. Each device
+  has rows, or images, of its own.
+  """
+  cpu = mesh.devices.flat[0].platform == 'cpu'
+  images = 8 if cpu else 256
+
+  def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+      *(x, kernel, (1, 1), 'SAME'), dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+
+  def flops(work: Callable, x: tuple[int, ...], w: tuple[int, ...]) -> float:
+    n = parallel.parts(mesh)
+    rows = parallel.put(np.ones((n * x[0], *x[1:]), dtype), mesh, 'jit')
+    kernel = jax.device_put(np.ones(w, dtype), parallel.replicated(mesh))
+    call = functools.partial(jax.jit(work), rows, kernel)
+    # Each output is made of all of w that leads to it.
+    number = 2 * n * math.prod(x[:-1]) * math.prod(w)
+    return number / clock(call, seconds=seconds).low
+
+  return {
+    'matmul': max(
+      flops(jnp.matmul, (m, m), (m, m))
+      for m in ((512, 1024) if cpu else (4096, 8192))
+    ),
+    'convolution': max(
+      flops(convolve, (images, side, side, c), (3, 3, c, c))
+      for side, c in ((32, 128), (16, 256))
+    ),
+  }

@@ -1,0 +1,121 @@
+"""The benchmark measures what runs; no time is asserted."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ddpm_jax import errors
+from ddpm_jax import main
+from ddpm_jax import recipe
+from ddpm_jax.jobs import benchmark
+from ddpm_jax.runtime import profile
+from ddpm_jax.runtime import timing
+
+SMALL = [
+  '--mode=benchmark',
+  '--config=configs/digits.py',
+  '--config.model.channels=8',
+  '--config.model.multipliers=(1,)',
+  '--config.model.groups=4',
+  '--config.batch_size=16',
+]
+
+
+@pytest.fixture(scope='module')
+def printed(tmp_path_factory):
+  """(the JSON of a small network on 4 x 2 devices, its trace's folder)."""
+  trace = tmp_path_factory.mktemp('trace')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(benchmark, 'SECONDS', 0.05)
+    lines = []
+    patch.setattr('builtins.print', lambda *words, **_: lines.append(*words))
+    main.run(
+      [*SMALL, '--json', f'--profile={trace}', '--config.parallel.fsdp=2']
+    )
+  [line] = lines  # nothing else goes to stdout
+  return json.loads(line), trace
+
+
+def test_its_figures_agree_with_each_other(printed):
+  said, _ = printed
+  value = {name: x['value'] for name, x in said['results'].items()}
+  assert (said['devices'], said['batch_size']) == (8, 16)
+  step = value['train step']
+  assert value['train step, speed'] == pytest.approx(16 / step)
+  assert value['train step, rate'] == pytest.approx(
+    value['train step, work'] / step
+  )
+  for kind in ('matmul', 'convolution'):
+    share = value[f'train step, share of that ({kind})'] / 100
+    assert share * value[f'machine, {kind}'] == pytest.approx(
+      value['train step, rate']
+    )
+  for x in said['results'].values():
+    if 'low' in x:
+      assert x['low'] <= x['value'] <= x['high']
+
+
+def test_its_memory_is_that_of_the_state_and_no_second_copy(printed):
+  said, _ = printed
+  value = {name: x['value'] for name, x in said['results'].items()}
+  # Weights, EMA and two moments of Adam, float32; FSDP halves nearly all.
+  state = 4 * 4 * said['parameters']
+  donated = value['train step, memory a device, donated']
+  assert 0.5 * state <= donated < 0.6 * state
+  # The batch and its index are not donated: 2 images of 64 bytes a device.
+  assert value['train step, memory a device, arguments'] - donated < 1000
+
+
+def test_the_profile_opens_and_names_convolutions(printed):
+  _, trace = printed
+  [file] = trace.rglob('*.xplane.pb')
+  names = {name for name, _ in profile.operations(file)}
+  assert names
+  assert list(trace.rglob('*.trace.json.gz'))  # for Perfetto
+
+
+def test_a_comparison_prints_ratios(printed, tmp_path):
+  said, _ = printed
+  file = tmp_path / 'earlier.json'
+  doubled = {
+    name: x | {'value': 2 * x['value']} for name, x in said['results'].items()
+  }
+  file.write_text(json.dumps({'results': doubled}))
+  lines = benchmark.table({}, said['results'], benchmark.read(file)).split('\n')
+  assert len(lines) == 1 + len(doubled)
+  assert all(line.endswith('0.50 of before') for line in lines[1:])
+
+
+@pytest.mark.parametrize('text', ['', '[1]', '{"a": 1}'])
+def test_a_wrong_file_to_compare_with_is_one_line(tmp_path, text):
+  file = tmp_path / 'wrong.json'
+  file.write_text(text)
+  with pytest.raises(errors.UserError, match='is not what'):
+    main.run([*SMALL, f'--compare={file}'])
+
+
+def test_noise_stands_in_for_data_that_are_not_here(tmp_path):
+  c = recipe.load('configs/folder.py')
+  c.data.path = str(tmp_path / 'nowhere')
+  source = benchmark.data(c)
+  assert source.gather(jnp.arange(2))['image'].shape == (2, 64, 64, 3)
+
+
+def test_the_purpose_of_an_operation_is_read_from_the_program():
+  def f(x, w):
+    return jnp.sum(jnp.sin(x @ w))
+
+  x, w = jnp.ones((8, 16)), jnp.ones((16, 4))
+  compiled = jax.jit(jax.grad(f, 1)).lower(x, w).compile()
+  kinds = set(profile.named(compiled.as_text()).values())
+  assert 'forward dot_general' in kinds
+  assert any(kind.startswith('backward ') for kind in kinds)
+
+
+def test_a_clock_counts_every_call_but_the_first():
+  calls = []
+  took = timing.clock(lambda: calls.append(0), seconds=0, least=4)
+  assert len(calls) == 5
+  assert 0 < took.low <= took.median <= took.high
