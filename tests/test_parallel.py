@@ -10,6 +10,7 @@ from configs import digits
 from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import recipe
+from ddpm_jax.runtime import account
 from ddpm_jax.runtime import parallel
 
 STEPS = 4
@@ -232,3 +233,31 @@ def test_devices_that_do_not_fit_are_a_line_for_the_user(changes, message):
 
   with pytest.raises(errors.UserError, match=message):
     begin()
+
+
+def test_a_step_on_several_devices_adds_gradients_and_moves_nothing_else():
+  c = config(parallel__data=-1)
+  mesh, state = start(c)
+  step = parallel.compile_step(
+    build.train_step(c, mesh.size), mesh, 'jit', state
+  )
+  compiled = step.lower(state, parallel.put(batch(0), mesh, 'jit')).compile()
+  said = account.of(compiled)
+  assert set(said.collectives) == {'all-reduce'}
+  reduced = said.collectives['all-reduce']
+  gradients = sum(x.nbytes for x in jax.tree.leaves(state.params))
+  # Beside them the loss, and what little the norm takes.
+  assert gradients <= reduced.bytes < gradients + 1000
+  assert reduced.in_loops == 0
+  assert said.host_transfers == ()
+
+
+def test_sampling_on_several_devices_moves_nothing():
+  c = config(parallel__data=-1)
+  mesh, state = start(c)
+  params = state.ema_params
+  draw = parallel.jit_map(build.sampler(c, 0), mesh, params)
+  rows = parallel.put(np.arange(16, dtype=np.int32), mesh, 'jit')
+  said = account.of(draw.lower(params, rows).compile())
+  assert said.collectives == {}
+  assert said.host_transfers == ()

@@ -179,6 +179,16 @@ def test_memory_grows_with_the_snapshots_and_not_with_the_steps(snapshots):
   assert temporaries(1000) - temporaries(50) < image
 
 
+def test_the_program_does_not_grow_with_the_steps():
+  def operations(steps):
+    table = schedules.linear(steps)
+    f = functools.partial(samplers.sample, samplers.ancestral, table, toy)
+    text = jax.jit(f).lower(keys(2), jnp.zeros((2, 4))).as_text('hlo')
+    return text.count(' = ')
+
+  assert operations(1000) == operations(10)
+
+
 def test_a_strided_sampler_tells_the_network_the_original_times():
   told = []
 
