@@ -23,7 +23,7 @@ COMMANDS = [
 
 
 def parsed(command):
-  words = shlex.split(command)
+  words = shlex.split(command.partition(' > ')[0])
   assert words[:3] == ['python', '-m', 'ddpm_jax.main']
   return main.split(words[3:])
 
