@@ -188,7 +188,7 @@ def test_the_table_says_what_the_object_says():
   text = table.markdown(planned(ONE))
   assert 'configs/digits.py on cpu:8: 1 device(s)' in text
   state = planned(ONE)['state_bytes']
-  assert f'| state | {state / 2**10:.3g} KiB |' in text
+  assert f'| state | {state / 2**10:.4g} KiB |' in text
   assert '| collectives | none | none |' in text
 
 
