@@ -1,4 +1,4 @@
-"""One device, eight, FSDP and pmap: the same losses, parameters, samples."""
+"""One device, eight, FSDP, rows and pmap: the same losses, weights, samples."""
 
 import functools
 
@@ -27,10 +27,10 @@ def config(**changes):
   return c
 
 
-def batch(step, n=32):
+def batch(step, n=32, shape=(8, 8, 1)):
   rng = np.random.default_rng(step)
   return {
-    'image': rng.integers(0, 256, (n, 8, 8, 1), dtype=np.uint8),
+    'image': rng.integers(0, 256, (n, *shape), dtype=np.uint8),
     'index': np.arange(n, dtype=np.int32),
   }
 
@@ -46,16 +46,20 @@ def train(**changes):
   """(losses, parameters and EMA, samples), as NumPy."""
   c = config(**changes)
   mesh, state = start(c)
-  how = c.parallel.engine
-  step = parallel.compile_step(build.train_step(c, mesh.size), mesh, how, state)
+  how, n = c.parallel.engine, c.batch_size
+  step = parallel.compile_step(
+    build.train_step(c, parallel.parts(mesh)), mesh, how, state
+  )
   losses = []
   for i in range(STEPS):
-    state, metrics = step(state, parallel.put(batch(i), mesh, how))
+    rows = parallel.put(batch(i, n, build.shape(c)), mesh, how)
+    state, metrics = step(state, rows)
     losses.append([float(metrics['loss']), float(metrics['grad_norm'])])
+  cut = functools.partial(parallel.cut_rows, mesh=mesh)
   draw = parallel.compile_map(
-    build.sampler(c, seed=0, snapshots=2), mesh, how, state.ema_params
+    build.sampler(c, seed=0, snapshots=2, cut=cut), mesh, how, state.ema_params
   )
-  index = parallel.put(np.arange(16, dtype=np.int32), mesh, how)
+  index = parallel.put(np.arange(n // 2, dtype=np.int32), mesh, how)
   images = draw(state.ema_params, index)
   weights = jax.tree.map(np.asarray, (state.params, state.ema_params))
   return np.array(losses), weights, images
@@ -78,8 +82,12 @@ def one_device():
   ids=lambda changes: ' '.join(f'{k}={v}' for k, v in changes.items()),
 )
 def test_all_ways_agree_with_one_device(changes):
-  losses, weights, images = train(**changes)
-  one_losses, one_weights, one_images = one_device()
+  agree(train(**changes), one_device())
+
+
+def agree(some, one):
+  losses, weights, images = some
+  one_losses, one_weights, one_images = one
   # float32 sums in another order; Adam divides small gradients by their size,
   # so that rounding in them is a learning rate's share (1e-3) of an update.
   np.testing.assert_allclose(losses, one_losses, rtol=2e-5)
@@ -92,6 +100,40 @@ def test_all_ways_agree_with_one_device(changes):
     # A rounding may carry a value over the edge between two grays.
     assert np.abs(a.astype(int) - b).max() <= 1
     assert np.mean(a != b) < 0.01
+
+
+# Down and up again, with attention: all that rows go through.
+LEVELS = dict(model__multipliers=(1, 1), model__attention=(4,))
+# The network of 256x256, narrow.
+LARGE = dict(
+  batch_size=8,
+  data__image_size=256,
+  data__channels=3,
+  model__multipliers=(1, 1, 2, 2, 4, 4),
+  model__blocks=2,
+  model__attention=(16,),
+  sampler__steps=2,
+)
+
+
+def test_images_cut_into_rows_agree_with_one_device():
+  axes = dict(parallel__data=2, parallel__fsdp=2, parallel__spatial=2)
+  agree(train(**LEVELS, **axes), train(**LEVELS, parallel__data=1))
+
+
+@pytest.mark.slow
+def test_rows_and_parts_of_a_batch_agree_with_one_device():
+  """With a row of the smallest level on each device."""
+  axes = dict(parallel__data=2, parallel__spatial=4, accumulate=2)
+  agree(train(**LEVELS, **axes), train(**LEVELS, parallel__data=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('axes', [(2, 2, 2), (1, 1, 8)])
+def test_large_images_cut_into_rows_agree_with_one_device(axes):
+  names = ('parallel__data', 'parallel__fsdp', 'parallel__spatial')
+  cut = dict(zip(names, axes, strict=True))
+  agree(train(**LARGE, **cut), train(**LARGE, parallel__data=1))
 
 
 def by_history(**changes):
@@ -223,13 +265,18 @@ def test_an_odd_number_of_parts_still_means_the_batch():
     (dict(parallel__data=0), '8 device'),
     (dict(parallel__engine='pmap', parallel__fsdp=2), 'pmap'),
     (dict(parallel__engine='jitt'), "did you mean 'jit'"),
+    (dict(parallel__engine='pmap', parallel__spatial=2), 'pmap'),
+    (dict(parallel__spatial=3), r'spatial=3 does not divide the 8 row'),
+    (dict(parallel__spatial=8, **LEVELS), r'the 4 row.* 2 levels'),
+    (dict(parallel__spatial=0), '8 device'),
+    (dict(data__image_size='()', parallel__spatial=2), 'points'),
   ],
 )
 def test_devices_that_do_not_fit_are_a_line_for_the_user(changes, message):
   c = config(**changes)
 
   def begin():
-    build.train_step(c, build.mesh(c).size)
+    build.train_step(c, parallel.parts(build.mesh(c)))
 
   with pytest.raises(errors.UserError, match=message):
     begin()

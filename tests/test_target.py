@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from ddpm_jax import errors
+from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime import target
 
 GIVEN = {
@@ -71,6 +72,18 @@ def test_a_shape_that_there_is_not_is_a_line():
   with pytest.raises(errors.UserError, match='v5e:3x5') as caught:
     target.find('v5e:3x5')
   assert '\n' not in str(caught.value)
+
+
+@pytest.mark.skipif(not GIVEN['tpu'], reason='no libtpu')
+def test_an_image_is_cut_over_devices_of_one_process():
+  """Each brings whole images, and here they have four devices each."""
+  devices = target.find('v5e:4x4').devices
+  mesh = parallel.make_mesh(2, 2, 4, devices=devices)
+  assert dict(mesh.shape) == {'data': 2, 'fsdp': 2, 'spatial': 4}
+  for row in mesh.devices.reshape(4, 4):
+    assert len({d.process_index for d in row}) == 1
+  with pytest.raises(errors.UserError, match=r'the 4 device.* of a process'):
+    parallel.make_mesh(1, 1, 8, devices=devices)
 
 
 @pytest.mark.slow

@@ -30,15 +30,12 @@ def find(
   memory = target.chip.memory
   if not memory or train['fits'] or train['peak_bytes'] is None:
     return None
-  change: dict[str, Any] = {}
-  estimate = math.inf
+  change, other, estimate = {}, config, math.inf
   for change in smaller(config, mesh):
     other = changed(config, change)
     estimate = estimated(config, mesh, train, other)
     if estimate < 0.95 * memory:
       break
-  if not change:
-    return None
   flags = ' '.join(f'--config.{k}={str(v).lower()}' for k, v in change.items())
   logs.say(f'it does not fit; compiling it with {flags}')
   devices = list(mesh.devices.flat)
@@ -47,7 +44,7 @@ def find(
   )
   return {
     'change': flags,
-    'estimated_bytes': round(estimate),
+    'estimated_bytes': None if other.model.remat else round(estimate),
     'peak_bytes': again['peak_bytes'],
     'fits': again['fits'],
   }
@@ -91,7 +88,7 @@ def estimated(
   if after == before:
     cut = state
   else:
-    # Of the four copies (weights, average, two moments) one is gathered.
+    # Of the four parts (weights, average, two moments) one is gathered.
     cut = state * before / after + state * before / 4
   activations = train['peak_bytes'] - state
   return cut + activations * config.accumulate / other.accumulate

@@ -16,7 +16,10 @@ def markdown(found: dict[str, Any]) -> str:
     ('fits', lambda x: fits[x.get('train_fits', x['fits'])]),
     ('state', lambda x: size(x['state_bytes'])),
     ('activations', lambda x: size(x['activation_bytes'])),
-    ('peak' + (f', of {size(memory)}' if memory else ''), peak),
+    (
+      'peak' + (f', of {size(memory)}' if memory else ''),
+      lambda x: size(x['peak_bytes']),
+    ),
     ('FLOPs', lambda x: number(x['flops'])),
     ('bytes moved', lambda x: number(x['bytes'])),
     ('collectives', collectives),
@@ -43,29 +46,31 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def notes(found: dict[str, Any]) -> Iterator[str]:
-  yield (
-    'Times are at least that: no program reaches the roofline, and what the '
-    'collectives take is not in it.'
-  )
+  if found['roofline_seconds']:
+    yield (
+      'Times are at least that: no program reaches the roofline, and what the '
+      'collectives take is not in it.'
+    )
+  elif found['memory_bytes'] and found['train_fits']:
+    yield (
+      'The compiler for GPUs counts no work, and its memory is without the '
+      'workspace of cuDNN.'
+    )
   if not found['optimized']:
     yield (
-      'Compiled fast, at O0: a run is optimised, and needs less. '
-      '--optimize does as a run does, and takes minutes.'
+      'Compiled at O0: with the FLOPs and the collectives of a run, and nearly '
+      'its memory. --optimize compiles as a run does, which takes long.'
     )
   advised = found['advice']
   if advised:
     word = 'fits' if advised['fits'] else 'does not fit either'
     yield (
-      f'The training step needs less with {advised["change"]}: estimated '
-      f'{size(advised["estimated_bytes"])}, compiled '
-      f'{size(advised["peak_bytes"])}, which {word}.'
+      f'Instead, {advised["change"]}: the training step then {word}, with '
+      f'{size(advised["peak_bytes"])} as compiled; the estimate was '
+      f'{size(advised["estimated_bytes"]) or "not possible"}.'
     )
   if found['sampler']['fits'] is False:
     yield 'For the sampler, lower --config.sampler.batch_size.'
-
-
-def peak(x: dict[str, Any]) -> str:
-  return size(x['peak_bytes'])
 
 
 def collectives(x: dict[str, Any]) -> str:
@@ -91,7 +96,7 @@ def size(count: float | None) -> str:
     return ''
   for unit, bytes_each in (('GiB', 2**30), ('MiB', 2**20), ('KiB', 2**10)):
     if count >= bytes_each:
-      return f'{count / bytes_each:.3g} {unit}'
+      return f'{count / bytes_each:.4g} {unit}'
   return f'{count:.0f} bytes'
 
 
