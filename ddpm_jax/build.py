@@ -266,6 +266,10 @@ def mesh(config: ConfigDict, *, local: bool = False) -> jax.sharding.Mesh:
       'pmap keeps the whole state on every device: set parallel.fsdp=1, or '
       'parallel.engine=jit'
     )
+  if wanted.engine == 'pmap' and jax.process_count() > 1:
+    raise errors.UserError(
+      'pmap is for one process: set parallel.engine=jit, which does the same'
+    )
   return parallel.make_mesh(wanted.data, wanted.fsdp, local=local)
 
 

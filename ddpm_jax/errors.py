@@ -25,3 +25,19 @@ class RunError(RuntimeError):
 
   `main` prints it in one line and exits with 1.
   """
+
+
+# What needs no traceback.
+EXPECTED = UserError, RunError, KeyboardInterrupt
+
+
+def verdict(error: BaseException) -> tuple[int, str]:
+  """The exit code, and the line to print."""
+  if isinstance(error, UserError):
+    return 2, f'error: {error}'
+  if isinstance(error, RunError):
+    return 1, f'stopped: {error}'
+  if isinstance(error, KeyboardInterrupt):
+    return 1, 'interrupted'
+  reason = ' '.join(str(error).split())
+  return 1, f'failed: {type(error).__name__}: {reason}'

@@ -44,7 +44,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
       'stop',
       'workdir',
     ],
-    ['arithmetic', 'fingerprint'],
+    ['arithmetic', 'fingerprint', 'processes'],
   ],
   'metrics': [
     ['fidelity', 'small', 'weights'],

@@ -101,6 +101,17 @@ def put(tree: Any, mesh: Mesh, how: str) -> Any:
   )
 
 
+def put_whole(tree: Any, mesh: Mesh, how: str) -> Any:
+  """The same, of a batch that every process has whole."""
+  if how == 'pmap':
+    return put(tree, mesh, how)
+  sharding = over_batch(mesh)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
+    tree,
+  )
+
+
 def compile_step(step: Callable, mesh: Mesh, how: str, state: Any) -> Callable:
   """A training step, such as `training.train_step`, compiled.
 
@@ -157,9 +168,13 @@ def compile_map(fn: Callable, mesh: Mesh, how: str, params: Any) -> Callable:
     return lambda params, batch: jax.tree.map(
       lambda x: np.concatenate(np.asarray(x)), mapped(params, batch)
     )
+  rows = over_batch(mesh)
+  several = len(mesh.local_devices) < mesh.size  # processes: each gets all rows
   mapped = jax.jit(
-    lambda params, batch: fn(gather(params, mesh), batch),
-    in_shardings=(state_sharding(mesh, params), over_batch(mesh)),
-    out_shardings=over_batch(mesh),
+    lambda params, batch: jax.lax.with_sharding_constraint(
+      fn(gather(params, mesh), batch), rows
+    ),
+    in_shardings=(state_sharding(mesh, params), rows),
+    out_shardings=replicated(mesh) if several else rows,
   )
   return lambda params, batch: jax.tree.map(np.asarray, mapped(params, batch))
