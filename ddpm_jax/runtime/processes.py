@@ -285,11 +285,12 @@ _links: _Links | None = None
 
 def _exit(code: int, message: str) -> NoReturn:
   """At once: what Python does at its end would wait for the others."""
-  if message:
-    tqdm.tqdm.write(message, file=sys.stderr)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)
+  with tqdm.tqdm.external_write_mode(sys.stderr):  # in the place of a bar
+    if message:
+      print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _connect(host: str) -> dict[int, socket.socket]:
