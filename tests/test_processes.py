@@ -14,7 +14,10 @@ import conftest
 import numpy as np
 import pytest
 
+from ddpm_jax import errors
+from ddpm_jax import main
 from ddpm_jax.runtime import checkpoint
+from ddpm_jax.runtime import processes
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Smaller still than conftest's, for every process but the first one compiles
@@ -41,32 +44,42 @@ def free_port():
 
 
 @pytest.fixture
-def start(env):
-  """Starts the program as n processes; kills them in the end."""
+def popen():
+  """Starts a program; kills it in the end."""
   started = []
 
-  def start(n, *args, devices=1):
-    where = f'--coordinator=127.0.0.1:{free_port()}'
-    flags = [
-      [where, f'--num_processes={n}', f'--process_id={i}'] for i in range(n)
-    ]
-    processes = [
-      subprocess.Popen(
-        [sys.executable, '-m', 'ddpm_jax.main', *map(str, args), *more],
-        env=env | {'JAX_NUM_CPU_DEVICES': str(devices)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-      for more in (flags if n > 1 else [[]])
-    ]
-    started.extend(processes)
-    return processes
+  def popen(command, env):
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+      command, env=env, cwd=ROOT, stdout=pipe, stderr=pipe, text=True
+    )
+    started.append(process)
+    return process
 
-  yield start
+  yield popen
   for process in started:
     process.kill()
     process.communicate()
+
+
+@pytest.fixture
+def start(popen, env):
+  """Starts the program as n processes, or `only` some of them."""
+
+  def start(n, *args, devices=1, only=None):
+    command = [sys.executable, '-m', 'ddpm_jax.main', *map(str, args)]
+    where = f'--coordinator=127.0.0.1:{free_port()}'
+    return [
+      popen(
+        [*command, where, f'--num_processes={n}', f'--process_id={i}']
+        if n > 1
+        else command,
+        env | {'JAX_NUM_CPU_DEVICES': str(devices)},
+      )
+      for i in only or range(n)
+    ]
+
+  return start
 
 
 def ends(processes, timeout=300):
@@ -142,3 +155,132 @@ def test_a_story_of_two_processes_and_one(start, run, tmp_path):
     np.testing.assert_allclose(
       [line[name] for line in b], [line[name] for line in a], rtol=2e-3
     )
+
+
+# What two do is up to the last argument; no model, so nothing is compiled.
+PEERS = """
+import os, signal, sys, time
+import jax, numpy as np
+from jax.experimental import multihost_utils
+from ddpm_jax import errors
+from ddpm_jax.runtime import processes
+
+port, n, me, what = int(sys.argv[1]), *map(int, sys.argv[2:4]), sys.argv[4]
+with processes.together(
+  f'127.0.0.1:{port}', n, me, start_timeout=60, peer_timeout=10, can_stop=True
+):
+  exec(what)
+print('after', file=sys.stderr)
+"""
+
+
+@pytest.fixture
+def peers(popen, env):
+  """Starts n processes that do `what`."""
+
+  def peers(n, what):
+    port = str(free_port())
+    command = [sys.executable, '-c', PEERS, port, str(n)]
+    return [popen([*command, str(i), what], env) for i in range(n)]
+
+  return peers
+
+
+WAIT = 'multihost_utils.process_allgather(np.ones(1))'
+
+
+def test_one_that_is_mistaken_ends_both_at_once(peers):
+  """While process 0 waits for it, and would for minutes."""
+  what = f'if me: raise errors.UserError("no such file")\n{WAIT}'
+  first, other = ends(peers(2, what), timeout=60)
+  assert first == (2, '', 'error: no such file (process 1)\n')
+  assert other == (2, '', '')
+
+
+def test_a_fault_of_ours_keeps_its_traceback_and_ends_both(peers):
+  what = f'if me: print(1 / 0)\n{WAIT}'
+  (code, _, err), (other, _, trace) = ends(peers(2, what), timeout=60)
+  assert (code, other) == (1, 1)
+  assert err == 'failed: ZeroDivisionError: division by zero (process 1)\n'
+  assert 'Traceback' in trace
+
+
+def test_they_end_together_and_the_first_one_speaks(peers):
+  """Also where it has more to do than the others, or all exit with a code."""
+  what = 'print("said", me)\nif not me: time.sleep(3)\nsys.exit(75)'
+  assert ends(peers(2, what)) == [(75, 'said 0\n', ''), (75, '', '')]
+
+
+@pytest.mark.slow
+def test_the_first_one_may_be_killed_too_and_one_may_just_hang(peers):
+  what = f'if not me: os.kill(os.getpid(), signal.SIGKILL)\n{WAIT}'
+  (code, _, _), (other, _, err) = ends(peers(2, what), timeout=60)
+  assert (code, other) == (-signal.SIGKILL, 1)
+  assert err.startswith('stopped: process 0 of 2 went away')
+  # Only JAX's heartbeats, of peer_timeout = 10 seconds here, tell of this.
+  what = f'if me: os.kill(os.getpid(), signal.SIGSTOP)\n{WAIT}'
+  first, _ = peers(2, what)
+  ((code, _, err),) = ends([first], timeout=90)
+  assert code == -signal.SIGABRT
+  assert 'heartbeat' in err
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['--num_processes=0'], '--num_processes=0 is not positive'),
+    (['--num_processes=2'], '--num_processes needs --coordinator'),
+    (['--coordinator=a:1'], '--coordinator needs --num_processes'),
+    (['--process_id=1'], '--process_id needs --coordinator'),
+    (['--coordinator=a:1', '--process_id=1'], 'needs --num_processes'),
+    (['--coordinator=a:1', '--num_processes=2'], 'needs --process_id'),
+    (['--coordinator=a', '--num_processes=2', '--process_id=1'], 'HOST:PORT'),
+    (['--coordinator=a:b', '--num_processes=2', '--process_id=1'], 'HOST:PORT'),
+    (['--coordinator=:1', '--num_processes=2', '--process_id=1'], 'HOST:PORT'),
+    (['--coordinator=a:1', '--num_processes=2', '--process_id=2'], '0..1'),
+    (['--coordinator=a:1', '--num_processes=2', '--process_id=-1'], '0..1'),
+    (['--start_timeout=0'], 'start_timeout=0 is not positive'),
+    (['--peer_timeout=1'], 'peer_timeout=1 is not 2 or more'),
+  ],
+)
+def test_flags_that_do_not_do_are_one_line(flags, message):
+  with pytest.raises(errors.UserError) as caught:
+    main.run([f'--config={conftest.DIGITS}', *flags])
+  assert message in str(caught.value)
+  assert '\n' not in str(caught.value)
+
+
+def test_one_that_nobody_comes_to_does_not_wait_for_ever(start, tmp_path):
+  args = ['--start_timeout=3', *TINY, f'--workdir={tmp_path}']
+  found = ends([*start(2, *args, only=[0]), *start(2, *args, only=[1])], 60)
+  for i, (code, _, err) in enumerate(found):
+    assert code == 1
+    (line,) = err.splitlines()
+    assert line.startswith(f'stopped: process {i} of 2 has not met the others')
+    assert 'within 3 seconds (--start_timeout)' in line
+
+
+CLUSTERS = {
+  'nothing': ({}, False),
+  'Slurm, in srun': (
+    {'SLURM_STEP_NODELIST': 'a,b', 'SLURM_NTASKS': '2', 'SLURM_PROCID': '0'},
+    True,
+  ),
+  'Slurm, one task': ({'SLURM_STEP_NODELIST': 'a', 'SLURM_NTASKS': '1'}, False),
+  'Slurm, not in srun': ({'SLURM_NTASKS': '2'}, False),
+  'MPI': ({'OMPI_COMM_WORLD_SIZE': '4'}, True),
+  'GKE, hosts of a slice': ({'TPU_WORKER_HOSTNAMES': 'a,b'}, True),
+  'GKE, one host': ({'TPU_WORKER_HOSTNAMES': 'localhost'}, False),
+  'Kubernetes, not a job': ({'KUBERNETES_SERVICE_HOST': '10.0.0.1'}, False),
+}
+
+
+@pytest.mark.parametrize('name', CLUSTERS)
+def test_a_cluster_is_known_by_its_variables(name, monkeypatch):
+  for key in list(os.environ):
+    if key.startswith(('SLURM_', 'OMPI_', 'TPU_', 'KUBERNETES_', 'JOB_')):
+      monkeypatch.delenv(key)
+  variables, several = CLUSTERS[name]
+  for key, value in variables.items():
+    monkeypatch.setenv(key, value)
+  assert processes.found() == several
