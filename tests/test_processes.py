@@ -1,8 +1,10 @@
 """Several real processes on one machine: the same numbers, and one end."""
 
+import contextlib
 import json
 import os
 import pathlib
+import random
 import re
 import signal
 import socket
@@ -82,7 +84,7 @@ def start(popen, env):
   return start
 
 
-def ends(processes, timeout=300):
+def ends(processes, timeout=900):
   """[(exit code, stdout, stderr)] of all, which must end in time."""
   late = time.monotonic() + timeout
   found = []
@@ -114,7 +116,7 @@ def lines(workdir):
 
 
 def wait_for_step(workdir, step, processes):
-  late = time.monotonic() + 200
+  late = time.monotonic() + 600
   while not any(line['step'] >= step for line in lines(workdir)):
     assert all(p.poll() is None for p in processes), ends(processes)
     assert time.monotonic() < late
@@ -284,3 +286,196 @@ def test_a_cluster_is_known_by_its_variables(name, monkeypatch):
   for key, value in variables.items():
     monkeypatch.setenv(key, value)
   assert processes.found() == several
+
+
+# A state of known values, laid out over all devices of all processes.
+STATE = """
+import functools
+import jax, jax.numpy as jnp, numpy as np
+from ddpm_jax.runtime import checkpoint, parallel
+
+def state(step):
+  x = jnp.arange(4 * 6 * 64, dtype=jnp.float32) * 0.1 + step
+  x = x.reshape(4, 6, 64)
+  return {'kernel': x, 'bias': x[0, 0].astype(jnp.bfloat16), 'n': x[0, 0, 0]}
+
+mesh = parallel.make_mesh(fsdp=jax.device_count())
+abstract = parallel.abstract_state(functools.partial(state, 0), mesh)
+
+def save(folder, *steps):
+  checkpoints = checkpoint.open(folder, keep=9)
+  for step in steps:
+    made = parallel.init_state(functools.partial(state, step), mesh)
+    data = {'next_index': step}
+    checkpoint.save(
+      checkpoints, step, state=made, ema=made, data=data, config={}
+    )
+  checkpoint.close(checkpoints)
+
+def restore(source):
+  got = checkpoint.restore(source, abstract, abstract)
+  want = parallel.init_state(functools.partial(state, got.step), mesh)
+  for tree in got.state, got.ema:
+    for a, b in zip(*map(jax.tree.leaves, (tree, want)), strict=True):
+      assert a.sharding == b.sharding
+      for x, y in zip(a.addressable_shards, b.addressable_shards):
+        assert np.asarray(x.data).tobytes() == np.asarray(y.data).tobytes()
+  assert got.data == {'next_index': got.step}
+  return got.step
+"""
+
+
+def here(what):
+  """Runs the same in this process, which has eight devices."""
+  scope = {}
+  exec(STATE, scope)
+  return eval(what, scope)
+
+
+def test_a_checkpoint_of_four_processes_is_read_by_one_bit_for_bit(
+  peers, tmp_path
+):
+  for code, _, err in ends(peers(4, f'{STATE}\nsave({str(tmp_path)!r}, 3)')):
+    assert (code, err) == (0, 'after\n')
+  assert here(f'restore({str(tmp_path)!r})') == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('there', 'now'), [(4, 2), (2, 4), (1, 4)])
+def test_checkpoints_go_from_some_processes_to_others(
+  peers, tmp_path, there, now
+):
+  folder = str(tmp_path)
+  if there == 1:
+    here(f'save({folder!r}, 3)')
+  else:
+    assert {
+      x[0] for x in ends(peers(there, f'{STATE}\nsave({folder!r}, 3)'))
+    } == {0}
+  what = f'{STATE}\nassert restore({folder!r}) == 3'
+  assert {x[0] for x in ends(peers(now, what))} == {0}
+
+
+def array_file(folder):
+  """The file with the array data."""
+  files = (p for p in folder.rglob('*') if p.is_file())
+  return max(files, key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('damage', ['flipped', 'missing'])
+def test_a_damaged_checkpoint_is_passed_over_by_all(peers, tmp_path, damage):
+  here(f'save({str(tmp_path)!r}, 1, 2)')
+  file = array_file(tmp_path / '2/state')
+  if damage == 'missing':
+    file.unlink()
+  else:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 8
+    file.write_bytes(data)
+  # All agree on the one before, rename, and save the step again.
+  what = f"""{STATE}
+checkpoints = checkpoint.open({str(tmp_path)!r}, keep=9)
+assert restore(checkpoints) == 1
+checkpoint.close(checkpoints)
+save({str(tmp_path)!r}, 2)
+"""
+  (code, _, err), (other, _, noise) = ends(peers(2, what))
+  assert (code, other, noise) == (0, 0, 'after\n'), err
+  assert '/2 is damaged, not used' in err
+  assert here(f'restore({str(tmp_path)!r})') == 2
+
+
+@pytest.mark.slow
+def test_one_full_disk_ends_all_and_the_old_checkpoints_stay(peers, tmp_path):
+  here(f'save({str(tmp_path)!r}, 1)')
+  what = f"""{STATE}
+import resource
+if me:
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))
+save({str(tmp_path)!r}, 2)
+"""
+  (code, _, err), (other, _, _) = ends(peers(2, what), timeout=200)
+  assert (code, other) == (2, 2)
+  assert err.startswith(f'error: cannot save checkpoints in {tmp_path}')
+  assert here(f'restore({str(tmp_path)!r})') == 1
+
+
+@pytest.mark.slow
+def test_one_killed_while_saving_leaves_the_checkpoint_before(peers, tmp_path):
+  what = STATE.replace('4 * 6 * 64', '64 * 6 * 4 * 4096')
+  what = what.replace('reshape(4,', 'reshape(4 * 4096,')
+  what += f'\nsave({str(tmp_path)!r}, *range(1, 100))'
+  processes = peers(2, what)
+  late = time.monotonic() + 300
+  while not list(tmp_path.glob('[3-9].orbax-checkpoint-tmp')):
+    assert all(p.poll() is None for p in processes), ends(processes)
+    assert time.monotonic() < late
+    time.sleep(0.002)
+  processes[1].kill()
+  (code, _, err), _ = ends(processes, timeout=60)
+  assert code == 1
+  assert err.startswith('stopped: process 1 of 2 went away')
+  assert list(tmp_path.glob('*-tmp'))  # It was in the midst of it.
+  whole = what.rpartition('\n')[0]
+  scope = {}
+  exec(whole, scope)
+  assert scope['restore'](str(tmp_path)) in range(1, 9)
+
+
+def assert_same_run(a, b):
+  """To the last bit: the metrics, and all that the last checkpoint holds."""
+  assert lines(a) == lines(b)
+  (*_, step) = checkpoint.steps(a / 'checkpoints')
+  assert checkpoint.steps(b / 'checkpoints')[-1] == step
+  about = [
+    json.loads((x / f'checkpoints/{step}/about/data.json').read_text())
+    for x in (a, b)
+  ]
+  # It holds the fingerprint of every array, and the position in the data.
+  assert about[0]['arrays'].keys() == about[1]['arrays'].keys()
+  assert about[0] == about[1]
+
+
+def children(process):
+  path = f'/proc/{process.pid}/task/{process.pid}/children'
+  return [int(x) for x in pathlib.Path(path).read_text().split()]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_twenty_random_moments_ends_bit_for_bit(
+  popen, env, tmp_path
+):
+  calm, stormy = tmp_path / 'calm', tmp_path / 'stormy'
+
+  def launch(workdir):
+    args = [*TINY, '--config.steps=400', f'--workdir={workdir}']
+    local = [sys.executable, 'launch/local.py', '--processes=2', '--backoff=0']
+    return popen([*local, '--restarts=30', *args], env)
+
+  began = time.monotonic()
+  process = launch(calm)
+  wait_for_step(calm, 1, [process])
+  start_up = time.monotonic() - began
+  ((code, _, err),) = ends([process])
+  assert code == 0, err
+  loop = time.monotonic() - began - start_up
+
+  # So that some moments are of starting up and some of the loop, and that 20
+  # of them do not suffice to come to the end.
+  draw = random.Random(0)
+  process, kills, at = launch(stormy), 0, []
+  while kills < 20:
+    moment = time.monotonic() + draw.uniform(0, start_up + loop / 12)
+    while time.monotonic() < moment or not children(process):
+      assert process.poll() is None, (kills, process.communicate())
+      time.sleep(0.005)
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(draw.choice(children(process)), signal.SIGKILL)
+      kills += 1
+      at.append(max((line['step'] for line in lines(stormy)), default=0))
+  ((code, _, err),) = ends([process])
+  assert code == 0, err
+  assert err.count('restart ') >= 15  # some were killed while ending
+  print('killed at steps', at)
+  assert_same_run(calm, stormy)
