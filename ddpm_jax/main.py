@@ -295,7 +295,9 @@ def main() -> NoReturn:
   code = 0
   try:
     run(sys.argv[1:])
-  except errors.EXPECTED as e:
+  except BaseException as e:
+    if not errors.expected(e):
+      raise
     code, line = errors.verdict(e)
     print(line, file=sys.stderr)
   sys.stdout.flush()

@@ -274,6 +274,10 @@ CLUSTERS = {
   'GKE, hosts of a slice': ({'TPU_WORKER_HOSTNAMES': 'a,b'}, True),
   'GKE, one host': ({'TPU_WORKER_HOSTNAMES': 'localhost'}, False),
   'Kubernetes, not a job': ({'KUBERNETES_SERVICE_HOST': '10.0.0.1'}, False),
+  'Kubernetes, an indexed job': (
+    {'KUBERNETES_SERVICE_HOST': '10.0.0.1', 'JOB_COMPLETION_INDEX': '0'},
+    True,
+  ),
 }
 
 

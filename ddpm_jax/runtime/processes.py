@@ -96,7 +96,7 @@ def together(
         initialization_timeout=start_timeout + 60,  # else it aborts, in pages
         heartbeat_timeout_seconds=peer_timeout,
       )
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
       raise errors.UserError(
         f'{who} cannot join others ({" ".join(str(error).split())}): name '
         '--coordinator, --num_processes and --process_id; or --num_processes=1'
@@ -192,7 +192,7 @@ def found() -> bool:
   if any(n not in ('', '1') for n in counts) or (hosts and ',' in hosts):
     return True
   if in_job and not hosts:
-    return importlib.util.find_spec('kubernetes') is not None
+    return True  # JAX asks the cluster, with the package `kubernetes`
   chips = glob.glob('/dev/accel[0-9]*') + glob.glob('/dev/vfio/[0-9]*')
   return bool(
     chips
@@ -257,7 +257,7 @@ class _Links:
     # A process that went away makes the others raise all sorts of things.
     time.sleep(GRACE)
     code, message = errors.verdict(error)
-    if not isinstance(error, errors.EXPECTED):
+    if not errors.expected(error):
       traceback.print_exception(error)
     if not leads():
       self.tell('end', code, f'{message} (process {jax.process_index()})')
