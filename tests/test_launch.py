@@ -156,3 +156,78 @@ def test_the_schema_knows_a_wrong_field_from_a_right_one():
   read = models.JobsetV1alpha2JobSet.from_dict(wrong).to_dict()
   with pytest.raises(AssertionError, match='unknown field backofLimit'):
     assert_within(wrong, read)
+
+
+@pytest.mark.parametrize(
+  ('code', 'restarts', 'again'),
+  [
+    (0, 0, False),
+    (2, 0, False),
+    (75, 0, True),
+    (1, 19, True),
+    (137, 20, False),
+  ],
+)
+def test_a_job_is_queued_again_unless_it_is_done_or_mistaken(
+  code, restarts, again, tmp_path
+):
+  """What is in Slurm's place here notes what it is told."""
+  for name, exits in {'srun': code, 'scontrol': 0}.items():
+    program = tmp_path / name
+    program.write_text(f'#!/bin/sh\necho {name} "$@"\nexit {exits}\n')
+    program.chmod(0o755)
+  done = call(
+    *('bash', 'launch/slurm.sh', *ARGS),
+    PATH=f'{tmp_path}:{os.environ["PATH"]}',
+    SLURM_JOB_ID='7',
+    SLURM_RESTART_COUNT=str(restarts),
+    **{'WORKDIR': '/shared/cifar', 'RESTARTS': '20', 'PYTHON': 'python'},
+  )
+  first, *rest = done.stdout.splitlines()
+  assert first.startswith(
+    'srun python -m ddpm_jax.main --workdir=/shared/cifar'
+  )
+  assert rest == (['scontrol requeue 7'] if again else [])
+  assert done.returncode == (0 if again else code)
+
+
+def test_a_mistake_is_not_tried_again_and_a_crash_so_often(tmp_path):
+  """With a stand-in for the program, which takes no time to start."""
+  package = tmp_path / 'ddpm_jax'
+  package.mkdir()
+  (package / '__init__.py').write_text('')
+  program = package / 'main.py'
+
+  def launch(body, *flags):
+    program.write_text(f'import os, sys, time\n{body}')
+    local = [sys.executable, ROOT / 'launch/local.py', '--processes=2']
+    return subprocess.run(
+      [*map(str, local), '--workdir=w', '--backoff=0', *flags],
+      cwd=tmp_path,
+      capture_output=True,
+      text=True,
+      timeout=60,
+    )
+
+  done = launch('sys.exit(2)')
+  assert (done.returncode, done.stderr) == (2, '')
+  done = launch('sys.exit(1)', '--restarts=3')
+  assert done.returncode == 1
+  *tries, last = done.stderr.splitlines()
+  assert len(tries) == 3
+  assert all('process 0 exited with 1' in line for line in tries)
+  assert last.endswith('gave up after 3 restarts')
+  # Stopped or killed at first, done at the second try.
+  once = (
+    'if "tried" not in os.listdir("."):\n'
+    '  time.sleep(0.5)\n  open("tried", "w")\n  time.sleep(0.5)\n'
+  )
+  for end, told in {
+    'sys.exit(75)': 'process 0 stopped, process 1 stopped; restart 1 of 20',
+    'os.kill(os.getpid(), 9)': 'process 0 ended by SIGKILL',
+  }.items():
+    (tmp_path / 'tried').unlink(missing_ok=True)
+    done = launch(f'{once}  {end}\n')
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert told in line

@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -159,6 +160,115 @@ def test_a_story_of_two_processes_and_one(start, run, tmp_path):
     )
 
 
+def test_two_draw_what_one_draws(tiny_run, run, tmp_path):
+  """In more than one batch, the last of which is not full."""
+  common = ['--mode=sample', f'--workdir={tiny_run[0]}', '--num_samples=21']
+  common.append('--config.sampler.batch_size=8')
+  err = run(2, *common, f'--output={tmp_path / "two.npz"}')
+  assert err.count('21 images: ') == 1
+  main.run([*common, f'--output={tmp_path / "one.npz"}'])
+  two, one = (
+    np.load(tmp_path / f'{name}.npz')['images'].astype(int)
+    for name in ('two', 'one')
+  )
+  assert one.shape == two.shape == (21, 8, 8, 1)
+  # A rounding may carry a value over the edge between two grays.
+  assert np.abs(one - two).max() <= 1
+  assert np.mean(one != two) < 0.01
+
+
+@pytest.mark.slow
+def test_two_evaluate_as_one_does(tiny_run, start, tmp_path):
+  """The bound; of scores there is a test beside the others."""
+  found = []
+  common = ['--mode=evaluate', '--config.evaluate.images=19']
+  common += ['--config.evaluate.draws=3', '--config.evaluate.batch_size=8']
+  for n in (1, 2):
+    workdir = tmp_path / str(n)
+    shutil.copytree(tiny_run[0], workdir)
+    if n == 1:
+      main.run([*common, f'--workdir={workdir}'])
+    else:
+      (code, out, err), other = ends(start(n, *common, f'--workdir={workdir}'))
+      assert (code, other) == (0, (0, '', '')), err
+      assert out.count('bits/dim') == 1
+    found.append(json.loads((workdir / 'evaluation.json').read_text()))
+  one, two = found
+  assert two['bits_per_dim'] == pytest.approx(one['bits_per_dim'], rel=1e-5)
+  assert two['L_t_by_t']['t'] == one['L_t_by_t']['t']
+
+
+@pytest.mark.slow
+def test_four_two_and_one_go_on_with_each_others_runs(run, tmp_path):
+  """With half of the state on each of two, and other devices a process."""
+  args = [*TINY, '--config.checkpoint.every=100']
+  fsdp = '--config.parallel.fsdp=2'
+  run(1, *args, '--config.steps=30', f'--workdir={tmp_path / "one"}')
+  first = tmp_path / 'four'
+  run(4, *args, fsdp, '--config.steps=10', f'--workdir={first}')
+  for n in (1, 2):
+    workdir = tmp_path / f'four and {n}'
+    shutil.copytree(first, workdir)
+    err = run(n, *args, '--config.steps=20', f'--workdir={workdir}', devices=2)
+    assert 'going on from step 10' in err
+    err = run(4, *args, '--config.steps=30', f'--workdir={workdir}')
+    assert 'going on from step 20' in err
+    losses = [
+      [line['loss'] for line in lines(x)] for x in (workdir, tmp_path / 'one')
+    ]
+    assert len(losses[0]) == 30
+    np.testing.assert_allclose(*losses, rtol=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('args', 'message'),
+  [
+    (['--mode=compare'], '--mode=compare is for one process, and here are 2'),
+    ([*TINY, '--config.parallel.engine=pmap'], 'pmap is for one process'),
+    ([*TINY, '--config.batch_size=17'], 'batch_size=17 is not divisible by 2'),
+    ([*TINY, '--config.parallel.data=1'], 'must use all'),
+  ],
+  ids=lambda x: x[-1] if isinstance(x, list) else '',
+)
+def test_what_is_not_for_several_processes_is_one_line(
+  start, tmp_path, args, message
+):
+  workdir = f'--workdir={tmp_path / "run"}'
+  (code, out, err), other = ends(start(2, *args, workdir))
+  assert (code, out, other) == (2, '', (2, '', ''))
+  (line,) = err.splitlines()
+  assert message in line
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_a_run_and_leaves_its_checkpoints(
+  tiny_run, env, tmp_path
+):
+  workdir = tmp_path / 'run'
+  shutil.copytree(tiny_run[0], workdir)
+  before = checkpoint.steps(workdir / 'checkpoints')
+  command = [sys.executable, '-m', 'ddpm_jax.main', f'--workdir={workdir}']
+  done = subprocess.run(
+    [
+      'bash',
+      '-c',
+      'ulimit -f 60; exec "$@"',
+      'bash',
+      *command,
+      '--config.steps=400',
+    ],
+    env=env,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2
+  last = done.stderr.splitlines()[-1]
+  assert last.startswith('error: ')
+  assert 'File too large' in last
+  assert checkpoint.steps(workdir / 'checkpoints') == before
+
+
 # What two do is up to the last argument; no model, so nothing is compiled.
 PEERS = """
 import os, signal, sys, time
@@ -260,6 +370,37 @@ def test_one_that_nobody_comes_to_does_not_wait_for_ever(start, tmp_path):
     (line,) = err.splitlines()
     assert line.startswith(f'stopped: process {i} of 2 has not met the others')
     assert 'within 3 seconds (--start_timeout)' in line
+
+
+IN_A_CLUSTER = """
+import sys
+import jax
+from ddpm_jax.runtime import processes
+with processes.together():
+  print(jax.process_index(), 'of', jax.process_count(), file=sys.stderr)
+"""
+
+
+def test_in_a_cluster_they_find_each_other(popen, env):
+  """By the variables that Slurm's srun sets; the port follows from its job."""
+  with socket.socket() as probe:
+    for job in range(os.getpid(), os.getpid() + 4096):
+      with contextlib.suppress(OSError):
+        probe.bind(('', 61440 + job % 4096))
+        break
+  slurm = {
+    'SLURM_JOB_ID': str(job),
+    'SLURM_STEP_NODELIST': 'localhost',
+    'SLURM_NTASKS': '2',
+  }
+  pair = [
+    popen(
+      [sys.executable, '-c', IN_A_CLUSTER],
+      env | slurm | {'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i)},
+    )
+    for i in range(2)
+  ]
+  assert ends(pair) == [(0, '', '0 of 2\n'), (0, '', '1 of 2\n')]
 
 
 CLUSTERS = {
