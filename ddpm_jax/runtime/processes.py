@@ -123,8 +123,14 @@ def one_fails_all(*but: type[BaseException]) -> Iterator[None]:
   try:
     yield
   except BaseException as error:
-    if not _links or isinstance(error, (SystemExit, *but)):
-      raise
+    if not isinstance(error, (SystemExit, *but)):
+      end_all(error)
+    raise
+
+
+def end_all(error: BaseException) -> None:
+  """Ends all processes because of `error`; if there are more than this one."""
+  if _links:
     _links.fail(error)
 
 
