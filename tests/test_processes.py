@@ -46,6 +46,11 @@ def free_port():
     return probe.getsockname()[1]
 
 
+def children(process):
+  path = f'/proc/{process.pid}/task/{process.pid}/children'
+  return [int(x) for x in pathlib.Path(path).read_text().split()]
+
+
 @pytest.fixture
 def popen():
   """Starts a program; kills it in the end."""
@@ -61,6 +66,9 @@ def popen():
 
   yield popen
   for process in started:
+    if process.poll() is None:
+      for child in children(process):  # of a launcher
+        os.kill(child, signal.SIGKILL)
     process.kill()
     process.communicate()
 
@@ -584,11 +592,6 @@ def assert_same_run(a, b):
   assert about[0] == about[1]
 
 
-def children(process):
-  path = f'/proc/{process.pid}/task/{process.pid}/children'
-  return [int(x) for x in pathlib.Path(path).read_text().split()]
-
-
 @pytest.mark.slow
 def test_a_run_killed_at_twenty_random_moments_ends_bit_for_bit(
   popen, env, tmp_path
@@ -611,16 +614,14 @@ def test_a_run_killed_at_twenty_random_moments_ends_bit_for_bit(
   # So that some moments are of starting up and some of the loop, and that 20
   # of them do not suffice to come to the end.
   draw = random.Random(0)
-  process, kills, at = launch(stormy), 0, []
-  while kills < 20:
+  process, at = launch(stormy), []
+  for _ in range(20):
     moment = time.monotonic() + draw.uniform(0, start_up + loop / 12)
-    while time.monotonic() < moment or not children(process):
-      assert process.poll() is None, (kills, process.communicate())
+    while time.monotonic() < moment or len(children(process)) < 2:
+      assert process.poll() is None, (at, process.communicate())
       time.sleep(0.005)
-    with contextlib.suppress(ProcessLookupError):
-      os.kill(draw.choice(children(process)), signal.SIGKILL)
-      kills += 1
-      at.append(max((line['step'] for line in lines(stormy)), default=0))
+    os.kill(draw.choice(children(process)), signal.SIGKILL)
+    at.append(max((line['step'] for line in lines(stormy)), default=0))
   ((code, _, err),) = ends([process])
   assert code == 0, err
   assert err.count('restart ') >= 15  # some were killed while ending
