@@ -370,6 +370,20 @@ def test_flags_that_do_not_do_are_one_line(flags, message):
   assert '\n' not in str(caught.value)
 
 
+def test_help_needs_no_jax():
+  program = """
+import sys
+from ddpm_jax import main
+try:
+  main.run(['--help'])
+except SystemExit:
+  assert 'jax' not in sys.modules
+"""
+  command = [sys.executable, '-c', program]
+  out = subprocess.check_output(command, cwd=ROOT, text=True)
+  assert '--coordinator HOST:PORT' in out
+
+
 def test_one_that_nobody_comes_to_does_not_wait_for_ever(start, tmp_path):
   args = ['--start_timeout=3', *TINY, f'--workdir={tmp_path}']
   found = ends([*start(2, *args, only=[0]), *start(2, *args, only=[1])], 60)
@@ -485,6 +499,7 @@ def here(what):
   return eval(what, scope)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_four_processes_is_read_by_one_bit_for_bit(
   peers, tmp_path
 ):
