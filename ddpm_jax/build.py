@@ -273,6 +273,10 @@ def mesh(
       'pmap keeps the whole state on every device: set parallel.fsdp=1, or '
       'parallel.engine=jit'
     )
+  if wanted.engine == 'pmap' and jax.process_count() > 1:
+    raise errors.UserError(
+      'pmap is for one process: set parallel.engine=jit, which does the same'
+    )
   if wanted.spatial > 1:
     check_spatial(config)
   return parallel.make_mesh(
@@ -294,13 +298,12 @@ def check_spatial(config: ConfigDict) -> None:
     )
   if not image_size(config):
     raise errors.UserError('points have no rows: set parallel.spatial=1')
-  rows = image_size(config)[0]
-  least = rows // 2 ** (len(config.model.multipliers) - 1)
+  rows, levels = image_size(config)[0], len(config.model.multipliers)
+  least = rows // config.model.patch // 2 ** (levels - 1)
   if least % n:
     raise errors.UserError(
       f'config.parallel.spatial={n} does not divide the {least} row(s) that '
-      f'{rows} have become at the smallest of '
-      f'{len(config.model.multipliers)} levels'
+      f'{rows} have become at the smallest of {levels} levels'
     )
 
 

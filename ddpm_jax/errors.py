@@ -1,6 +1,7 @@
 """What a user can mend, and the words that help to mend it."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -25,3 +26,29 @@ class RunError(RuntimeError):
 
   `main` prints it in one line and exits with 1.
   """
+
+
+def expected(error: BaseException) -> bool:
+  """Whether it needs no traceback."""
+  known = UserError, RunError, KeyboardInterrupt
+  return isinstance(error, known) or _no_room(error)
+
+
+def verdict(error: BaseException) -> tuple[int, str]:
+  """The exit code, and the line to print. 2: to try again would not help."""
+  if isinstance(error, UserError):
+    return 2, f'error: {error}'
+  if isinstance(error, OSError) and _no_room(error):
+    where = f' ({error.filename})' if error.filename else ''
+    return 2, f'error: {error.strerror}{where}: make room, and go on'
+  if isinstance(error, RunError):
+    return 1, f'stopped: {error}'
+  if isinstance(error, KeyboardInterrupt):
+    return 1, 'interrupted'
+  reason = ' '.join(str(error).split())
+  return 1, f'failed: {type(error).__name__}: {reason}'
+
+
+def _no_room(error: BaseException) -> bool:
+  full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+  return isinstance(error, OSError) and error.errno in full

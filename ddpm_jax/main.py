@@ -224,6 +224,48 @@ def parser() -> Parser:
     metavar='N',
     help='of the checkpoint to evaluate (default: the newest)',
   )
+  many = p.add_argument_group(
+    'for several processes',
+    'TPU pods, Slurm, MPI and Kubernetes tell JAX of the others. Elsewhere, '
+    'name them:',
+  )
+  many.add_argument(
+    '--coordinator',
+    metavar='HOST:PORT',
+    help='of process 0, any free port of it; the same for all of them',
+  )
+  many.add_argument(
+    '--num_processes',
+    type=int,
+    metavar='N',
+    help='how many there are; 1: alone, whatever the machine is part of',
+  )
+  many.add_argument(
+    '--process_id', type=int, metavar='I', help='which one this is: 0 to N - 1'
+  )
+  many.add_argument(
+    '--start_timeout',
+    type=int,
+    default=300,
+    metavar='SECONDS',
+    help='until all have come (default: 300)',
+  )
+  many.add_argument(
+    '--peer_timeout',
+    type=int,
+    default=100,
+    metavar='SECONDS',
+    help='without a sign of life from one, until all stop (default: 100); one '
+    'that was killed is noticed at once',
+  )
+  many.add_argument(
+    '--stopped_code',
+    type=int,
+    default=0,
+    metavar='CODE',
+    help='how to exit where training was stopped before its end (default: 0), '
+    'so that a script knows to start it again',
+  )
   return p
 
 
@@ -267,14 +309,23 @@ def run(argv: list[str]) -> None:
     raise errors.UserError('--output is for images: training has --workdir')
   # JAX and the rest take seconds to import; --help and mistakes need none.
   from ddpm_jax import recipe
+  from ddpm_jax.runtime import processes
 
   machine.keep_compiled()
   args.changes = changes
   job = importlib.import_module(f'ddpm_jax.jobs.{args.mode}')
-  config = None
-  if getattr(job, 'needs_config', True):
-    config = recipe.resolve(args.config, args.workdir, changes)
-  job.run(config, args)
+  with processes.together(
+    *(args.coordinator, args.num_processes, args.process_id),
+    start_timeout=args.start_timeout,
+    peer_timeout=args.peer_timeout,
+    can_stop=args.mode == 'train',
+  ):
+    if not getattr(job, 'many_processes', False):
+      processes.only_one(f'--mode={args.mode}')
+    config = None
+    if getattr(job, 'needs_config', True):
+      config = recipe.resolve(args.config, args.workdir, changes)
+    job.run(config, args)
 
 
 def main() -> NoReturn:
@@ -283,15 +334,11 @@ def main() -> NoReturn:
   try:
     machine.huge_pages()
     run(sys.argv[1:])
-  except errors.UserError as e:
-    print(f'error: {e}', file=sys.stderr)
-    code = 2
-  except errors.RunError as e:
-    print(f'stopped: {e}', file=sys.stderr)
-    code = 1
-  except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr)
-    code = 1
+  except BaseException as e:
+    if not errors.expected(e):
+      raise
+    code, line = errors.verdict(e)
+    print(line, file=sys.stderr)
   sys.stdout.flush()
   sys.stderr.flush()
   sys.exit(code)

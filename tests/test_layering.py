@@ -46,7 +46,8 @@ INSIDE = {  # Rooms whose files have an order of their own.
       'stop',
       'target',
     ],
-    ['account', 'arithmetic', 'fingerprint', 'workdir'],
+    ['workdir'],
+    ['account', 'arithmetic', 'fingerprint', 'processes'],
   ],
   'metrics': [
     ['fidelity', 'small', 'weights'],

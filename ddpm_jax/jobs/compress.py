@@ -222,7 +222,7 @@ def run_batches(
   `told` is of all N images; for the sender, nothing of one batch serves all.
   """
   passed = []
-  with logs.progress(len(x0), 0, 'images', show=True) as bar:
+  with logs.progress(len(x0), 0, 'images') as bar:
     for batch, start, real in batches(x0, program.size):
       of_batch = jax.tree.map(
         lambda x, at=start: filled(x[:, at : at + program.size], program.size),

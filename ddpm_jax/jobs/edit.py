@@ -26,6 +26,8 @@ from ddpm_jax.diffusion import schedules
 from ddpm_jax.jobs import sample
 from ddpm_jax.runtime import logs
 
+many_processes = True
+
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
   """Makes `--num_samples` images of `--image` into `--output`.

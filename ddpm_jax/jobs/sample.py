@@ -19,7 +19,10 @@ from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import processes
 from ddpm_jax.runtime import workdir
+
+many_processes = True
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
@@ -48,7 +51,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   drawn = (image for image, _ in draw(params, told))
   if wanted and output.suffix == '.png' and args.num_samples <= 32:
     tiles = gather(drawn).reshape(len(wanted), -1, *build.shape(config))
-    images.save_png(output, images.labelled(tiles, labels=wanted))
+    if processes.leads():
+      images.save_png(output, images.labelled(tiles, labels=wanted))
   else:
     save(output, drawn, count)
   if len(wanted) > 1:
@@ -154,7 +158,7 @@ def drawer(
         'index': rows,
         'condition': jax.tree.map(lambda x: x[at], told),
       }
-    return compiled(params, parallel.put(rows, mesh, engine))
+    return compiled(params, parallel.put_whole(rows, mesh, engine))
 
   return size, batch
 
@@ -220,8 +224,15 @@ def check_output(output: pathlib.Path, count: int) -> None:
 def save(
   output: pathlib.Path, batches: Iterator[np.ndarray], count: int
 ) -> None:
-  """Writes `count` images as PNG files, one grid, or an .npz."""
-  with logs.progress(count, 0, 'images', show=True) as bar:
+  """Writes `count` images as PNG files, one grid, or an .npz.
+
+  Of several processes the first one writes; all must draw.
+  """
+  if not processes.leads():
+    for _ in batches:
+      pass
+    return
+  with logs.progress(count, 0, 'images') as bar:
 
     def watched() -> Iterator[np.ndarray]:
       for batch in batches:

@@ -27,8 +27,11 @@ from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import processes
 from ddpm_jax.runtime import stop
 from ddpm_jax.runtime import workdir
+
+many_processes = True
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
@@ -38,6 +41,9 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     UserError: if recipe, devices, data or workdir do not do.
     RunError: if the loss stops being a number.
   """
+  several = jax.process_count() > 1
+  if several and not args.workdir:
+    raise errors.UserError('several processes need one --workdir: name it')
   folder = args.workdir or workdir.default(pathlib.Path(args.config).stem)
   # What may be refused comes first, then what takes long.
   build.check(config)
@@ -48,8 +54,14 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   source = build.source(config)
   told = conditioning.of_data(config, source, args.num_samples)
   pictures = functools.partial(pictures, told=told)
-  workdir.write_config(folder, recipe.to_json(config))
-  logs.say(f'{len(source)} images, {mesh.size} device(s), workdir {folder}')
+  if processes.leads():
+    workdir.write_config(folder, recipe.to_json(config))
+  if several:
+    workdir.wait_for_config(folder, recipe.to_json(config))
+  many = f' of {jax.process_count()} processes' if several else ''
+  logs.say(
+    f'{len(source)} images, {mesh.size} device(s){many}, workdir {folder}'
+  )
   build.warn_of_signal(config)
 
   with contextlib.ExitStack() as stack:
@@ -60,6 +72,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
       keep_every=config.checkpoint.keep_every,
     )
     stack.callback(checkpoint.close, checkpoints)
+    # All raise a RunError, and at the same step: what is under way is saved.
+    stack.enter_context(processes.one_fails_all(errors.RunError))
     batches = pipeline.batches(
       source,
       batch_size=config.batch_size,
@@ -83,6 +97,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
       config, mesh, folder, step_fn, state, batches, save, pictures, stop_asked
     )
   finish(config, folder, state, pictures)
+  if args.stopped_code and int(state.step) < config.steps:
+    raise SystemExit(args.stopped_code)
 
 
 def trained(state: training.TrainState) -> dict[str, Any]:
@@ -128,18 +144,17 @@ def train(
   batches: grain.DatasetIterator,
   save: Callable[[training.TrainState, int], None],
   pictures: Callable[[Any, str], None],
-  stop_asked: Callable[[], bool],
+  stop_asked: Callable[[int], bool],
 ) -> training.TrainState:
   """The loop: until `config.steps` or until a stop is asked for; it saves."""
   engine = config.parallel.engine
   train_step = parallel.compile_step(step_fn, mesh, engine, state)
   step = int(state.step)
-  show = jax.process_index() == 0
   unread = None
 
   with (
     logs.writer(folder, step) as write,
-    logs.progress(config.steps, step, 'steps', show) as bar,
+    logs.progress(config.steps, step, 'steps') as bar,
   ):
 
     def read(step: int, metrics: dict[str, jax.Array]) -> None:
@@ -154,7 +169,7 @@ def train(
       if step % config.log.every == 0:
         write(step, values)
 
-    while step < config.steps and not stop_asked():
+    while step < config.steps and not stop_asked(step):
       batch = parallel.put(next(batches), mesh, engine)
       state, metrics = train_step(state, batch)
       step += 1
@@ -192,6 +207,8 @@ def picture_maker(
 
   def pictures(params: Any, suffix: str, told: Any = None) -> None:
     drawn, seen = sample.gather(draw(params, told))
+    if not processes.leads():
+      return
     rows = seen[:8].reshape(-1, *drawn.shape[1:])
     images.save_png(folder / f'samples{suffix}.png', images.grid(drawn))
     images.save_png(
@@ -215,7 +232,7 @@ def point_pictures(
   source, table = build.source(config), build.schedule(config)
   data = source.gather(np.arange(n))['image']
   engine = config.parallel.engine
-  index = parallel.put(np.arange(n, dtype=np.int32), mesh, engine)
+  index = parallel.put_whole(np.arange(n, dtype=np.int32), mesh, engine)
   of_T = [round(config.schedule.T * t / T) for t in times]
   eps = np.random.default_rng(config.seed).normal(size=data.shape)
   forward = [np.asarray(process.q_sample(table, data, t, eps)) for t in of_T]
@@ -226,6 +243,8 @@ def point_pictures(
       build.chain(config, config.seed, times), mesh, engine, params
     )
     reverse = list(draw(params, index).swapaxes(0, 1))
+    if not processes.leads():
+      return
     titles = [f't = {t}' for t in of_T]
     for ending in ('png', 'gif'):
       path = folder / f'progress{suffix}.{ending}'
@@ -252,11 +271,16 @@ def finish(
   """Draws the pictures of a finished run, and says where all is."""
   step, again = int(state.step), shlex.quote(str(folder))
   if step < config.steps:
-    logs.say(f'stopped, and saved, at step {step} of {config.steps}; to go on:')
+    where = ', in each process' if jax.process_count() > 1 else ''
+    logs.say(
+      f'stopped, and saved, at step {step} of {config.steps}; to go on{where}:'
+    )
     logs.say(f'  python -m ddpm_jax.main --workdir={again}')
     return
   logs.say(f'drawing samples, {config.sampler.steps} steps each')
   pictures(state.ema_params, '')
+  if not processes.leads():
+    return
   steps, losses = logs.curve(folder, 'loss')
   images.save_curve(folder / 'loss.png', steps, losses, 'step', 'loss')
   logs.say(f'samples              {folder}/samples.png')

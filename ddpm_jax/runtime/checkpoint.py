@@ -24,6 +24,9 @@ from orbax.checkpoint import v1 as ocp
 
 from ddpm_jax import errors
 from ddpm_jax.runtime import fingerprint
+from ddpm_jax.runtime import processes
+
+_UNTOUCHED = 'those already there are as they were'
 
 Path = str | os.PathLike[str]
 
@@ -104,7 +107,8 @@ def wait(checkpointer: ocp.training.Checkpointer) -> None:
 def close(checkpointer: ocp.training.Checkpointer) -> None:
   """Waits, then frees. Raises UserError if saving failed."""
   try:
-    wait(checkpointer)
+    with processes.one_fails_all():  # else closing waits for the others
+      wait(checkpointer)
   finally:
     checkpointer.close()
 
@@ -269,7 +273,14 @@ def _worth_reading(record: logging.LogRecord) -> bool:
   # Orbax tells INFO by the page, warns of any save that takes over a second,
   # and logs a dozen times each error that it raises anyway. What others log
   # through absl stays.
-  return os.path.join('orbax', 'checkpoint') not in record.pathname
+  if os.path.join('orbax', 'checkpoint') not in record.pathname:
+    return True
+  error = record.exc_info[1] if record.exc_info else None
+  if isinstance(error, Exception) and record.threadName == 'async_save':
+    # Raised only after the others were waited for, for up to 20 minutes.
+    message = f'cannot save a checkpoint ({_line(error)}); {_UNTOUCHED}'
+    processes.end_all(errors.UserError(message))
+  return False
 
 
 @contextlib.contextmanager
@@ -298,8 +309,7 @@ def _saving(
     if checkpointer:
       checkpointer.reload()  # Else it counts the failed step as saved.
     raise errors.UserError(
-      f'cannot save checkpoints in {path} ({_line(error)}); '
-      'those already there are as they were'
+      f'cannot save checkpoints in {path} ({_line(error)}); {_UNTOUCHED}'
     ) from error
 
 

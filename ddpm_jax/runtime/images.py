@@ -5,6 +5,7 @@ import io
 import math
 import os
 import pathlib
+import secrets
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,10 +18,16 @@ from PIL import Image
 
 @contextlib.contextmanager
 def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A file to write that becomes `path` when it is done: never half a file."""
-  part = path.with_name(f'.{path.name}.part')
-  yield part
-  os.replace(part, path)
+  """A file to write that becomes `path` when it is done: never half a file.
+
+  It has a name of its own: others may be writing the same file.
+  """
+  part = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.part')
+  try:
+    yield part
+    os.replace(part, path)
+  finally:
+    part.unlink(missing_ok=True)
 
 
 def encode(

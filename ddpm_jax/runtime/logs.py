@@ -11,10 +11,16 @@ from collections.abc import Iterator
 import numpy as np
 import tqdm
 
+from ddpm_jax.runtime import processes
+
 
 def say(message: str) -> None:
-  """A line for the person who watches: to stderr, above the progress bar."""
-  tqdm.tqdm.write(message, file=sys.stderr)
+  """A line for the person who watches: to stderr, above the progress bar.
+
+  Of several processes, the first one speaks, writes, and shows a bar.
+  """
+  if processes.leads():
+    tqdm.tqdm.write(message, file=sys.stderr)
 
 
 def read(path: pathlib.Path) -> list[dict[str, float]]:
@@ -33,6 +39,9 @@ def writer(workdir: pathlib.Path, start: int) -> Iterator[Callable]:
   an interrupted run is that of one that was not. TensorBoard events are written
   where tensorboardX is installed (`pip install 'ddpm_jax[tensorboard]'`).
   """
+  if not processes.leads():
+    yield lambda step, values: None
+    return
   path = workdir / 'metrics.jsonl'
   kept = [line for line in read(path) if line['step'] <= start]
   part = path.with_name('.metrics.jsonl.part')
@@ -70,13 +79,13 @@ class _Silent:
     pass
 
 
-def progress(total: int, initial: int, unit: str, show: bool) -> tqdm.tqdm:
+def progress(total: int, initial: int, unit: str) -> tqdm.tqdm:
   """A bar on stderr: how far, how fast, how long yet."""
   return tqdm.tqdm(
     total=total,
     initial=initial,
     unit=unit,
-    disable=not show,
+    disable=not processes.leads(),
     file=sys.stderr,
     dynamic_ncols=True,
     # A log file wants a line now and then, not ten a second.

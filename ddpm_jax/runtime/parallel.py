@@ -165,6 +165,17 @@ def put(tree: Any, mesh: Mesh, how: str) -> Any:
   )
 
 
+def put_whole(tree: Any, mesh: Mesh, how: str) -> Any:
+  """The same, of a batch that every process has whole."""
+  if how == 'pmap':
+    return put(tree, mesh, how)
+  sharding = over_batch(mesh)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
+    tree,
+  )
+
+
 def compile_step(step: Callable, mesh: Mesh, how: str, state: Any) -> Callable:
   """A training step, such as `training.train_step`, compiled.
 
@@ -230,9 +241,16 @@ def compile_map(fn: Callable, mesh: Mesh, how: str, params: Any) -> Callable:
 
 
 def jit_map(fn: Callable, mesh: Mesh, params: Any) -> Any:
-  """The same under jit alone, and leaving the arrays where they are."""
+  """The same under jit alone, and leaving the arrays where they are.
+
+  Of several processes each gets all rows.
+  """
+  rows = over_batch(mesh)
+  several = len({device.process_index for device in mesh.devices.flat}) > 1
   return jax.jit(
-    lambda params, batch: fn(gather(params, mesh), _cut_batch(batch, mesh)),
-    in_shardings=(state_sharding(mesh, params), over_batch(mesh)),
-    out_shardings=over_batch(mesh),
+    lambda params, batch: jax.lax.with_sharding_constraint(
+      fn(gather(params, mesh), _cut_batch(batch, mesh)), rows
+    ),
+    in_shardings=(state_sharding(mesh, params), rows),
+    out_shardings=replicated(mesh) if several else rows,
   )

@@ -4,6 +4,8 @@ import datetime
 import json
 import os
 import pathlib
+import tempfile
+import time
 from typing import Any
 
 from ddpm_jax import errors
@@ -27,11 +29,10 @@ def create(path: pathlib.Path) -> None:
   Raises:
     UserError: if it is a file, or cannot be written.
   """
-  probe = path / f'.writable_{os.getpid()}'
   try:
     path.mkdir(parents=True, exist_ok=True)
-    probe.touch()
-    probe.unlink()
+    with tempfile.TemporaryFile(dir=path):
+      pass
   except (FileExistsError, NotADirectoryError):
     raise errors.UserError(
       f'{path} is a file, or inside one: name a folder'
@@ -59,3 +60,21 @@ def write_config(path: pathlib.Path, config: dict[str, Any]) -> None:
   part = path / '.config.json.part'
   part.write_text(json.dumps(config, indent=2) + '\n')
   os.replace(part, path / 'config.json')
+
+
+def wait_for_config(
+  path: pathlib.Path, config: dict[str, Any], seconds: float = 90
+) -> None:
+  """Returns when config.json, which another process writes, says that.
+
+  Raises:
+    UserError: if it does not come to.
+  """
+  late = time.monotonic() + seconds  # Some network file systems take a minute.
+  while read_config(path) != config:
+    if time.monotonic() > late:
+      raise errors.UserError(
+        f'{path} is not one folder for all processes, or they were given '
+        'different recipes: name a --workdir on a disk that they share'
+      )
+    time.sleep(0.2)

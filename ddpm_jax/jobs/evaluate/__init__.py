@@ -13,6 +13,8 @@ from ddpm_jax import errors
 from ddpm_jax.jobs.evaluate import bound
 from ddpm_jax.jobs.evaluate import scores
 
+many_processes = True
+
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
   """Evaluates, prints, and writes into `--workdir`.

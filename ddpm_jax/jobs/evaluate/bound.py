@@ -18,6 +18,7 @@ from ddpm_jax.jobs.evaluate import weights
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import processes
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
@@ -55,6 +56,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     'variance': config.sampler.variance,
     'seed': seed,
   }
+  if not processes.leads():
+    return
   record.write_bound(args.workdir, result)
   by_t = result['L_t_by_t']
   images.save_curve(
@@ -82,7 +85,7 @@ def bound_of(
     build.bound(config, seed), mesh, config.parallel.engine, params
   )
   parts = []
-  with logs.progress(count, 0, 'images', show=True) as bar:
+  with logs.progress(count, 0, 'images') as bar:
     for batch, real in rows(config, mesh, source, count):
       part = compiled(params, batch)
       parts.append(jax.tree.map(lambda x, n=real: x[:n], part))
@@ -103,7 +106,7 @@ def rows(
     index = np.arange(start, start + size, dtype=np.int32)
     batch = source.gather(np.minimum(index, count - 1)) | {'index': index}
     real = min(size, count - start)
-    yield parallel.put(batch, mesh, config.parallel.engine), real
+    yield parallel.put_whole(batch, mesh, config.parallel.engine), real
 
 
 def summary(bound: likelihood.Bound, T: int) -> dict[str, Any]:

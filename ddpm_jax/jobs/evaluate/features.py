@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
@@ -23,6 +22,7 @@ from ddpm_jax.metrics import inception
 from ddpm_jax.runtime import images as pictures
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import processes
 
 # Images that a device takes at once: half a gigabyte of activations.
 AT_ONCE = 32
@@ -65,7 +65,7 @@ def of_source(
   """Of the first `count` images: this process's share of the batches."""
   share = spans(count, size)[jax.process_index() :: jax.process_count()]
   total = sum(stop - start for start, stop in share)
-  with logs.progress(total, 0, 'images', show=leads()) as bar:
+  with logs.progress(total, 0, 'images') as bar:
     for start, stop in share:
       index = np.arange(start, stop, dtype=np.int32)
       yield (start, stop), extract(source.gather(index)['image'])
@@ -96,13 +96,13 @@ def everyones(
   if mine:
     with own.open('wb') as file:
       np.savez(file, *jax.tree.leaves(mine))
-  wait('sums written')
+  processes.wait('sums written')
   parts = []
   for name in files:
     if name.exists():
       with np.load(name) as arrays:
         parts.append(jax.tree.unflatten(fidelity.TREE, arrays.values()))
-  wait('sums read')
+  processes.wait('sums read')
   own.unlink(missing_ok=True)
   return functools.reduce(fidelity.merge, parts)
 
@@ -124,9 +124,9 @@ def in_parts(
   done = [span for span in share if _file(folder, span).exists()]
   before = sum(stop - start for start, stop in done)
   total = sum(stop - start for start, stop in share)
-  if done and leads():
+  if done:
     logs.say(f'going on after {before} images')
-  with logs.progress(total, before, 'images', show=leads()) as bar:
+  with logs.progress(total, before, 'images') as bar:
     for start, stop in share:
       if (start, stop) in done:
         continue
@@ -138,7 +138,7 @@ def in_parts(
       with pictures.whole(path) as part, part.open('wb') as file:
         np.savez(file, **arrays)
       bar.update(stop - start)
-  wait('features written')
+  processes.wait('features written')
 
 
 def parts(
@@ -159,13 +159,3 @@ def images(folder: pathlib.Path, batches: list[Span]) -> Iterator[np.ndarray]:
 
 def _file(folder: pathlib.Path, span: Span) -> pathlib.Path:
   return folder / f'{span[0]:08d}-{span[1]:08d}.npz'
-
-
-def leads() -> bool:
-  """Whether this is the process that speaks and writes for all."""
-  return jax.process_index() == 0
-
-
-def wait(what: str) -> None:
-  """For all processes to come here."""
-  multihost_utils.sync_global_devices(f'ddpm_jax: {what}')

@@ -13,6 +13,7 @@ from ddpm_jax.jobs.evaluate import features
 from ddpm_jax.metrics import fidelity
 from ddpm_jax.runtime import images as pictures
 from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import processes
 from ddpm_jax.runtime import workdir
 
 # Images whose pixels say whether the data are the same.
@@ -78,15 +79,14 @@ def from_data(
     found, there = fidelity.load(path)
     _compare(path, there, whence)
     return found, title
-  if features.leads():
-    logs.say(f'statistics of {title}, once and for all: {path}')
+  logs.say(f'statistics of {title}, once and for all: {path}')
   parts = features.of_source(source, count, config.evaluate.batch_size, extract)
   sums = features.everyones(features.add_up(parts, kept), path.parent)
   found = fidelity.statistics(sums)
-  if features.leads():
+  if processes.leads():
     with pictures.whole(path) as part, part.open('wb') as file:
       fidelity.save(file, found, whence)
-  features.wait('statistics written')
+  processes.wait('statistics written')
   return found, title
 
 

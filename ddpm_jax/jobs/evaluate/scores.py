@@ -24,6 +24,7 @@ from ddpm_jax.runtime import fingerprint
 from ddpm_jax.runtime import images as pictures
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import processes
 
 
 def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
@@ -62,7 +63,7 @@ def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
     'resize': config.evaluate.resize,
     'inception': trained.digest,
   }
-  say(
+  logs.say(
     f'drawing {count} images with the {kind} weights of step {step}, '
     f'{config.sampler.steps} steps of {config.sampler.name} each'
   )
@@ -76,7 +77,7 @@ def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
 
   spans = features.spans(count, size)
   features.in_parts(folder, spans, batch, extract, bool(args.output))
-  if not features.leads():
+  if not processes.leads():
     return
   kept = fidelity.chosen(count, config.evaluate.neighbours)
   sums = features.add_up(features.parts(folder, spans), kept)
@@ -113,12 +114,12 @@ def of_images(config: ConfigDict, args: argparse.Namespace) -> None:
   size = config.evaluate.batch_size
   extract = features.extractor(config, mesh, trained.params, size)
   real, against = reference_of(config, args, extract, trained)
-  say(f'scoring {len(source)} images of {args.images}')
+  logs.say(f'scoring {len(source)} images of {args.images}')
   kept = fidelity.chosen(len(source), config.evaluate.neighbours)
   parts = features.of_source(source, len(source), size, extract)
   mine = features.add_up(parts, kept)
   sums = features.everyones(mine, reference.cache(config, args.workdir))
-  if not features.leads():
+  if not processes.leads():
     return
   entry = {
     'images': str(args.images),
@@ -168,7 +169,7 @@ def check(
   if not args.inception:
     raise weights_file.missing()
   if C == 1:
-    say('gray images: Inception sees them three times, as RGB')
+    logs.say('gray images: Inception sees them three times, as RGB')
   return weights_file.load(args.inception)
 
 
@@ -182,8 +183,3 @@ def reference_of(
   if args.reference:
     return reference.from_file(args.reference, config, trained.digest)
   return reference.from_data(config, args.workdir, extract, trained.digest)
-
-
-def say(message: str) -> None:
-  if features.leads():
-    logs.say(message)

@@ -1,0 +1,372 @@
+"""Several processes: how they find each other, and that they end together.
+
+JAX tells of a lost process by its heartbeats alone, and aborts; an exception in
+one process leaves the others waiting for ever. So a connection is held open
+between process 0 and each other: one that breaks, or that brings bad news, ends
+all of them, in one line and at once.
+"""
+
+import contextlib
+import glob
+import importlib.util
+import io
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+from typing import NoReturn
+
+import jax
+import numpy as np
+import tqdm
+from jax.experimental import multihost_utils
+
+from ddpm_jax import errors
+
+# Seconds. For others to say why they end, before one ends by itself.
+GRACE = 2.0
+CONNECT = 20.0
+
+
+def leads() -> bool:
+  """Whether this is the process that speaks and writes for all."""
+  return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def wait(what: str) -> None:
+  """For all processes to come here."""
+  multihost_utils.sync_global_devices(f'ddpm_jax: {what}')
+
+
+@contextlib.contextmanager
+def together(
+  coordinator: str | None = None,
+  count: int | None = None,
+  index: int | None = None,
+  *,
+  start_timeout: int = 300,
+  peer_timeout: int = 100,
+  can_stop: bool = False,
+) -> Iterator[None]:
+  """Joins the other processes, if there are any; and ends with them.
+
+  What is raised inside, in one of several processes, is told by process 0 (see
+  `errors.verdict`) and ends all: it is not raised further.
+
+  Args:
+    coordinator: HOST:PORT where process 0 is to be found. If None, a cluster
+      that JAX knows is looked for (see `found`).
+    count: of processes; 1 looks for none.
+    index: of this process.
+    start_timeout: seconds until all must have come.
+    peer_timeout: seconds without a sign of life until one is given up. A
+      process that is killed is noticed at once; this is for lost machines.
+    can_stop: that SIGTERM waits for `stop.requests` to look.
+
+  Raises:
+    UserError: a flag is missing or wrong.
+  """
+  global _links
+  check(coordinator, count, index, start_timeout, peer_timeout)
+  if count == 1 or not (coordinator or found()):
+    yield
+    return
+  # Else SIGTERM would wait for a loop that asks, and there may be none.
+  jax.config.update('jax_enable_preemption_service', can_stop)
+  who = 'this process' if index is None else f'process {index} of {count}'
+  where = f' at {coordinator}' if coordinator else ''
+  with _within(
+    start_timeout,
+    f'stopped: {who} has not met the others{where} within {start_timeout} '
+    'seconds (--start_timeout): start them all, alike but for --process_id',
+  ):
+    try:
+      jax.distributed.initialize(
+        coordinator,
+        count,
+        index,
+        cluster_detection_method='deactivate' if coordinator else None,
+        initialization_timeout=start_timeout + 60,  # else it aborts, in pages
+        heartbeat_timeout_seconds=peer_timeout,
+      )
+    except (OSError, RuntimeError, ValueError) as error:
+      raise errors.UserError(
+        f'{who} cannot join others ({" ".join(str(error).split())}): name '
+        '--coordinator, --num_processes and --process_id; or --num_processes=1'
+      ) from error
+    _links = _Links(_host(coordinator) if coordinator else _address())
+  speaks: contextlib.AbstractContextManager = contextlib.nullcontext()
+  if not leads():
+    speaks = contextlib.redirect_stdout(io.StringIO())
+    logging.getLogger().setLevel(logging.ERROR)
+  try:
+    with one_fails_all(), speaks:
+      yield
+  finally:  # All went well, or all exit with the same code.
+    _links.finish()
+    jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def one_fails_all(*but: type[BaseException]) -> Iterator[None]:
+  """What is raised inside, but those, ends all processes; if there are more.
+
+  To be put inside of whatever waits for the others when it is left.
+  """
+  try:
+    yield
+  except BaseException as error:
+    if not isinstance(error, (SystemExit, *but)):
+      end_all(error)
+    raise
+
+
+def end_all(error: BaseException) -> None:
+  """Ends all processes because of `error`; if there are more than this one."""
+  if _links:
+    _links.fail(error)
+
+
+def only_one(what: str) -> None:
+  """Raises UserError if there are several processes."""
+  if jax.distributed.is_initialized() and jax.process_count() > 1:
+    raise errors.UserError(
+      f'{what} is for one process, and here are {jax.process_count()}: start '
+      'it alone, with --num_processes=1'
+    )
+
+
+def check(
+  coordinator: str | None,
+  count: int | None,
+  index: int | None,
+  start_timeout: int,
+  peer_timeout: int,
+) -> None:
+  """Raises UserError for the first flag that is missing or wrong."""
+  if count is not None and count < 1:
+    raise errors.UserError(f'--num_processes={count} is not positive')
+  if start_timeout < 1:
+    raise errors.UserError(f'--start_timeout={start_timeout} is not positive')
+  if peer_timeout < 2:
+    raise errors.UserError(f'--peer_timeout={peer_timeout} is not 2 or more')
+  if count == 1 and index in (None, 0):
+    return
+  flags = {
+    '--coordinator=HOST:PORT': coordinator,
+    '--num_processes=N': count,
+    '--process_id=I': index,
+  }
+  given = [name for name, value in flags.items() if value is not None]
+  missing = [name for name, value in flags.items() if value is None]
+  if given and missing:
+    raise errors.UserError(f'{given[0].split("=")[0]} needs {missing[0]} too')
+  if coordinator is None or count is None or index is None:
+    return
+  host, port = _host(coordinator), coordinator.rpartition(':')[2]
+  if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    raise errors.UserError(
+      f'--coordinator={coordinator} is not HOST:PORT, such as 10.0.0.2:8476'
+    )
+  if not 0 <= index < count:
+    raise errors.UserError(
+      f'--process_id={index} is not in 0..{count - 1}, of {count} processes'
+    )
+
+
+def found() -> bool:
+  """Whether this is one of several processes that JAX can find by itself.
+
+  Slurm and MPI say how many there are; a Kubernetes pod that it is one of an
+  indexed job; GKE which TPU hosts there are. A TPU VM is told by its chips and
+  their library: how many hosts there are, JAX asks its metadata server.
+  """
+  env = os.environ
+  counts = (
+    env.get('SLURM_NTASKS', '1') if 'SLURM_STEP_NODELIST' in env else '1',
+    env.get('OMPI_COMM_WORLD_SIZE', '1'),
+  )
+  hosts = env.get('TPU_PROCESS_ADDRESSES') or env.get('TPU_WORKER_HOSTNAMES')
+  in_job = 'KUBERNETES_SERVICE_HOST' in env and 'JOB_COMPLETION_INDEX' in env
+  if any(n not in ('', '1') for n in counts) or (hosts and ',' in hosts):
+    return True
+  if in_job and not hosts:
+    return True  # JAX asks the cluster, with the package `kubernetes`
+  chips = glob.glob('/dev/accel[0-9]*') + glob.glob('/dev/vfio/[0-9]*')
+  return bool(
+    chips
+    and not hosts
+    and 'TPU_SKIP_MDS_QUERY' not in env  # JAX sets it where there are no TPUs
+    and importlib.util.find_spec('libtpu')
+  )
+
+
+@contextlib.contextmanager
+def _within(seconds: float, message: str) -> Iterator[None]:
+  """Ends this process if what is inside takes longer."""
+  timer = threading.Timer(seconds, _exit, (1, message))
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+
+
+class _Links:
+  """The connections that are held open: of process 0 to all, or to it.
+
+  Over them go lines of JSON: `["done"]`, or `["end", code, message]`.
+  """
+
+  def __init__(self, host: str) -> None:
+    self.sockets = _connect(host)
+    self.done = {index: threading.Event() for index in self.sockets}
+    self.last_word = threading.Lock()  # once taken, it is kept
+    for index in self.sockets:
+      threading.Thread(target=self.listen, args=(index,), daemon=True).start()
+
+  def tell(self, *words: Any) -> None:
+    for link in self.sockets.values():
+      with contextlib.suppress(OSError):
+        link.sendall(json.dumps(words).encode() + b'\n')
+
+  def listen(self, index: int) -> None:
+    """To the process `index`, for as long as it is there."""
+    with contextlib.suppress(OSError):
+      for line in self.sockets[index].makefile():
+        word, *said = json.loads(line)
+        if word == 'done':
+          self.done[index].set()
+        elif leads():
+          time.sleep(GRACE)  # We may come to say the same.
+          self.end(*said)
+        else:
+          _exit(said[0], '')
+    if not self.done[index].is_set():
+      self.end(
+        1,
+        f'stopped: process {index} of {jax.process_count()} went away; it was '
+        'killed, or its machine was. Start all again: a run goes on from its '
+        'newest checkpoint',
+      )
+
+  def fail(self, error: BaseException) -> NoReturn:
+    """Ends all processes because of `error`."""
+    # A process that went away makes the others raise all sorts of things.
+    time.sleep(GRACE)
+    code, message = errors.verdict(error)
+    if not errors.expected(error):
+      traceback.print_exception(error)
+    if not leads():
+      self.tell('end', code, f'{message} (process {jax.process_index()})')
+      time.sleep(3 * GRACE)  # Process 0 says it, and bids us end.
+    self.end(code, message)
+
+  def end(self, code: int, message: str) -> NoReturn:
+    self.last_word.acquire()
+    self.tell('end', code, message)
+    _exit(code, message)
+
+  def finish(self) -> None:
+    """Waits until all have come to their end."""
+    if not leads():
+      self.tell('done')
+    for done in self.done.values():
+      done.wait()
+    if leads():
+      self.tell('done')
+
+
+# Of this process, once it has joined others.
+_links: _Links | None = None
+
+
+def _exit(code: int, message: str) -> NoReturn:
+  """At once: what Python does at its end would wait for the others."""
+  with tqdm.tqdm.external_write_mode(sys.stderr):  # in the place of a bar
+    if message:
+      print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _connect(host: str) -> dict[int, socket.socket]:
+  """{process: connection}; process 0 is to be found at `host`."""
+  me, count = jax.process_index(), jax.process_count()
+  with socket.create_server(('', 0), backlog=count) as server:
+    token = secrets.token_hex(16)
+    place = json.dumps([host, server.getsockname()[1], token]).encode()
+    with _silent_stdout():
+      place = multihost_utils.broadcast_one_to_all(
+        np.frombuffer(place.ljust(512), np.uint8)
+      ).tobytes()
+    host, port, token = json.loads(place)
+    try:
+      if me:
+        link = socket.create_connection((host, port), CONNECT)
+        link.settimeout(None)
+        link.sendall(f'{token} {me:8}'.encode())
+        return {0: link}
+      return _accept(server, count - 1, token)
+    except OSError as error:
+      logging.warning(
+        'process %d: no connection between process 0 (%s, port %d) and others '
+        '(%s): that one fails or is killed is noticed late, by JAX alone',
+        *(me, host, port, error),
+      )
+      return {}
+
+
+def _accept(
+  server: socket.socket, count: int, token: str
+) -> dict[int, socket.socket]:
+  """Those who know the token, until all have come, or for too long none."""
+  links: dict[int, socket.socket] = {}
+  server.settimeout(CONNECT)
+  with contextlib.suppress(TimeoutError):
+    while len(links) < count:
+      link, _ = server.accept()
+      link.settimeout(CONNECT)
+      with contextlib.suppress(OSError, ValueError):
+        said = link.recv(len(token) + 9, socket.MSG_WAITALL).decode()
+        if secrets.compare_digest(said[: len(token)], token):
+          link.settimeout(None)
+          links[int(said[len(token) :])] = link
+  return links
+
+
+def _host(address: str) -> str:
+  return address.rpartition(':')[0].strip('[]')
+
+
+def _address() -> str:
+  """Of this machine, as others see it; nothing is sent to find out."""
+  with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    try:
+      probe.connect(('192.0.2.1', 9))
+    except OSError:
+      return socket.gethostname()
+    return probe.getsockname()[0]
+
+
+@contextlib.contextmanager
+def _silent_stdout() -> Iterator[None]:
+  """Gloo says on it that it is there."""
+  sys.stdout.flush()
+  kept, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+  try:
+    os.dup2(null, 1)
+    yield
+  finally:
+    os.dup2(kept, 1)
+    os.close(kept)
+    os.close(null)

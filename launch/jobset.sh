@@ -1,0 +1,109 @@
+#!/bin/bash
+# Trains on a TPU slice of a GKE cluster that has JobSet:
+#
+#   NAME=ddpm IMAGE=REGISTRY/ddpm_jax CLAIM=runs WORKDIR=cifar HOSTS=4 CHIPS=4 \
+#     ACCELERATOR=tpu-v5-lite-podslice TOPOLOGY=4x4 \
+#     bash launch/jobset.sh --config=configs/cifar.py
+#
+# --dry-run as the first word prints the YAML. What else is given goes to
+# `python -m ddpm_jax.main` on all hosts. IMAGE holds this repository, installed,
+# and is where its commands start. CLAIM is a volume that can be written by many
+# (ReadWriteMany), with WORKDIR in it. When a host is taken away or fails, JobSet
+# starts all of them again, and the run goes on.
+set -euo pipefail
+
+dry_run=
+if [[ ${1:-} == --dry-run ]]; then
+  dry_run=yes
+  shift
+fi
+: "${NAME:?is not set: what to call the JobSet}"
+: "${IMAGE:?is not set: of the container}"
+: "${CLAIM:?is not set: the PersistentVolumeClaim of runs}"
+: "${WORKDIR:?is not set: the folder of the run, in that volume}"
+: "${HOSTS:?is not set: how many VMs the slice has}"
+: "${CHIPS:?is not set: how many chips a VM has}"
+: "${ACCELERATOR:?is not set: such as tpu-v5-lite-podslice}"
+: "${TOPOLOGY:?is not set: such as 4x4}"
+: "${SPOT:=}" "${RESTARTS:=20}"
+spot=${SPOT:+$'                cloud.google.com/gke-spot: "true"\n'}
+
+arguments() { # as strings of JSON, which YAML reads
+  local word
+  for word in "--workdir=/runs/$WORKDIR" --stopped_code=75 "$@"; do
+    word=${word//\\/\\\\}
+    printf '                    - "%s"\n' "${word//\"/\\\"}"
+  done
+}
+
+yaml() {
+  cat <<END
+---
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $NAME
+  annotations:
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+spec:
+  failurePolicy:
+    maxRestarts: $RESTARTS
+    rules:
+      # A mistake, which would be made again.
+      - name: mistake
+        action: FailJobSet
+        onJobFailureReasons: [PodFailurePolicy]
+  replicatedJobs:
+    - name: slice
+      replicas: 1
+      template:
+        spec:
+          completionMode: Indexed
+          completions: $HOSTS
+          parallelism: $HOSTS
+          backoffLimit: 0
+          podFailurePolicy:
+            rules:
+              - action: FailJob
+                onExitCodes:
+                  containerName: train
+                  operator: In
+                  values: [2]
+          template:
+            spec:
+              restartPolicy: Never
+              # To save a checkpoint after SIGTERM.
+              terminationGracePeriodSeconds: 120
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $ACCELERATOR
+                cloud.google.com/gke-tpu-topology: $TOPOLOGY
+$spot              tolerations:
+                - key: cloud.google.com/gke-spot
+                  operator: Exists
+              containers:
+                - name: train
+                  image: $IMAGE
+                  command: [python, -m, ddpm_jax.main]
+                  args:
+$(arguments "$@")
+                  ports:
+                    - containerPort: 8471
+                    - containerPort: 8482
+                  resources:
+                    limits:
+                      google.com/tpu: $CHIPS
+                  volumeMounts:
+                    - name: runs
+                      mountPath: /runs
+              volumes:
+                - name: runs
+                  persistentVolumeClaim:
+                    claimName: $CLAIM
+END
+}
+
+if [[ $dry_run ]]; then
+  yaml "$@"
+else
+  yaml "$@" | kubectl apply -f -
+fi
