@@ -1,6 +1,9 @@
 """The benchmark measures what runs; no time is asserted."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -119,3 +122,20 @@ def test_a_clock_counts_every_call_but_the_first():
   took = timing.clock(lambda: calls.append(0), seconds=0, least=4)
   assert len(calls) == 5
   assert 0 < took.low <= took.median <= took.high
+
+
+@pytest.mark.slow
+def test_two_processes_measure_together(user_env):
+  root = pathlib.Path(__file__).parents[1]
+  program = [sys.executable, root / 'launch' / 'local.py', '--processes=2']
+  run = subprocess.run(
+    [*program, '--restarts=0', *SMALL, '--json'],
+    env=user_env,
+    cwd=root,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  said = json.loads(run.stdout)
+  assert (said['processes'], said['devices']) == (2, 2)
+  assert run.stderr.count('measuring: checkpoints') == 1

@@ -1,10 +1,13 @@
 """`--mode=benchmark`: how fast a recipe is here, and where the time goes."""
 
 import argparse
+import contextlib
 import functools
 import json
 import pathlib
 import resource
+import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,10 +28,13 @@ from ddpm_jax.runtime import account
 from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import processes
 from ddpm_jax.runtime import profile
 from ddpm_jax.runtime import timing
 
 SECONDS = 4.0  # that each thing is timed for
+many_processes = True
+
 STEPS = 10  # of the sampler, that are timed
 
 
@@ -43,8 +49,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   mesh = build.mesh(config)
   build.train_step(config, parallel.parts(mesh))  # refuses what cannot be
   source = data(config)
-  with tempfile.TemporaryDirectory() as folder:
-    bench = Bench(config, mesh, source, pathlib.Path(folder))
+  with scratch(args.workdir) as folder:
+    bench = Bench(config, mesh, source, folder)
     results = dict(bench.everything())
     if args.profile:
       top = profile.costliest(bench.one_step, args.profile, bench.compiled)
@@ -52,6 +58,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   about = {
     'recipe': args.config or str(args.workdir),
     'changes': args.changes,
+    'processes': jax.process_count(),
     'devices': mesh.size,
     'device': device.device_kind,
     'engine': config.parallel.engine,
@@ -66,6 +73,21 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   if args.profile:
     logs.say(profile.table(top))
     logs.say(f'the trace, for TensorBoard or ui.perfetto.dev: {args.profile}')
+
+
+@contextlib.contextmanager
+def scratch(workdir: pathlib.Path | None) -> Iterator[pathlib.Path]:
+  """A folder for a while, in `workdir` if there is one; the same one for all
+  processes, which must see it."""
+  root = workdir or pathlib.Path(tempfile.gettempdir())
+  number = timing.agreed(secrets.randbelow(2**31))
+  folder = root / f'ddpm_jax_benchmark_{number}'
+  folder.mkdir(parents=True, exist_ok=True)
+  try:
+    yield folder
+  finally:
+    if processes.leads():
+      shutil.rmtree(folder, ignore_errors=True)
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
@@ -124,7 +146,11 @@ class Bench:
     self.config, self.mesh, self.folder = config, mesh, folder
     self.engine, self.batch = config.parallel.engine, config.batch_size
     self.batches = pipeline.batches(
-      source, batch_size=self.batch, seed=config.seed
+      source,
+      batch_size=self.batch,
+      seed=config.seed,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
     )
     self.put = lambda: parallel.put(next(self.batches), mesh, self.engine)
     init = functools.partial(build.init_state, config)
@@ -198,7 +224,7 @@ class Bench:
 
   def loop(self) -> Iterator[tuple[str, dict[str, Any]]]:
     """As training does it: other data each time, metrics read a step late."""
-    steps = max(2, round(SECONDS / 4 / self.took.median))
+    steps = timing.agreed(max(2, round(SECONDS / 4 / self.took.median)))
 
     def trained() -> Any:
       unread = None
@@ -238,8 +264,8 @@ class Bench:
     while time.perf_counter() - begun < SECONDS / 2 or number < 20:
       next(self.batches)
       number += 1
-    took = time.perf_counter() - begun
-    yield 'input pipeline alone', result(number * self.batch / took, 'images/s')
+    rate = number * self.batch / (time.perf_counter() - begun)
+    yield 'input pipeline alone', result(rate, 'images/s')
 
   def checkpoints(self) -> Iterator[tuple[str, dict[str, Any]]]:
     folder = self.folder / 'checkpoints'
@@ -276,7 +302,7 @@ class Bench:
     size = max(min(config.sampler.batch_size, self.batch) // n, 1) * n
     params = self.state.ema_params
     index = np.arange(size, dtype=np.int32)
-    rows = parallel.put(index, mesh, self.engine)
+    rows = parallel.put_whole(index, mesh, self.engine)
     if self.engine == 'jit':
       whole = parallel.jit_map(build.sampler(config, 0), mesh, params)
       took, compiled = timing.compile_seconds(whole.lower(params, rows))

@@ -5,12 +5,14 @@ import pathlib
 import re
 from collections.abc import Callable
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 from typing import NamedTuple
 
 import jax
 
 from ddpm_jax.runtime import account
+from ddpm_jax.runtime import processes
 
 STEPS = 3  # that are traced
 HOLDS_OTHERS = ('while', 'call', 'conditional')
@@ -38,11 +40,16 @@ def costliest(
     folder: what TensorBoard and Perfetto open comes below it.
     compiled: whose text says what operations are for.
     most: kinds that are returned, the costliest first.
+
+  Of several processes the first one is traced.
   """
   jax.block_until_ready(step())
-  with jax.profiler.trace(str(folder)):
+  trace_it = processes.leads()
+  with jax.profiler.trace(str(folder)) if trace_it else nullcontext():
     for _ in range(STEPS):
       jax.block_until_ready(step())
+  if not trace_it:
+    return []
   trace = max(folder.rglob('*.xplane.pb'), key=lambda p: p.stat().st_mtime)
   kinds = named(compiled.as_text() or '')
   took: dict[str, float] = collections.defaultdict(float)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from ddpm_jax.runtime import parallel
 
@@ -28,18 +29,29 @@ def spread(took: list[float]) -> Spread:
 
 
 def clock(call: Callable[[], Any], *, seconds: float, least: int = 3) -> Spread:
-  """Times `call` again and again for so many seconds.
+  """Times `call` again and again, for about so many seconds.
 
   Each is timed until its arrays are there, after one that is not timed: it
-  compiles, and gets its memory from the system.
+  compiles, and gets its memory from the system. Of several processes all call
+  it as often.
   """
   jax.block_until_ready(call())
   took: list[float] = []
-  while len(took) < least or sum(took) < seconds:
+  number = 1
+  while len(took) < number:
     begun = time.perf_counter()
     jax.block_until_ready(call())
     took.append(time.perf_counter() - begun)
+    if len(took) == 1:
+      number = agreed(max(least, math.ceil(seconds / took[0])))
   return spread(took)
+
+
+def agreed(number: int) -> int:
+  """What process 0 says."""
+  if jax.process_count() == 1:
+    return number
+  return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def compile_seconds(
@@ -68,7 +80,7 @@ def peaks(
 
   def flops(work: Callable, x: tuple[int, ...], w: tuple[int, ...]) -> float:
     n = parallel.parts(mesh)
-    rows = parallel.put(np.ones((n * x[0], *x[1:]), dtype), mesh, 'jit')
+    rows = parallel.put_whole(np.ones((n * x[0], *x[1:]), dtype), mesh, 'jit')
     kernel = jax.device_put(np.ones(w, dtype), parallel.replicated(mesh))
     call = functools.partial(jax.jit(work), rows, kernel)
     # Each output is made of all of w that leads to it.
