@@ -17,7 +17,7 @@ from typing import Any
 
 STOPPED = 75  # what a run that was asked to stop exits with (EX_TEMPFAIL)
 MISTAKE = 2  # of the user: to try it again would not help
-PATIENCE = 60  # seconds that a process has to end after another has
+PATIENCE = 20  # seconds that a process has to end after another has
 LONG = 600  # seconds after which a failure is not one more of a series
 
 

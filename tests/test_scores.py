@@ -315,15 +315,6 @@ def test_images_of_two_sizes_and_broken_ones_are_named(tmp_path):
     main.run(args)
 
 
-PROCESS = """
-import sys, jax
-from ddpm_jax import main
-port, i, *args = sys.argv[1:]
-jax.distributed.initialize(f'127.0.0.1:{port}', 2, int(i))
-main.run(args)
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_share_the_work(
   undisturbed, tiny_run, weights, user_env, tmp_path
@@ -332,11 +323,14 @@ def test_two_processes_share_the_work(
   shutil.copytree(tiny_run[0], workdir)
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
-    port = str(free.getsockname()[1])
+    where = f'--coordinator=127.0.0.1:{free.getsockname()[1]}'
   args = command(workdir, weights, '--num_samples=7')
   processes = [
     subprocess.Popen(
-      [sys.executable, '-c', PROCESS, port, i, *args],
+      [
+        *(sys.executable, '-m', 'ddpm_jax.main', *args),
+        *(where, '--num_processes=2', f'--process_id={i}'),
+      ],
       env=user_env,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,

@@ -9,7 +9,6 @@ all of them, in one line and at once.
 import contextlib
 import glob
 import importlib.util
-import io
 import json
 import logging
 import os
@@ -82,36 +81,37 @@ def together(
   jax.config.update('jax_enable_preemption_service', can_stop)
   who = 'this process' if index is None else f'process {index} of {count}'
   where = f' at {coordinator}' if coordinator else ''
-  with _within(
-    start_timeout,
-    f'stopped: {who} has not met the others{where} within {start_timeout} '
-    'seconds (--start_timeout): start them all, alike but for --process_id',
-  ):
+  with contextlib.ExitStack() as stack:
+    with _within(
+      start_timeout,
+      f'stopped: {who} has not met the others{where} within {start_timeout} '
+      'seconds (--start_timeout): start them all, alike but for --process_id',
+    ):
+      try:
+        jax.distributed.initialize(
+          coordinator,
+          count,
+          index,
+          cluster_detection_method='deactivate' if coordinator else None,
+          initialization_timeout=start_timeout + 60,  # else it aborts, in pages
+          heartbeat_timeout_seconds=peer_timeout,
+        )
+      except (OSError, RuntimeError, ValueError) as error:
+        raise errors.UserError(
+          f'{who} cannot join others ({" ".join(str(error).split())}): name '
+          '--coordinator, --num_processes and --process_id; or '
+          '--num_processes=1'
+        ) from error
+      stack.enter_context(_stdout_of_the_first())
+      _links = _Links(_host(coordinator) if coordinator else _address())
+    if not leads():
+      logging.getLogger().setLevel(logging.ERROR)
     try:
-      jax.distributed.initialize(
-        coordinator,
-        count,
-        index,
-        cluster_detection_method='deactivate' if coordinator else None,
-        initialization_timeout=start_timeout + 60,  # else it aborts, in pages
-        heartbeat_timeout_seconds=peer_timeout,
-      )
-    except (OSError, RuntimeError, ValueError) as error:
-      raise errors.UserError(
-        f'{who} cannot join others ({" ".join(str(error).split())}): name '
-        '--coordinator, --num_processes and --process_id; or --num_processes=1'
-      ) from error
-    _links = _Links(_host(coordinator) if coordinator else _address())
-  speaks: contextlib.AbstractContextManager = contextlib.nullcontext()
-  if not leads():
-    speaks = contextlib.redirect_stdout(io.StringIO())
-    logging.getLogger().setLevel(logging.ERROR)
-  try:
-    with one_fails_all(), speaks:
-      yield
-  finally:  # All went well, or all exit with the same code.
-    _links.finish()
-    jax.distributed.shutdown()
+      with one_fails_all():
+        yield
+    finally:  # All went well, or all exit with the same code.
+      _links.finish()
+      jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
@@ -305,10 +305,9 @@ def _connect(host: str) -> dict[int, socket.socket]:
   with socket.create_server(('', 0), backlog=count) as server:
     token = secrets.token_hex(16)
     place = json.dumps([host, server.getsockname()[1], token]).encode()
-    with _silent_stdout():
-      place = multihost_utils.broadcast_one_to_all(
-        np.frombuffer(place.ljust(512), np.uint8)
-      ).tobytes()
+    place = multihost_utils.broadcast_one_to_all(
+      np.frombuffer(place.ljust(512), np.uint8)
+    ).tobytes()
     host, port, token = json.loads(place)
     try:
       if me:
@@ -359,14 +358,13 @@ def _address() -> str:
 
 
 @contextlib.contextmanager
-def _silent_stdout() -> Iterator[None]:
-  """Gloo says on it that it is there."""
+def _stdout_of_the_first() -> Iterator[None]:
+  """Process 0 prints, the others do not; nor does Gloo, past Python."""
   sys.stdout.flush()
-  kept, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-  try:
-    os.dup2(null, 1)
-    yield
-  finally:
-    os.dup2(kept, 1)
-    os.close(kept)
-    os.close(null)
+  with os.fdopen(os.dup(1), 'w') as real, open(os.devnull, 'w') as null:
+    os.dup2(null.fileno(), 1)
+    try:
+      with contextlib.redirect_stdout(real if leads() else null):
+        yield
+    finally:
+      os.dup2(real.fileno(), 1)
