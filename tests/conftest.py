@@ -14,8 +14,13 @@ import pytest
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
+# What one test has compiled no other need compile, in this run or the next; and
+# the cache of whoever runs the suite is left alone.
+ROOT = pathlib.Path(__file__).parents[1]
+os.environ['JAX_COMPILATION_CACHE_DIR'] = str(ROOT / '.pytest_cache' / 'xla')
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 
-DIGITS = str(pathlib.Path(__file__).parents[1] / 'configs' / 'digits.py')
+DIGITS = str(ROOT / 'configs' / 'digits.py')
 TINY = [
   f'--config={DIGITS}',
   '--config.model.channels=8',
@@ -42,7 +47,7 @@ def user_env(tmp_path_factory):
     'JAX_NUM_CPU_DEVICES': '1',
     'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    'PYTHONPATH': str(pathlib.Path(__file__).parents[1]),
+    'PYTHONPATH': str(ROOT),
   }
   del env['XLA_FLAGS']
   return env
