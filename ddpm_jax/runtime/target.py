@@ -93,8 +93,10 @@ def find(name: str) -> Target:
   unknown = errors.unknown('topology', name, EXAMPLES)
   if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', shape):
     raise unknown
-  # Planning runs nothing, so it takes no device from those who do.
+  # Planning runs nothing, so it takes no device from those who do. Programs for
+  # devices that are not here cannot be read back from a cache.
   jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_enable_compilation_cache', False)
   if kind == 'cpu' and len(sides) == 1:
     return Target(name, 'cpu', _cpu(sides[0]), Chip())
   if kind in TPUS:
