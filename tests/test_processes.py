@@ -632,7 +632,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_bit_for_bit(
   def step():
     return max((line['step'] for line in lines(stormy)), default=0)
 
-  # Every other moment is of starting up, or whatever comes then; the rest are
+  # Every other moment is of starting up; the rest are
   # of the loop, and not so long after its start that 20 come to its end.
   draw = random.Random(0)
   process, at = launch(stormy), []
@@ -641,7 +641,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_bit_for_bit(
     while i % 2 and step() == before:
       assert time.monotonic() < late
       time.sleep(0.01)
-    span = loop / 24 if i % 2 else start_up
+    span = loop / 24 if i % 2 else start_up / 2  # it was cold then
     moment = time.monotonic() + draw.uniform(0, span)
     while time.monotonic() < moment or len(children(process)) < 2:
       assert process.poll() is None, (at, process.communicate())
