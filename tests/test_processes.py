@@ -629,17 +629,25 @@ def test_a_run_killed_at_twenty_random_moments_ends_bit_for_bit(
   assert code == 0, err
   loop = time.monotonic() - began - start_up
 
-  # So that some moments are of starting up and some of the loop, and that 20
-  # of them do not suffice to come to the end.
+  def step():
+    return max((line['step'] for line in lines(stormy)), default=0)
+
+  # Every other moment is of starting up; the rest are
+  # of the loop, and not so long after its start that 20 come to its end.
   draw = random.Random(0)
   process, at = launch(stormy), []
-  for _ in range(20):
-    moment = time.monotonic() + draw.uniform(0, start_up + loop / 12)
+  for i in range(20):
+    before, late = step(), time.monotonic() + 900
+    while i % 2 and step() == before:
+      assert time.monotonic() < late
+      time.sleep(0.01)
+    span = loop / 24 if i % 2 else start_up / 2  # it was cold then
+    moment = time.monotonic() + draw.uniform(0, span)
     while time.monotonic() < moment or len(children(process)) < 2:
       assert process.poll() is None, (at, process.communicate())
       time.sleep(0.005)
     os.kill(draw.choice(children(process)), signal.SIGKILL)
-    at.append(max((line['step'] for line in lines(stormy)), default=0))
+    at.append(step())
   ((code, _, err),) = ends([process])
   assert code == 0, err
   assert err.count('restart ') >= 15  # some were killed while ending
