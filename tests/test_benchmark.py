@@ -99,6 +99,13 @@ def test_a_wrong_file_to_compare_with_is_one_line(tmp_path, text):
     main.run([*SMALL, f'--compare={file}'])
 
 
+def test_a_folder_for_the_profile_that_cannot_be_is_one_line(tmp_path):
+  file = tmp_path / 'file'
+  file.touch()
+  with pytest.raises(errors.UserError, match='is a file'):
+    main.run([*SMALL, f'--profile={file}'])
+
+
 def test_noise_stands_in_for_data_that_are_not_here(tmp_path):
   c = recipe.load('configs/folder.py')
   c.data.path = str(tmp_path / 'nowhere')

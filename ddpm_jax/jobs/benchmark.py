@@ -31,6 +31,7 @@ from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime import processes
 from ddpm_jax.runtime import profile
 from ddpm_jax.runtime import timing
+from ddpm_jax.runtime import workdir
 
 SECONDS = 4.0  # that each thing is timed for
 many_processes = True
@@ -42,9 +43,11 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   """Prints a table, or with `--json` one JSON object.
 
   Raises:
-    UserError: if recipe, devices or `--compare` do not do.
+    UserError: if recipe, devices, `--compare` or `--profile` do not do.
   """
   earlier = read(args.compare) if args.compare else {}
+  if args.profile:
+    workdir.create(args.profile)
   build.check(config)
   mesh = build.mesh(config)
   build.train_step(config, parallel.parts(mesh))  # refuses what cannot be
@@ -76,18 +79,18 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def scratch(workdir: pathlib.Path | None) -> Iterator[pathlib.Path]:
-  """A folder for a while, in `workdir` if there is one; the same one for all
+def scratch(folder: pathlib.Path | None) -> Iterator[pathlib.Path]:
+  """A folder for a while, in `folder` if that is named; the same one for all
   processes, which must see it."""
-  root = workdir or pathlib.Path(tempfile.gettempdir())
+  root = folder or pathlib.Path(tempfile.gettempdir())
   number = timing.agreed(secrets.randbelow(2**31))
-  folder = root / f'ddpm_jax_benchmark_{number}'
-  folder.mkdir(parents=True, exist_ok=True)
+  made = root / f'ddpm_jax_benchmark_{number}'
+  workdir.create(made)
   try:
-    yield folder
+    yield made
   finally:
     if processes.leads():
-      shutil.rmtree(folder, ignore_errors=True)
+      shutil.rmtree(made, ignore_errors=True)
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
