@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ddpm_jax.runtime import parallel
 
@@ -79,8 +81,10 @@ def peaks(
     )
 
   def flops(work: Callable, x: tuple[int, ...], w: tuple[int, ...]) -> float:
-    n = parallel.parts(mesh)
-    rows = parallel.put_whole(np.ones((n * x[0], *x[1:]), dtype), mesh, 'jit')
+    n, over_all = mesh.size, NamedSharding(mesh, P(mesh.axis_names))
+    rows = jax.make_array_from_callback(
+      (n * x[0], *x[1:]), over_all, lambda index: np.ones(x, dtype)
+    )
     kernel = jax.device_put(np.ones(w, dtype), parallel.replicated(mesh))
     call = functools.partial(jax.jit(work), rows, kernel)
     # Each output is made of all of w that leads to it.
