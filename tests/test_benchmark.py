@@ -26,25 +26,28 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope='module')
-def printed(tmp_path_factory):
-  """(the JSON of a small network on 4 x 2 devices, its trace's folder)."""
-  trace = tmp_path_factory.mktemp('trace')
+def said(*flags):
+  """What it prints with --json, measured in a hurry."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(benchmark, 'SECONDS', 0.05)
     lines = []
     patch.setattr('builtins.print', lambda *words, **_: lines.append(*words))
-    main.run(
-      [*SMALL, '--json', f'--profile={trace}', '--config.parallel.fsdp=2']
-    )
+    main.run([*SMALL, '--json', *flags])
   [line] = lines  # nothing else goes to stdout
-  return json.loads(line), trace
+  return json.loads(line)
+
+
+@pytest.fixture(scope='module')
+def printed(tmp_path_factory):
+  """(the JSON of a small network on 4 x 2 devices, its trace's folder)."""
+  trace = tmp_path_factory.mktemp('trace')
+  return said(f'--profile={trace}', '--config.parallel.fsdp=2'), trace
 
 
 def test_its_figures_agree_with_each_other(printed):
-  said, _ = printed
-  value = {name: x['value'] for name, x in said['results'].items()}
-  assert (said['devices'], said['batch_size']) == (8, 16)
+  found, _ = printed
+  value = {name: x['value'] for name, x in found['results'].items()}
+  assert (found['devices'], found['batch_size']) == (8, 16)
   step = value['train step']
   assert value['train step, speed'] == pytest.approx(16 / step)
   assert value['train step, rate'] == pytest.approx(
@@ -55,16 +58,16 @@ def test_its_figures_agree_with_each_other(printed):
     assert share * value[f'machine, {kind}'] == pytest.approx(
       value['train step, rate']
     )
-  for x in said['results'].values():
+  for x in found['results'].values():
     if 'low' in x:
       assert x['low'] <= x['value'] <= x['high']
 
 
 def test_its_memory_is_that_of_the_state_and_no_second_copy(printed):
-  said, _ = printed
-  value = {name: x['value'] for name, x in said['results'].items()}
+  found, _ = printed
+  value = {name: x['value'] for name, x in found['results'].items()}
   # Weights, EMA and two moments of Adam, float32; FSDP halves nearly all.
-  state = 4 * 4 * said['parameters']
+  state = 4 * 4 * found['parameters']
   donated = value['train step, memory a device, donated']
   assert 0.5 * state <= donated < 0.6 * state
   # The batch and its index are not donated: 2 images of 64 bytes a device.
@@ -80,13 +83,15 @@ def test_the_profile_opens_and_names_convolutions(printed):
 
 
 def test_a_comparison_prints_ratios(printed, tmp_path):
-  said, _ = printed
+  found, _ = printed
   file = tmp_path / 'earlier.json'
   doubled = {
-    name: x | {'value': 2 * x['value']} for name, x in said['results'].items()
+    name: x | {'value': 2 * x['value']} for name, x in found['results'].items()
   }
   file.write_text(json.dumps({'results': doubled}))
-  lines = benchmark.table({}, said['results'], benchmark.read(file)).split('\n')
+  lines = benchmark.table({}, found['results'], benchmark.read(file)).split(
+    '\n'
+  )
   assert len(lines) == 1 + len(doubled)
   assert all(line.endswith('0.50 of before') for line in lines[1:])
 
@@ -97,6 +102,16 @@ def test_a_wrong_file_to_compare_with_is_one_line(tmp_path, text):
   file.write_text(text)
   with pytest.raises(errors.UserError, match='is not what'):
     main.run([*SMALL, f'--compare={file}'])
+
+
+def test_rows_and_parts_of_a_batch_are_as_much_work(printed):
+  other = said('--config.parallel.spatial=2', '--config.accumulate=2')
+  assert other['devices'] == 8
+  work = [
+    x['results']['train step, work']['value'] for x in (printed[0], other)
+  ]
+  # Each part counts the optimiser, and neighbours have rows in common.
+  assert 0.9 < work[1] / work[0] < 1.6
 
 
 def test_a_folder_for_the_profile_that_cannot_be_is_one_line(tmp_path):
@@ -143,6 +158,6 @@ def test_two_processes_measure_together(user_env):
     text=True,
     check=True,
   )
-  said = json.loads(run.stdout)
-  assert (said['processes'], said['devices']) == (2, 2)
+  found = json.loads(run.stdout)
+  assert (found['processes'], found['devices']) == (2, 2)
   assert run.stderr.count('measuring: checkpoints') == 1
