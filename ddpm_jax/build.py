@@ -208,22 +208,28 @@ def warn_of_signal(config: ConfigDict) -> None:
     )
 
 
+def networks() -> dict[str, Any]:
+  """The files of models/ that build a network, by name."""
+  files = {
+    m.name: importlib.import_module(f'ddpm_jax.models.{m.name}')
+    for m in pkgutil.iter_modules(models.__path__)
+  }
+  return {name: file for name, file in files.items() if hasattr(file, 'build')}
+
+
 def model(config: ConfigDict) -> nn.Module:
   """The linen module: `model.apply(variables, x_t, t, keys=None)`.
 
   It takes a condition after t, if the recipe has one, and in training keys (B,)
   for what is random.
   """
-  name = config.model.name
-  known = [m.name for m in pkgutil.iter_modules(models.__path__)]
-  known.remove('condition')
+  name, known = config.model.name, networks()
   if name not in known:
     raise errors.unknown('model', name, known)
-  module = importlib.import_module(f'ddpm_jax.models.{name}')
   channels = config.data.channels
   if variances.is_learned(config.model.variance):
     channels *= 2
-  network = call(module.build, config.model, image_size(config), channels)
+  network = call(known[name].build, config.model, image_size(config), channels)
   return conditioning.wrap(config, network)
 
 

@@ -54,7 +54,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['running'],
     ['classifier', 'distances', 'inception'],
   ],
-  'models': [['condition', 'mlp'], ['unet']],
+  'models': [['condition', 'mlp', 'unet'], ['layers']],
 }
 FILES = sorted(ROOT.rglob('*.py'))
 

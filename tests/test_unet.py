@@ -12,6 +12,7 @@ from configs import base
 from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import recipe
+from ddpm_jax.models import layers
 from ddpm_jax.models import unet
 
 SMALL = dict(out_channels=3, channels=8, multipliers=(1, 2), blocks=1, groups=4)
@@ -84,7 +85,7 @@ def test_attention_follows_every_block_at_16_and_is_once_in_the_middle():
 
 
 def test_time_embedding_is_sines_then_cosines():
-  e = unet.time_embedding(jnp.array([0, 999]), 128)
+  e = layers.time_embedding(jnp.array([0, 999]), 128)
   i = np.arange(64)
   angle = 999 * np.exp(-np.log(10_000) * i / 63)
   np.testing.assert_array_equal(e[0], np.repeat([0.0, 1.0], 64))
@@ -159,7 +160,7 @@ def test_dropout_of_an_example_follows_its_key():
 
 def test_dropout_keeps_the_mean():
   x, keys = jnp.ones((16, 64, 64, 1)), jax.random.split(jax.random.key(0), 16)
-  y = unet.dropout(keys, x, 0.3)
+  y = layers.dropout(keys, x, 0.3)
   kept = (y != 0).mean()
   error = (0.3 * 0.7 / x.size) ** 0.5
   assert abs(kept - 0.7) < 5 * error
@@ -168,7 +169,7 @@ def test_dropout_keeps_the_mean():
 
 def test_blocks_and_examples_drop_different_things():
   keys = []
-  whole = unet.dropout
+  whole = layers.dropout
 
   def watched(k, x, rate):
     keys.append(k)
@@ -177,7 +178,7 @@ def test_blocks_and_examples_drop_different_things():
   model, x, t = unet.UNet(**SMALL, dropout=0.5), images(2), jnp.ones(2, int)
   v, of_examples = variables(model, x), jax.random.split(jax.random.key(0), 2)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(unet, 'dropout', watched)
+    patch.setattr(layers, "dropout", watched)
     model.apply(v, x, t, keys=of_examples)
   data = jax.random.key_data(jnp.stack(keys)).reshape(-1, 2)
   # Two levels, one block down and two up; two in the middle.
@@ -247,12 +248,12 @@ def test_what_cannot_be_built_is_a_line_for_the_user(changes, message):
 
 def test_patches_come_back_and_hold_neighbours():
   x = jnp.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
-  patches = unet.to_patches(x, 2)
+  patches = layers.to_patches(x, 2)
   assert patches.shape == (2, 2, 3, 12)
   np.testing.assert_array_equal(
     np.sort(patches[1, 0, 2]), np.sort(x[1, :2, 4:].ravel())
   )
-  np.testing.assert_array_equal(unet.from_patches(patches, 2), x)
+  np.testing.assert_array_equal(layers.from_patches(patches, 2), x)
 
 
 def test_patches_change_what_the_network_costs_and_not_what_it_takes():
@@ -276,7 +277,7 @@ def test_a_patch_must_divide_the_image():
 
 def test_upsampling_is_nearest_neighbour_and_a_convolution():
   x = images(size=(6, 4), channels=8)
-  plain, ours = nn.Conv(8, (3, 3), padding=1), unet.Upsample(jnp.float32)
+  plain, ours = nn.Conv(8, (3, 3), padding=1), layers.Upsample(jnp.float32)
   v = variables(plain, x.repeat(2, axis=1).repeat(2, axis=2))
   assert jax.tree.structure(v) == jax.tree.structure(
     jax.eval_shape(ours.init, jax.random.key(0), x)

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 
-from ddpm_jax.models import unet
+from ddpm_jax.models import layers
 
 
 class MLP(nn.Module):
@@ -29,7 +29,7 @@ class MLP(nn.Module):
   ) -> jax.Array:
     """(B, D) and (B,) in 1..T -> float32 (B, out_channels)."""
     del keys  # nothing is random here
-    temb = unet.time_embedding(t - 1, self.channels)
+    temb = layers.time_embedding(t - 1, self.channels)
     temb = nn.swish(nn.Dense(self.channels)(temb))
     h = nn.Dense(self.channels)(x_t)
     for _ in range(self.blocks):

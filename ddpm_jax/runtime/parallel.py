@@ -22,6 +22,9 @@ from ddpm_jax import errors
 AXES = ('data', 'fsdp', 'spatial')
 BATCH = AXES[:2]  # those that share out a batch; the third cuts an image
 ENGINES = ('jit', 'pmap')
+# The TPU's compiler puts together what is summed over devices up to a size; so
+# it sums all gradients of a type in one go, and their memory is there anyway.
+ONE_SUM = {'xla_jf_crs_combiner_threshold_in_bytes': 2**31 - 1}
 
 
 def make_mesh(
@@ -214,11 +217,13 @@ def compile_step(step: Callable, mesh: Mesh, how: str, state: Any) -> Callable:
     batch = _cut_batch(batch, mesh)
     return step(state, batch, gather=lambda x: gather(x, mesh), mean=mean)
 
+  on_tpu = mesh.devices.flat[0].platform == 'tpu'
   return jax.jit(
     on_mesh,
     in_shardings=(sharding, over_batch(mesh)),
     out_shardings=(sharding, replicated(mesh)),
     donate_argnums=0,
+    compiler_options=ONE_SUM if on_tpu else None,
   )
 
 
