@@ -196,3 +196,25 @@ def check_same(config: ConfigDict, begun: ConfigDict, where: Any) -> None:
       f'{where} was begun with another recipe; these keys differ: '
       f'{", ".join(changed)}. Name another --workdir, or leave them be'
     )
+
+
+def image_size(config: ConfigDict) -> tuple[int, ...]:
+  """(height, width) in pixels, or () where the data are points.
+
+  Raises:
+    UserError: if the recipe says something else.
+  """
+  size = config.data.image_size
+  pair = size if isinstance(size, tuple) else (size, size)
+  whole = all(isinstance(n, int) and n > 0 for n in pair)
+  if len(pair) not in (0, 2) or not whole:
+    raise errors.UserError(
+      f'config.data.image_size={size!r} is not a side, such as 32, or '
+      '(height, width)'
+    )
+  return pair
+
+
+def shape(config: ConfigDict) -> tuple[int, ...]:
+  """Of one example: (height, width, channels), or (channels,) of a point."""
+  return (*image_size(config), config.data.channels)

@@ -15,10 +15,13 @@ from PIL import Image
 from configs import digits
 from configs import digits_text
 from ddpm_jax import build
+from ddpm_jax import checks
 from ddpm_jax import conditioning
 from ddpm_jax import errors
+from ddpm_jax import functions
 from ddpm_jax import main
 from ddpm_jax import recipe
+from ddpm_jax import registry
 from ddpm_jax.data import captions
 from ddpm_jax.data import sources
 from ddpm_jax.data import store
@@ -360,8 +363,10 @@ def trained(**changes):
   c = config(**changes)
   mesh, how = build.mesh(c), c.parallel.engine
   source = build.source(c)
-  state = parallel.init_state(functools.partial(build.init_state, c), mesh)
-  step = parallel.compile_step(build.train_step(c, mesh.size), mesh, how, state)
+  state = parallel.init_state(functools.partial(functions.init_state, c), mesh)
+  step = parallel.compile_step(
+    functions.train_step(c, mesh.size), mesh, how, state
+  )
   losses = []
   for i in range(3):
     index = np.arange(32, dtype=np.int32)
@@ -369,7 +374,7 @@ def trained(**changes):
     state, metrics = step(state, parallel.put(batch, mesh, how))
     losses.append([float(metrics['loss']), float(metrics['grad_norm'])])
   draw = parallel.compile_map(
-    build.sampler(c, seed=0), mesh, how, state.ema_params
+    functions.sampler(c, seed=0), mesh, how, state.ema_params
   )
   rows = {
     'index': np.arange(16, dtype=np.int32),
@@ -400,7 +405,7 @@ def test_one_device_is_eight_with_texts_and_guidance_too(changes):
 def test_without_guidance_an_image_is_drawn_as_told():
   """The shortcut for w = 1 is the guided network at w = 1."""
   c = config(sampler__guidance=1)
-  state = jax.jit(functools.partial(build.init_state, c))()
+  state = jax.jit(functools.partial(functions.init_state, c))()
   key = jax.random.key(3)
   params = jax.tree.map(
     lambda p: p + 0.1 * jax.random.normal(key, p.shape), state.params
@@ -409,13 +414,13 @@ def test_without_guidance_an_image_is_drawn_as_told():
   told = captions.tokens(['a two', 'zero'], 48)
 
   def answer(c):
-    return build.reverse_process(c).model_fn(params, told)(x, t)
+    return functions.reverse_process(c).model_fn(params, told)(x, t)
 
   want = build.model(c).apply({'params': params}, x, t, told)
   np.testing.assert_allclose(answer(c), want, atol=1e-5)
   near = answer(config(sampler__guidance=1 + 1e-6))
   np.testing.assert_allclose(near, want, atol=1e-4)
-  nothing = build.reverse_process(c).model_fn(params)(x, t)
+  nothing = functions.reverse_process(c).model_fn(params)(x, t)
   none = answer(config(sampler__guidance=0))
   np.testing.assert_allclose(none, nothing, atol=1e-5)
   assert jnp.abs(want - nothing).max() > 1e-3
@@ -443,7 +448,7 @@ def test_without_guidance_an_image_is_drawn_as_told():
 def test_a_condition_that_cannot_be_is_a_line_for_the_user(changes, message):
   def begin():
     c = config(**changes)
-    build.check(c)
+    checks.basics(c)
     build.model(c)
     build.source(c)
 
@@ -509,15 +514,15 @@ def test_an_image_is_edited_as_told(of_words, tmp_path):
     run('--mode=edit', *common, '--prompt=a', '--prompt=b')
 
 
-@pytest.mark.parametrize('name', sorted(build.functions(samplers, 'x_t')))
+@pytest.mark.parametrize('name', sorted(registry.known(samplers, 'x_t')))
 def test_every_sampler_can_be_guided(name):
   c = config(sampler__name=name, sampler__guidance=3)
-  state = jax.jit(functools.partial(build.init_state, c))()
+  state = jax.jit(functools.partial(functions.init_state, c))()
   key = jax.random.key(3)
   params = jax.tree.map(
     lambda p: p + 0.1 * jax.random.normal(key, p.shape), state.params
   )
-  draw = jax.jit(build.sampler(c, seed=0))
+  draw = jax.jit(functions.sampler(c, seed=0))
 
   def images(text):
     told = captions.tokens([text] * 2, c.condition.length)
@@ -562,12 +567,12 @@ def test_a_class_that_is_not_there(label):
 
 def test_classes_take_turns_if_none_is_asked_for():
   c = config(digits, condition__name='label', condition__classes=10)
-  state = jax.jit(functools.partial(build.init_state, c))()
+  state = jax.jit(functools.partial(functions.init_state, c))()
   key = jax.random.key(3)
   params = jax.tree.map(
     lambda p: p + 0.1 * jax.random.normal(key, p.shape), state.params
   )
-  draw = jax.jit(build.sampler(c, seed=0))
+  draw = jax.jit(functions.sampler(c, seed=0))
   index = jnp.array([3, 12, 25])
   free, _ = draw(params, index)
   told, _ = draw(params, {'index': index, 'condition': index % 10})

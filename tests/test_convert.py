@@ -19,6 +19,7 @@ from safetensors import numpy as safetensors_numpy
 
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import functions
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax.diffusion import predictions
@@ -88,7 +89,7 @@ def configured(unet, scheduler):
 
 
 def abstract_params(config):
-  return jax.eval_shape(lambda: build.init_state(config)).params
+  return jax.eval_shape(lambda: functions.init_state(config)).params
 
 
 @functools.cache
@@ -149,7 +150,7 @@ def test_a_chain_of_1000_steps_is_that_of_diffusers():
   expected = np.load(golden.FOLDER / name / 'expected.npz')
   x = jnp.asarray(expected['x'])
   noise = jnp.stack([golden.noise(10 + t, x.shape) for t in range(1000)])
-  p = build.reverse_process(config)
+  p = functions.reverse_process(config)
 
   def step(schedule, model_fn, keys, x_t, t, *_):
     mean, x0_hat = samplers.greedy(schedule, model_fn, keys, x_t, t)
@@ -560,7 +561,7 @@ def test_it_is_evaluated_and_goes_on_training(converted, tmp_path, capfd):
 def test_it_begins_with_the_weights_and_nothing_else(converted):
   config = recipe.resolve(None, converted, {})
   mesh = build.mesh(config)
-  abstract = parallel.abstract_state(lambda: build.init_state(config), mesh)
+  abstract = parallel.abstract_state(lambda: functions.init_state(config), mesh)
   saved = checkpoint.restore(
     converted / 'checkpoints', train.trained(abstract), abstract.ema_params
   )

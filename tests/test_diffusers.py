@@ -21,8 +21,10 @@ from golden import make_diffusers as golden
 
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import functions
 from ddpm_jax import main
 from ddpm_jax import recipe
+from ddpm_jax import registry
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
@@ -97,7 +99,7 @@ def test_outputs_are_the_same_both_ways(name, tmp_path):
   main.run(['--mode=convert', f'--input={theirs}', f'--output={run}'])
   main.run(['--mode=convert', f'--workdir={run}', f'--output={back}'])
   config, params = ours(run)
-  x = golden.noise(5, (3, *build.shape(config)))
+  x = golden.noise(5, (3, *recipe.shape(config)))
   t = np.array([0, 321, 999])
   there = golden.answer(model, x, t)
   here = jax.jit(build.model(config).apply)({'params': params}, x, t + 1)
@@ -130,7 +132,7 @@ def test_a_trained_run_is_the_same_network_there(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize('zero', ['false', 'true'])
-@pytest.mark.parametrize('name', sorted(build.functions(schedules, 'T')))
+@pytest.mark.parametrize('name', sorted(registry.known(schedules, 'T')))
 def test_every_schedule_is_written_so_that_it_comes_out_the_same(name, zero):
   config = recipe.shipped('digits')
   recipe.override(
@@ -165,8 +167,8 @@ def test_a_chain_of_1000_steps_is_the_same(tmp_path):
     ['--mode=convert', f'--input={tmp_path}/in', f'--output={tmp_path}/run']
   )
   config, params = ours(tmp_path / 'run')
-  p = build.reverse_process(config)
-  keys, x_T = build.noise(config, 0, jnp.arange(2))
+  p = functions.reverse_process(config)
+  keys, x_T = functions.noise(config, 0, jnp.arange(2))
   x_0, _ = samplers.sample(p.step, p.schedule, p.model_fn(params), keys, x_T)
   x = np.asarray(x_T)
   for t in scheduler.timesteps.tolist():

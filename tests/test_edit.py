@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from configs import base
-from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import main
+from ddpm_jax import registry
 from ddpm_jax.diffusion import editing
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import process
@@ -209,7 +209,7 @@ def test_other_sizes_are_resized_and_said(files, edited, capsys, tmp_path):
   np.testing.assert_array_equal(known, np.broadcast_to(known[0], known.shape))
 
 
-@pytest.mark.parametrize('spacing', build.functions(spacings).values())
+@pytest.mark.parametrize('spacing', registry.known(spacings).values())
 def test_levels_are_shares_of_T_whatever_the_spacing(spacing):
   config = base.get_config()
   short = schedules.stride(schedules.linear(1000), 100, spacing)

@@ -18,8 +18,10 @@ from PIL import Image
 from configs import base
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import functions
 from ddpm_jax import main
 from ddpm_jax import recipe
+from ddpm_jax import registry
 from ddpm_jax.diffusion import editing
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
@@ -33,7 +35,7 @@ from ddpm_jax.runtime import parallel
 T = 4096
 S = schedules.linear(T, 0.1 / T, 20 / T)
 M, V = 0.4, 0.3
-NAMES = sorted(build.functions(samplers, 'x_t'))
+NAMES = sorted(registry.known(samplers, 'x_t'))
 FIXED = ['ddim', 'dpm_solver_pp_2m', 'heun']  # without noise
 
 
@@ -272,7 +274,7 @@ def test_evaluations_are_what_the_network_is_asked(name):
   assert set(asked) == set(np.asarray(table.time[1:]).tolist())
 
 
-@pytest.mark.parametrize('spacing', build.functions(spacings).values())
+@pytest.mark.parametrize('spacing', registry.known(spacings).values())
 @pytest.mark.parametrize('steps', [1, 2, 5, 10, 333, 999, 1000])
 def test_spacings_rise_strictly_from_0_and_stay_within_T(spacing, steps):
   at = spacing(1000, steps)
@@ -399,7 +401,9 @@ def test_a_step_that_looks_back_is_the_same_on_one_device_and_eight(
     changes = {'sampler.name': 'dpm_solver_pp_2m', 'parallel.data': devices}
     config = recipe.resolve(None, tiny_run[0], changes)
     mesh = build.mesh(config)
-    draw = parallel.compile_map(build.sampler(config, 0), mesh, 'jit', weights)
+    draw = parallel.compile_map(
+      functions.sampler(config, 0), mesh, 'jit', weights
+    )
     index = parallel.put(np.arange(8, dtype=np.int32), mesh, 'jit')
     drawn.append(draw(jax.device_get(weights), index)[0].astype(int))
   # A rounding may lie on either side of a gray's edge.
@@ -440,7 +444,7 @@ def test_what_does_not_fit_is_a_line(changes, message):
   config = base.get_config()
   recipe.override(config, changes)
   with pytest.raises(errors.UserError, match=message):
-    build.reverse_process(config)
+    functions.reverse_process(config)
 
 
 def test_what_does_fit_is_not_refused():
@@ -451,7 +455,7 @@ def test_what_does_fit_is_not_refused():
   ):
     config = base.get_config()
     recipe.override(config, changes)
-    build.reverse_process(config)
+    functions.reverse_process(config)
 
 
 @pytest.mark.slow
@@ -483,7 +487,7 @@ def test_the_ways_of_the_table_are_samplers_within_their_evaluations():
     for way in few_steps.ways(config).values():
       for n in few_steps.looks(way, 1000):
         c = few_steps.changed(config, way, n)
-        build.reverse_process(c)
+        functions.reverse_process(c)
         assert n - 1 <= few_steps.evaluations(c) <= n
   ancestral = {k for k in few_steps.WAYS if 'ancestral' in k}
   assert found[0] ^ found[1] == ancestral

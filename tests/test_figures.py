@@ -11,6 +11,7 @@ from PIL import Image
 
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import functions
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax.data import store
@@ -145,8 +146,8 @@ def test_interpolation_starts_there_and_shows_the_originals(trained):
     np.testing.assert_array_equal(rows[:, 0], np.stack([a[pair]] * 5))
     np.testing.assert_array_equal(rows[:, -1], np.stack([b[pair]] * 5))
   # λ = 0, of the second pair, at its first t, by `samplers.sample` alone.
-  p = build.reverse_process(run.config)
-  k, eps = build.noise(run.config, 3, jnp.array([1]))
+  p = functions.reverse_process(run.config)
+  k, eps = functions.noise(run.config, 3, jnp.array([1]))
   first = 2  # ⌈10/8⌉ of 10 steps
   x_t = process.q_sample(p.schedule, a[1] / 127.5 - 1, first, eps[0])
   x_0, _ = jax.jit(

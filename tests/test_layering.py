@@ -11,9 +11,11 @@ ROOT = pathlib.Path(__file__).parents[1] / 'ddpm_jax'
 LAYERS = [
   ['main'],
   ['jobs'],
+  ['functions'],
   ['build'],
+  ['checks'],
   ['conditioning'],
-  ['recipe'],
+  ['recipe', 'registry'],
   ['diffusion', 'models', 'data', 'metrics', 'interop', 'runtime'],
   ['errors'],
 ]
@@ -108,7 +110,10 @@ def test_only_those_who_build_and_jobs_see_a_ConfigDict():
     for path in FILES
     if 'ConfigDict' in path.read_text()
   }
-  assert seen == {'build.py', 'conditioning.py', 'recipe.py', 'jobs'}
+  assert seen == {
+    *('jobs', 'functions.py', 'build.py', 'checks.py'),
+    *('conditioning.py', 'recipe.py'),
+  }
 
 
 def test_no_private_imports():

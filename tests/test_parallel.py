@@ -9,6 +9,7 @@ import pytest
 from configs import digits
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import functions
 from ddpm_jax import recipe
 from ddpm_jax.runtime import account
 from ddpm_jax.runtime import parallel
@@ -37,7 +38,7 @@ def batch(step, n=32, shape=(8, 8, 1)):
 
 def start(c):
   mesh = build.mesh(c)
-  init = functools.partial(build.init_state, c)
+  init = functools.partial(functions.init_state, c)
   return mesh, parallel.init_state(init, mesh)
 
 
@@ -48,16 +49,19 @@ def train(**changes):
   mesh, state = start(c)
   how, n = c.parallel.engine, c.batch_size
   step = parallel.compile_step(
-    build.train_step(c, parallel.parts(mesh)), mesh, how, state
+    functions.train_step(c, parallel.parts(mesh)), mesh, how, state
   )
   losses = []
   for i in range(STEPS):
-    rows = parallel.put(batch(i, n, build.shape(c)), mesh, how)
+    rows = parallel.put(batch(i, n, recipe.shape(c)), mesh, how)
     state, metrics = step(state, rows)
     losses.append([float(metrics['loss']), float(metrics['grad_norm'])])
   cut = functools.partial(parallel.cut_rows, mesh=mesh)
   draw = parallel.compile_map(
-    build.sampler(c, seed=0, snapshots=2, cut=cut), mesh, how, state.ema_params
+    functions.sampler(c, seed=0, snapshots=2, cut=cut),
+    mesh,
+    how,
+    state.ema_params,
   )
   index = parallel.put(np.arange(n // 2, dtype=np.int32), mesh, how)
   images = draw(state.ema_params, index)
@@ -142,7 +146,9 @@ def by_history(**changes):
   c.sampler.steps = 4
   mesh, state = start(c)
   how = c.parallel.engine
-  step = parallel.compile_step(build.train_step(c, mesh.size), mesh, how, state)
+  step = parallel.compile_step(
+    functions.train_step(c, mesh.size), mesh, how, state
+  )
   losses = []
   for i in range(8):
     state, metrics = step(state, parallel.put(batch(i), mesh, how))
@@ -197,7 +203,7 @@ def test_fsdp_gathers_parameters_and_moves_no_activations():
   c = config(parallel__data=1, parallel__fsdp=8)
   mesh, state = start(c)
   step = parallel.compile_step(
-    build.train_step(c, mesh.size), mesh, 'jit', state
+    functions.train_step(c, mesh.size), mesh, 'jit', state
   )
   text = step.lower(state, parallel.put(batch(0), mesh, 'jit')).compile()
   text = text.as_text()
@@ -210,7 +216,9 @@ def test_fsdp_gathers_parameters_and_moves_no_activations():
 def test_the_state_is_donated(how):
   c = config(parallel__engine=how)
   mesh, state = start(c)
-  step = parallel.compile_step(build.train_step(c, mesh.size), mesh, how, state)
+  step = parallel.compile_step(
+    functions.train_step(c, mesh.size), mesh, how, state
+  )
   step(state, parallel.put(batch(0), mesh, how))
   kinds = {x.is_deleted() for x in jax.tree.leaves(state.params)}
   assert kinds == {True}
@@ -220,7 +228,7 @@ def test_one_program_serves_all_steps():
   c = config(parallel__data=1)
   mesh, state = start(c)
   step = parallel.compile_step(
-    build.train_step(c, mesh.size), mesh, 'jit', state
+    functions.train_step(c, mesh.size), mesh, 'jit', state
   )
   for i in range(3):
     state, _ = step(state, parallel.put(batch(i), mesh, 'jit'))
@@ -232,7 +240,7 @@ def test_an_image_is_the_same_in_any_batch(how):
   c = config(parallel__engine=how)
   mesh, state = start(c)
   draw = parallel.compile_map(
-    build.sampler(c, seed=3), mesh, how, state.ema_params
+    functions.sampler(c, seed=3), mesh, how, state.ema_params
   )
 
   def images(index):
@@ -276,7 +284,7 @@ def test_devices_that_do_not_fit_are_a_line_for_the_user(changes, message):
   c = config(**changes)
 
   def begin():
-    build.train_step(c, parallel.parts(build.mesh(c)))
+    functions.train_step(c, parallel.parts(build.mesh(c)))
 
   with pytest.raises(errors.UserError, match=message):
     begin()
@@ -286,7 +294,7 @@ def test_a_step_on_several_devices_adds_gradients_and_moves_nothing_else():
   c = config(parallel__data=-1)
   mesh, state = start(c)
   step = parallel.compile_step(
-    build.train_step(c, mesh.size), mesh, 'jit', state
+    functions.train_step(c, mesh.size), mesh, 'jit', state
   )
   compiled = step.lower(state, parallel.put(batch(0), mesh, 'jit')).compile()
   said = account.of(compiled)
@@ -303,7 +311,7 @@ def test_sampling_on_several_devices_moves_nothing():
   c = config(parallel__data=-1)
   mesh, state = start(c)
   params = state.ema_params
-  draw = parallel.jit_map(build.sampler(c, 0), mesh, params)
+  draw = parallel.jit_map(functions.sampler(c, 0), mesh, params)
   rows = parallel.put(np.arange(16, dtype=np.int32), mesh, 'jit')
   said = account.of(draw.lower(params, rows).compile())
   assert said.collectives == {}

@@ -12,6 +12,7 @@ import pytest
 
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import functions
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax.jobs.plan import advice
@@ -62,9 +63,9 @@ def test_it_plans_the_very_program_that_trains():
   """Compiled for real arrays, on the devices that are here."""
   c = config(FSDP)
   mesh = build.mesh(c)
-  state = parallel.init_state(functools.partial(build.init_state, c), mesh)
+  state = parallel.init_state(functools.partial(functions.init_state, c), mesh)
   step = parallel.compile_step(
-    build.train_step(c, parallel.parts(mesh)), mesh, 'jit', state
+    functions.train_step(c, parallel.parts(mesh)), mesh, 'jit', state
   )
   rows = {
     'image': np.zeros((32, 8, 8, 1), np.uint8),
@@ -93,7 +94,7 @@ def test_fsdp_leaves_an_eighth_of_the_state_on_a_device():
 
 def test_the_state_is_weights_average_and_two_moments():
   c = config(ONE)
-  params = jax.eval_shape(lambda: build.init_state(c)).params
+  params = jax.eval_shape(lambda: functions.init_state(c)).params
   weights = sum(x.size * 4 for x in jax.tree.leaves(params))
   # And the numbers of steps.
   assert planned(ONE)['state_bytes'] == pytest.approx(4 * weights, abs=20)
@@ -110,7 +111,7 @@ def test_eight_devices_do_an_eighth_each_of_the_work():
 
 def test_the_gradients_are_summed_once():
   c = config(DATA)
-  params = jax.eval_shape(lambda: build.init_state(c)).params
+  params = jax.eval_shape(lambda: functions.init_state(c)).params
   weights = sum(x.size * 4 for x in jax.tree.leaves(params))
   # And the loss. Biases that are added to each other have one gradient.
   assert planned(DATA)['collectives']['all-reduce']['bytes'] == pytest.approx(

@@ -5,8 +5,9 @@ import pathlib
 import pytest
 
 from configs import base
-from ddpm_jax import build
+from ddpm_jax import checks
 from ddpm_jax import errors
+from ddpm_jax import functions
 from ddpm_jax import recipe
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
@@ -52,9 +53,9 @@ def test_sampler_steps_follow_T_and_T_does_not_follow_them():
 @pytest.mark.parametrize('name', RECIPES)
 def test_every_recipe_builds(name):
   c = recipe.load(str(CONFIGS / name))
-  build.check(c)
-  build.loss_fn(c)
-  build.sampler(c, seed=0)
+  checks.basics(c)
+  functions.loss_fn(c)
+  functions.sampler(c, seed=0)
   assert c.is_locked
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import build
+from ddpm_jax import registry
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
@@ -123,7 +123,7 @@ def test_an_image_does_not_depend_on_the_batch_that_it_is_drawn_in():
   np.testing.assert_allclose(one[0], whole[2], atol=1e-6)
 
 
-@pytest.mark.parametrize('name', build.functions(samplers, 'x_t'))
+@pytest.mark.parametrize('name', registry.known(samplers, 'x_t'))
 def test_snapshots_are_predictions_of_evenly_spaced_steps(name):
   seen = []
 

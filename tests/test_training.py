@@ -10,6 +10,7 @@ import pytest
 
 from configs import base
 from ddpm_jax import build
+from ddpm_jax import functions
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import training
 
@@ -123,12 +124,12 @@ def test_the_loss_at_initialisation_is_1():
   c = digits.get_config()
   c.model.update(channels=8, groups=4)
   c.batch_size = 256
-  s = jax.jit(functools.partial(build.init_state, c))()
+  s = jax.jit(functools.partial(functions.init_state, c))()
   batch = {
     'image': jnp.zeros((256, 8, 8, 1), jnp.uint8),
     'index': jnp.arange(256),
   }
-  losses, _ = jax.jit(build.loss_fn(c))(s.params, jax.random.key(0), batch)
+  losses, _ = jax.jit(functions.loss_fn(c))(s.params, jax.random.key(0), batch)
   # Mean of 16,384 squared normals: standard error √(2/16384) = 0.011.
   assert abs(losses.mean() - 1) < 5 * 0.011
   a = jax.tree.leaves(s.params)[0].unsafe_buffer_pointer()

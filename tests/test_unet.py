@@ -63,7 +63,7 @@ def images(b=2, size=(8, 8), channels=3):
 )
 def test_parameters_are_as_many_as_the_papers(config, expected):
   c = recipe.load(config)
-  params = shapes(build.model(c), build.image_size(c))
+  params = shapes(build.model(c), recipe.image_size(c))
   assert count(params) == expected
 
 
@@ -178,7 +178,7 @@ def test_blocks_and_examples_drop_different_things():
   model, x, t = unet.UNet(**SMALL, dropout=0.5), images(2), jnp.ones(2, int)
   v, of_examples = variables(model, x), jax.random.split(jax.random.key(0), 2)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(layers, "dropout", watched)
+    patch.setattr(layers, 'dropout', watched)
     model.apply(v, x, t, keys=of_examples)
   data = jax.random.key_data(jnp.stack(keys)).reshape(-1, 2)
   # Two levels, one block down and two up; two in the middle.

@@ -19,7 +19,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import checks
 from ddpm_jax import errors
+from ddpm_jax import functions
 from ddpm_jax import recipe
 from ddpm_jax.data import pipeline
 from ddpm_jax.data import store
@@ -49,9 +51,9 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   earlier = read(args.compare) if args.compare else {}
   if args.profile:
     workdir.create(args.profile)
-  build.check(config)
+  checks.basics(config)
   mesh = build.mesh(config)
-  build.train_step(config, parallel.parts(mesh))  # refuses what cannot be
+  functions.train_step(config, parallel.parts(mesh))  # refuses what cannot be
   source = data(config)
   with scratch(args.workdir) as folder:
     bench = Bench(config, mesh, source, folder)
@@ -117,7 +119,7 @@ def data(config: ConfigDict) -> store.Source:
       raise
     logs.say(f'noise stands in for the data: {error}')
   rng = np.random.default_rng(0)
-  images = rng.integers(0, 256, (256, *build.shape(config)), np.uint8)
+  images = rng.integers(0, 256, (256, *recipe.shape(config)), np.uint8)
   return store.from_arrays(images, np.full(256, -1, np.int32))
 
 
@@ -157,7 +159,7 @@ class Bench:
       process_count=jax.process_count(),
     )
     self.put = lambda: parallel.put(next(self.batches), mesh, self.engine)
-    init = functools.partial(build.init_state, config)
+    init = functools.partial(functions.init_state, config)
     self.state = parallel.init_state(init, mesh)
     self.parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
     self.rows = self.put()
@@ -184,7 +186,7 @@ class Bench:
     for name in ('cold', 'from the cache'):
       jax.clear_caches()
       step: Any = parallel.compile_step(
-        build.train_step(self.config, parallel.parts(self.mesh)),
+        functions.train_step(self.config, parallel.parts(self.mesh)),
         *(self.mesh, self.engine, self.state),
       )
       begun = time.perf_counter()
@@ -304,7 +306,7 @@ class Bench:
     rows = parallel.put_whole(index, mesh, self.engine)
     if self.engine == 'jit':
       cut = functools.partial(parallel.cut_rows, mesh=mesh)
-      draw = build.sampler(config, 0, cut=cut)
+      draw = functions.sampler(config, 0, cut=cut)
       whole = parallel.jit_map(draw, mesh, params)
       took, compiled = timing.compile_seconds(whole.lower(params, rows))
       yield 'sampler, compilation', result(took, 's')
@@ -312,7 +314,7 @@ class Bench:
       yield 'sampler, memory a device, peak', result(said.peak, 'bytes')
 
     def steps_in_one(count: int) -> timing.Spread:
-      chain = build.chain(config, 0, (steps, steps - count))
+      chain = functions.chain(config, 0, (steps, steps - count))
       draw = parallel.compile_map(chain, mesh, self.engine, params)
       return timing.clock(lambda: draw(params, rows), seconds=SECONDS)
 

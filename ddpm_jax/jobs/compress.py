@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import build
+from ddpm_jax import checks
 from ddpm_jax import errors
+from ddpm_jax import functions
 from ddpm_jax import recipe
 from ddpm_jax.data import decode
 from ddpm_jax.data import sources
@@ -57,7 +58,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   if args.output.is_dir():
     raise errors.UserError(f'--output={args.output} is a folder: name a file')
   workdir.create(args.output.parent)
-  build.check(config)
+  checks.basics(config)
   x0 = read(args.images, config)
   seed = config.seed if args.seed is None else args.seed
   mesh = parallel.make_mesh(1)
@@ -84,9 +85,9 @@ def read(path: pathlib.Path, config: ConfigDict) -> np.ndarray:
   Raises:
     UserError: if there are none, or one cannot be read.
   """
-  if not build.image_size(config):
+  if not recipe.image_size(config):
     raise errors.UserError('the codec is of images, and this run is of points')
-  H, W, C = build.shape(config)
+  H, W, C = recipe.shape(config)
   options: dict[str, Any] = {'image_size': (H, W), 'channels': C}
   if path.suffix in ('.npz', '.npy'):
     source = sources.arrays(path=str(path), **options)
@@ -130,7 +131,7 @@ class Lockstep(NamedTuple):
 
 
 def compiled(config: ConfigDict, params: Any, size: int, seed: int) -> Lockstep:
-  S, shape = config.codec.steps, build.shape(config)
+  S, shape = config.codec.steps, recipe.shape(config)
   D = math.prod(shape)
   batch = {
     'image': jax.ShapeDtypeStruct((size, *shape), np.uint8),
@@ -142,7 +143,7 @@ def compiled(config: ConfigDict, params: Any, size: int, seed: int) -> Lockstep:
   )
   squares = jax.ShapeDtypeStruct((S,), np.float32)
   sending = jax.ShapeDtypeStruct((), np.bool_)
-  run = jax.jit(build.codec(config, seed).run)
+  run = jax.jit(functions.codec(config, seed).run)
   lowered = run.lower(params, batch, squares, told, sending)
   return Lockstep(lowered.compile(), size, D, S)
 
@@ -165,7 +166,7 @@ def batches(
 def send(config: ConfigDict, params: Any, x0: np.ndarray, seed: int) -> Sent:
   """The file of uint8 images (N, H, W, C), with a progress bar."""
   size = min(len(x0), config.codec.batch_size)
-  parts = build.codec(config, seed)
+  parts = functions.codec(config, seed)
   program = compiled(config, params, size, seed)
   squares_of = jax.jit(parts.errors)
   begun = time.perf_counter()
@@ -246,9 +247,9 @@ def filled(x: np.ndarray, size: int) -> np.ndarray:
 
 def rules(config: ConfigDict, squares: list[float]) -> bitstream.Rules:
   """What the bits of a file follow from, beside the code itself."""
-  short = build.codec(config, 0).schedule
+  short = functions.codec(config, 0).schedule
   expected = codec.expected(short, np.array(squares))
-  dims = math.prod(build.shape(config))
+  dims = math.prod(recipe.shape(config))
   return bitstream.Rules(codec.sizes(dims), expected.tolist())
 
 

@@ -12,7 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import checks
 from ddpm_jax import errors
+from ddpm_jax import functions
 from ddpm_jax import recipe
 from ddpm_jax.data import pipeline
 from ddpm_jax.interop import diffusers
@@ -71,15 +73,15 @@ def take_in(args: argparse.Namespace) -> None:
       )
     keys, weights, names = {}, path, diffusers.PYTORCH_DIFFUSION
   config = recipe_of(args, keys)
-  build.check(config)
-  build.loss_fn(config)
-  build.reverse_process(config)
+  checks.basics(config)
+  functions.loss_fn(config)
+  functions.reverse_process(config)
   if config.model.name != 'unet' or config.condition.name:
     raise errors.UserError(
       f'{path} is a U-Net without a condition, which {args.config} is not'
     )
   mesh = build.mesh(config)
-  abstract = jax.eval_shape(functools.partial(build.init_state, config))
+  abstract = jax.eval_shape(functools.partial(functions.init_state, config))
   tensors = files.read_tensors(weights)
   params = diffusers.to_params(abstract.params, tensors, names)
   workdir.create(args.output)
@@ -131,7 +133,7 @@ def save(
   folder: pathlib.Path,
 ) -> None:
   """A run that has not made a step; `config.json`, which makes it one, last."""
-  begin = functools.partial(build.begin, config)
+  begin = functools.partial(functions.begin, config)
   state = parallel.init_state(begin, mesh, params)
   checkpoints = checkpoint.open(folder / 'checkpoints')
   try:
@@ -152,8 +154,8 @@ def give_out(args: argparse.Namespace) -> None:
   """Writes the EMA weights of a run as diffusers does."""
   sample.check_workdir(args.workdir)
   config = recipe.resolve(args.config, args.workdir, args.changes)
-  build.check(config)
-  build.reverse_process(config)
+  checks.basics(config)
+  functions.reverse_process(config)
   beta = np.asarray(build.schedule(config).beta[1:]).tolist()
   unet, scheduler = fields.from_recipe(recipe.flatten(config), beta)
   mesh = build.mesh(config)

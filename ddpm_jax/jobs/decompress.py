@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import build
+from ddpm_jax import checks
 from ddpm_jax import errors
+from ddpm_jax import recipe
 from ddpm_jax.diffusion import codec
 from ddpm_jax.jobs import compress
 from ddpm_jax.jobs import sample
@@ -39,7 +40,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   with of_file(path):
     header, _ = bitstream.read_header(data)
   sample.check_output(args.output, header['images'])
-  build.check(config)
+  checks.basics(config)
   _, params = sample.restore_ema(config, parallel.make_mesh(1), args.workdir)
   check_same(config, params, header, path)
   config = config.copy_and_resolve_references()
@@ -81,7 +82,7 @@ def check_same(
   Raises:
     UserError: saying which.
   """
-  shape = list(build.shape(config))
+  shape = list(recipe.shape(config))
   if header['shape'] != shape:
     raise errors.UserError(
       f'{path} is of images {compress.describe(header["shape"])}, and this run '

@@ -16,7 +16,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from ddpm_jax import build
+from ddpm_jax import checks
 from ddpm_jax import errors
+from ddpm_jax import functions
+from ddpm_jax import recipe
+from ddpm_jax import registry
 from ddpm_jax.data import decode
 from ddpm_jax.diffusion import editing
 from ddpm_jax.diffusion import pixels
@@ -37,8 +41,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   """
   check_flags(args)
   sample.check_workdir(args.workdir)
-  build.check(config)
-  if not build.image_size(config):
+  checks.basics(config)
+  if not recipe.image_size(config):
     raise errors.UserError('--mode=edit is of images, and this run of points')
   wanted, told = sample.asked(config, args)
   if len(wanted) > 1:
@@ -75,9 +79,9 @@ def editor(
 ) -> tuple[Callable, str]:
   """(params, rows) -> uint8 (B, H, W, C), and what it does, in words.
 
-  The rows are those of `build.sampler`.
+  The rows are those of `functions.sampler`.
   """
-  height, width, channels = build.shape(config)
+  height, width, channels = recipe.shape(config)
   shape = height, width, channels
   image = opened('image', args.image)
   x0 = pixels.to_float(fitted(args.image, image, shape))
@@ -136,13 +140,13 @@ def inpainted(
   config: ConfigDict, seed: int, x0: jax.Array, mask: np.ndarray
 ) -> tuple[Callable, str]:
   """What the mask (H, W, 1) is true of is made anew, the rest is kept."""
-  p = build.reverse_process(config)
-  times = build.call(editing.jumps, config.edit, p.schedule.T)
+  p = functions.reverse_process(config)
+  times = registry.call(editing.jumps, config.edit, p.schedule.T)
   step = editing.inpaint(p.step, x0, jnp.asarray(mask))
 
   def draw(params: Any, rows: Any) -> jax.Array:
-    index, condition = build.index_and_condition(rows)
-    keys, x_T = build.noise(config, seed, index)
+    index, condition = functions.index_and_condition(rows)
+    keys, x_T = functions.noise(config, seed, index)
     model_fn = p.model_fn(params, condition)
     x_0, _ = samplers.sample(step, p.schedule, model_fn, keys, x_T, times=times)
     return pixels.to_uint8(x_0)
@@ -155,12 +159,12 @@ def varied(
   config: ConfigDict, seed: int, x0: jax.Array, strength: float
 ) -> tuple[Callable, str]:
   """x_t of the image, and from there another way down (Meng et al. 2022)."""
-  p = build.reverse_process(config)
+  p = functions.reverse_process(config)
   t, told = level(config, p.schedule, strength)
 
   def draw(params: Any, rows: Any) -> jax.Array:
-    index, condition = build.index_and_condition(rows)
-    keys, eps = build.noise(config, seed, index)
+    index, condition = functions.index_and_condition(rows)
+    keys, eps = functions.noise(config, seed, index)
     x_t = process.q_sample(p.schedule, x0, jnp.array(t), eps)
     return from_x_t(p, p.model_fn(params, condition), keys, x_t, t)
 
@@ -176,13 +180,13 @@ def between(
   count: int,
 ) -> tuple[Callable, str]:
   """Image i is of λ = i / (count - 1), all of one noise  (section 4.4)."""
-  p = build.reverse_process(config)
+  p = functions.reverse_process(config)
   t, told = level(config, p.schedule, strength)
   mix = jax.vmap(editing.interpolate, (None, None, None, None, 0, 0))
 
   def draw(params: Any, rows: Any) -> jax.Array:
-    index, condition = build.index_and_condition(rows)
-    keys, eps = build.noise(config, seed, jnp.zeros_like(index))
+    index, condition = functions.index_and_condition(rows)
+    keys, eps = functions.noise(config, seed, jnp.zeros_like(index))
     weight = index / (count - 1)
     weight = weight.reshape(-1, *[1] * x0.ndim)
     x_t = mix(p.schedule, x0, other, jnp.array(t), weight, eps)
@@ -192,7 +196,7 @@ def between(
 
 
 def from_x_t(
-  p: build.Reverse,
+  p: functions.Reverse,
   model_fn: process.ModelFn,
   keys: jax.Array,
   x_t: jax.Array,

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import checks
 from ddpm_jax import errors
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import variances
@@ -55,7 +56,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   sample.check_workdir(args.workdir)
   if args.output:
     raise errors.UserError('--output is for images: few_steps has --workdir')
-  build.check(config)
+  checks.basics(config)
   if args.num_samples < small.LEAST:
     raise errors.UserError(
       f'--num_samples={args.num_samples}: a score needs {small.LEAST}, and '

@@ -13,8 +13,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import checks
 from ddpm_jax import conditioning
 from ddpm_jax import errors
+from ddpm_jax import functions
+from ddpm_jax import recipe
 from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import logs
@@ -33,11 +36,11 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   """
   check_workdir(args.workdir)
   seed = config.seed if args.seed is None else args.seed
-  kind = '' if build.image_size(config) else '.npz'
+  kind = '' if recipe.image_size(config) else '.npz'
   output = args.output or args.workdir / f'samples_seed{seed}{kind}'
   if kind and output.suffix != kind:
     raise errors.UserError(f'--output={output}: points go into an .npz')
-  build.check(config)
+  checks.basics(config)
   wanted, told = asked(config, args)
   count = args.num_samples * max(len(wanted), 1)
   check_output(output, count)
@@ -50,7 +53,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   )
   drawn = (image for image, _ in draw(params, told))
   if wanted and output.suffix == '.png' and args.num_samples <= 32:
-    tiles = gather(drawn).reshape(len(wanted), -1, *build.shape(config))
+    tiles = gather(drawn).reshape(len(wanted), -1, *recipe.shape(config))
     if processes.leads():
       images.save_png(output, images.labelled(tiles, labels=wanted))
   else:
@@ -123,7 +126,7 @@ def restore_ema(
   step: int | None = None,
 ) -> tuple[int, Any]:
   """(step, weights) of the newest whole checkpoint of a run, or at `step`."""
-  init = functools.partial(build.init_state, config)
+  init = functools.partial(functions.init_state, config)
   abstract = parallel.abstract_state(init, mesh).ema_params
   return checkpoint.restore_item(folder / 'checkpoints', 'ema', abstract, step)
 
@@ -141,11 +144,11 @@ def drawer(
 
   Returns a size b of batches, for `count` images, and a function of the
   weights, of the index of the first image, and of a condition for each image if
-  `draw` takes one (see `build.sampler`), that gives the arrays of b images.
+  `draw` takes one (see `functions.sampler`), that gives the arrays of b images.
   """
   size = at_a_time(config, mesh, count)
   engine = config.parallel.engine
-  init = functools.partial(build.init_state, config)
+  init = functools.partial(functions.init_state, config)
   compiled = parallel.compile_map(
     draw, mesh, engine, jax.eval_shape(init).ema_params
   )
@@ -187,7 +190,7 @@ def sampler(
 ) -> Callable[..., Iterator[tuple[np.ndarray, np.ndarray]]]:
   """Uint8 images (b, H, W, C), and predictions on the way (b, K, H, W, C)."""
   cut = functools.partial(parallel.cut_rows, mesh=mesh)
-  draw = build.sampler(config, seed, snapshots, cut)
+  draw = functions.sampler(config, seed, snapshots, cut)
   return in_batches(config, mesh, count, draw)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import checks
 from ddpm_jax import errors
 from ddpm_jax.jobs import sample
 from ddpm_jax.metrics import classifier as classifiers
@@ -32,7 +33,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
       f'--num_samples={args.num_samples}: a score needs {small.LEAST}, and '
       'says little below 1000'
     )
-  build.check(config)
+  checks.basics(config)
   mesh = build.mesh(config)
   seed = config.seed if args.seed is None else args.seed
   step, params = sample.restore_ema(config, mesh, args.workdir)

@@ -15,8 +15,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import checks
 from ddpm_jax import conditioning
 from ddpm_jax import errors
+from ddpm_jax import functions
 from ddpm_jax import recipe
 from ddpm_jax.data import pipeline
 from ddpm_jax.diffusion import process
@@ -46,9 +48,9 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     raise errors.UserError('several processes need one --workdir: name it')
   folder = args.workdir or workdir.default(pathlib.Path(args.config).stem)
   # What may be refused comes first, then what takes long.
-  build.check(config)
+  checks.basics(config)
   mesh = build.mesh(config)
-  step_fn = build.train_step(config, parallel.parts(mesh))
+  step_fn = functions.train_step(config, parallel.parts(mesh))
   pictures = picture_maker(config, mesh, folder, args.num_samples)
   workdir.create(folder)
   source = build.source(config)
@@ -121,7 +123,7 @@ def start(
 
   `batches` is moved to where that checkpoint was.
   """
-  init = functools.partial(build.init_state, config)
+  init = functools.partial(functions.init_state, config)
   abstract = parallel.abstract_state(init, mesh)
   saved = checkpoint.restore(
     checkpoints, trained(abstract), abstract.ema_params
@@ -200,7 +202,7 @@ def picture_maker(
 ) -> Callable[..., None]:
   """(EMA weights, suffix, told) -> samples.png, and progress.png: x̂_0 on the
   way, ten times; `told` has a condition for each sample, or is None."""
-  if not build.image_size(config):
+  if not recipe.image_size(config):
     return point_pictures(config, mesh, folder)
   snapshots = min(10, config.sampler.steps)
   draw = sample.sampler(config, mesh, count, config.seed, snapshots)
@@ -240,7 +242,7 @@ def point_pictures(
   def pictures(params: Any, suffix: str, told: Any = None) -> None:
     del told  # points take no condition
     draw = parallel.compile_map(
-      build.chain(config, config.seed, times), mesh, engine, params
+      functions.chain(config, config.seed, times), mesh, engine, params
     )
     reverse = list(draw(params, index).swapaxes(0, 1))
     if not processes.leads():

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from ddpm_jax import build
+from ddpm_jax import functions
 from ddpm_jax import recipe
 from ddpm_jax.data import pipeline
 from ddpm_jax.jobs import sample
@@ -69,8 +70,8 @@ def main():
 def until_good(c, real, judge):
   """(steps, processor seconds of training, scores every 100 steps)."""
   mesh = build.mesh(c)
-  state = parallel.init_state(functools.partial(build.init_state, c), mesh)
-  step = parallel.compile_step(build.train_step(c, 1), mesh, 'jit', state)
+  state = parallel.init_state(functools.partial(functions.init_state, c), mesh)
+  step = parallel.compile_step(functions.train_step(c, 1), mesh, 'jit', state)
   batches = pipeline.batches(
     build.source(c), batch_size=c.batch_size, seed=c.seed
   )

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from ddpm_jax import build
+from ddpm_jax import functions
 from ddpm_jax import recipe
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.interop import diffusers as interop
@@ -100,10 +101,10 @@ def our_work(config, params, batch):
   mesh = build.mesh(config)
   network = build.model(config)
   n = len(batch)
-  begin = functools.partial(build.begin, config)
+  begin = functools.partial(functions.begin, config)
   state = parallel.init_state(begin, mesh, params)
   step = parallel.compile_step(
-    build.train_step(config, mesh.size), mesh, 'jit', state
+    functions.train_step(config, mesh.size), mesh, 'jit', state
   )
   rows = {
     'image': ((batch + 1) * 127.5).astype(np.uint8),
@@ -112,11 +113,11 @@ def our_work(config, params, batch):
   rows = parallel.put(rows, mesh, 'jit')
   apply = jax.jit(lambda x, t: network.apply({'params': params}, x, t))
   x, t = jax.device_put(batch), jax.numpy.full(n, 501)
-  p = build.reverse_process(config)
+  p = functions.reverse_process(config)
 
   @jax.jit
   def draw(index):
-    keys, x_T = build.noise(config, 0, index)
+    keys, x_T = functions.noise(config, 0, index)
     model_fn = p.model_fn(params)
     times = range(p.schedule.T, p.schedule.T - SAMPLING_STEPS, -1)
     return samplers.sample(
@@ -159,7 +160,7 @@ def main():
   with config.unlocked():
     config.batch_size = args.batch
     config.data.flip = False
-  init = functools.partial(build.init_state, config)
+  init = functools.partial(functions.init_state, config)
   params = jax.jit(init)().params
   rng = np.random.default_rng(0)
   # As after training: nothing is left at 0.

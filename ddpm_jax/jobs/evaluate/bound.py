@@ -10,7 +10,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import checks
 from ddpm_jax import errors
+from ddpm_jax import functions
+from ddpm_jax import recipe
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.jobs import sample
 from ddpm_jax.jobs.evaluate import record
@@ -30,8 +33,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   sample.check_workdir(args.workdir)
   if args.output:
     raise errors.UserError('--output is for images: evaluate has --workdir')
-  build.check(config)
-  if not build.image_size(config):
+  checks.basics(config)
+  if not recipe.image_size(config):
     raise errors.UserError('bits/dim are of images: points have no grays')
   mesh = build.mesh(config)
   seed = config.seed if args.seed is None else args.seed
@@ -82,7 +85,7 @@ def bound_of(
 ) -> likelihood.Bound:
   """The bound of the first `count` images, with a progress bar."""
   compiled = parallel.compile_map(
-    build.bound(config, seed), mesh, config.parallel.engine, params
+    functions.bound(config, seed), mesh, config.parallel.engine, params
   )
   parts = []
   with logs.progress(count, 0, 'images') as bar:

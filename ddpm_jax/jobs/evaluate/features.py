@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import build
+from ddpm_jax import functions
 from ddpm_jax.metrics import fidelity
 from ddpm_jax.metrics import inception
 from ddpm_jax.runtime import images as pictures
@@ -38,7 +38,9 @@ def extractor(
   size = min(AT_ONCE, math.ceil(batch / mesh.size)) * mesh.size
   engine = config.parallel.engine
   params = jax.device_put(params, parallel.replicated(mesh))
-  compiled = parallel.compile_map(build.features(config), mesh, engine, params)
+  compiled = parallel.compile_map(
+    functions.features(config), mesh, engine, params
+  )
 
   def extract(images: np.ndarray) -> inception.Features:
     parts = []

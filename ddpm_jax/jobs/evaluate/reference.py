@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import recipe
 from ddpm_jax.jobs.evaluate import features
 from ddpm_jax.metrics import fidelity
 from ddpm_jax.runtime import images as pictures
@@ -66,14 +67,14 @@ def from_data(
     'data': name,
     'split': split,
     'images': count,
-    'shape': list(build.shape(config)),
+    'shape': list(recipe.shape(config)),
     'pixels': _digest(source, count),
     'resize': config.evaluate.resize,
     'inception': inception,
     'kept_one_by_one': len(kept),
   }
   title = f'{name} {split}, {count} images'
-  size = 'x'.join(map(str, build.image_size(config)))
+  size = 'x'.join(map(str, recipe.image_size(config)))
   path = cache(config, folder) / f'{name}_{split}_{count}_{size}.npz'
   if path.exists():
     found, there = fidelity.load(path)

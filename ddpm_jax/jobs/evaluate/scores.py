@@ -10,7 +10,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import checks
 from ddpm_jax import errors
+from ddpm_jax import functions
 from ddpm_jax import recipe
 from ddpm_jax.data import given
 from ddpm_jax.jobs import sample
@@ -45,7 +47,7 @@ def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
   mesh = build.mesh(config, local=True)
   seed = config.seed if args.seed is None else args.seed
   cut = functools.partial(parallel.cut_rows, mesh=mesh)
-  sampler = build.sampler(config, seed, cut=cut)
+  sampler = functions.sampler(config, seed, cut=cut)
   size, draw = sample.drawer(config, mesh, count, sampler)
   kind, step, params = weights.restore(config, mesh, args)
   extract = features.extractor(config, mesh, trained.params, size)
@@ -153,12 +155,12 @@ def check(
   Raises:
     UserError: with the reason.
   """
-  build.check(config)
-  build.features(config)  # an unknown resize
-  data = build.image_size(config)
+  checks.basics(config)
+  functions.features(config)  # an unknown resize
+  data = recipe.image_size(config)
   if not data:
     raise errors.UserError('FID and the like are of images, not of points')
-  H, W, C = shape or build.shape(config)
+  H, W, C = shape or recipe.shape(config)
   if data != (H, W) and not args.reference:
     raise errors.UserError(
       f'the images are {H}x{W}, those of the recipe {data[0]}x{data[1]}: name '

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import functions
 from ddpm_jax.jobs import sample
 from ddpm_jax.jobs import train
 from ddpm_jax.runtime import checkpoint
@@ -34,7 +34,7 @@ def raw(
   step: int | None = None,
 ) -> tuple[int, Any]:
   """(step, weights) as they were trained, without averaging."""
-  init = functools.partial(build.init_state, config)
+  init = functools.partial(functions.init_state, config)
   abstract = parallel.abstract_state(init, mesh)
   step, state = checkpoint.restore_item(
     folder / 'checkpoints', 'state', train.trained(abstract), step

@@ -15,7 +15,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import checks
 from ddpm_jax import errors
+from ddpm_jax import recipe
+from ddpm_jax import registry
 from ddpm_jax.jobs import sample
 from ddpm_jax.jobs.figures import common
 from ddpm_jax.jobs.figures import compression
@@ -44,8 +47,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   if path.suffix != '.png':
     raise errors.UserError(f'--output={path} must end in .png')
   sample.check_output(path, 1)
-  build.check(config)
-  if not build.image_size(config):
+  checks.basics(config)
+  if not recipe.image_size(config):
     raise errors.UserError('figures are of images, and this run is of points')
   seed = config.seed if args.seed is None else args.seed
   mesh = build.mesh(config)
@@ -72,9 +75,7 @@ def save(path: pathlib.Path, drawn: common.Drawn) -> None:
 def every() -> dict[str, Callable[..., common.Drawn]]:
   """The figures, by name, in the order of the alphabet."""
   rooms = (pictures, curves, compression)
-  known = {
-    k: f for r in rooms for k, f in build.functions(r, 'trained').items()
-  }
+  known = {k: f for r in rooms for k, f in registry.known(r, 'trained').items()}
   return dict(sorted(known.items()))
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import build
+from ddpm_jax import functions
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import process
@@ -117,7 +118,7 @@ def gradients(trained: common.Trained, count: int = 256) -> common.Drawn:
   """
   config, directions = trained.config, 8
   x0 = common.real(config, trained.seed, count)
-  table, network = build.schedule(config), build.reverse_process(config)
+  table, network = build.schedule(config), functions.reverse_process(config)
   predict = build.reverse(config, config.model.variance)['predict']
   times = np.array(common.spread(table.T, 20)[1:])
   times = np.unique([1, 2, *times])
@@ -154,7 +155,7 @@ def gradients(trained: common.Trained, count: int = 256) -> common.Drawn:
     each = each.reshape(len(times), directions, *each.shape[1:])
     return jnp.moveaxis(each, 2, 0)  # (B, times, directions, forms)
 
-  keys, _ = build.noise(config, trained.seed, jnp.arange(len(x0)))
+  keys, _ = functions.noise(config, trained.seed, jnp.arange(len(x0)))
   each = trained.map(fn, {'x0': x0, 'keys': keys}).astype(np.float64)
   two, one = each.var(0, ddof=1).mean(1).T
   print(gradient_table(times, two, one))
@@ -187,8 +188,8 @@ def two_term(trained: common.Trained, count: int = 8) -> common.Drawn:
   index = np.arange(len(x0) * draws, dtype=np.int32)
   rows = {'image': np.repeat(x0, draws, axis=0), 'index': index}
   forms = {
-    'three terms': build.bound(config, trained.seed),
-    'two terms': build.bound_by(two_term_form.bound, config, trained.seed),
+    'three terms': functions.bound(config, trained.seed),
+    'two terms': functions.bound_by(two_term_form.bound, config, trained.seed),
   }
   drawn = {}
   for name, form in forms.items():

@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import functions
+from ddpm_jax import registry
 from ddpm_jax.diffusion import editing
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import samplers
@@ -30,7 +32,7 @@ def forward(trained: common.Trained, count: int = 6) -> common.Drawn:
   """
   config, table = trained.config, build.schedule(trained.config)
   x0 = common.real(config, trained.seed, count)
-  _, eps = build.noise(config, trained.seed, jnp.arange(len(x0)))
+  _, eps = functions.noise(config, trained.seed, jnp.arange(len(x0)))
   film = np.array(common.spread(table.T, 50))
   x_t = common.noised(table, x0, film, eps)
   shown = common.spread(len(film) - 1, 10)
@@ -47,7 +49,7 @@ def every_schedule(config: ConfigDict) -> dict[str, tables.Schedule]:
   """All schedules with the keys of a recipe; equal ones share a line."""
   names: dict[bytes, list[str]] = {}
   known: dict[bytes, tables.Schedule] = {}
-  for name in build.functions(tables, 'T'):
+  for name in registry.known(tables, 'T'):
     c = config.copy_and_resolve_references()
     c.schedule.name = name
     table = build.schedule(c)
@@ -76,7 +78,7 @@ def schedules(trained: common.Trained) -> common.Drawn:
     ),
   ]
   x0 = common.real(config, trained.seed, 1)
-  _, eps = build.noise(config, trained.seed, jnp.arange(1))
+  _, eps = functions.noise(config, trained.seed, jnp.arange(1))
   times = np.array(common.spread(config.schedule.T, 10))
   strips = [common.noised(s, x0, times, eps)[0] for s in every.values()]
   return common.Drawn(
@@ -109,7 +111,7 @@ def snapshot_times(config: ConfigDict, K: int) -> list[int]:
 
   Found by sampling with a step of which the prediction is the time.
   """
-  table = build.reverse_process(config).schedule
+  table = functions.reverse_process(config).schedule
 
   def clock(
     table: Any, model_fn: Any, keys: Any, x: Any, t: Any, before: Any
@@ -130,17 +132,17 @@ def shared(trained: common.Trained, count: int = 7) -> common.Drawn:
   their own. The less noise is shared, the more of the image is.
   """
   config, seed = trained.config, trained.seed
-  p = build.reverse_process(config)
+  p = functions.reverse_process(config)
   forks = np.array(common.spread(p.schedule.T, 4)[::-1])
 
   def fn(params: Any, rows: dict[str, jax.Array]) -> jax.Array:
     t, first = rows['t'], rows['chain']
     chain = p.schedule, p.model_fn(params)
-    keys, x_T = build.noise(config, seed, first)
+    keys, x_T = functions.noise(config, seed, first)
     to_x_t = editing.between(p.step, p.schedule.T, t + 1)
     x_t, _ = samplers.sample(to_x_t, *chain, keys, x_T)
     others = first[:, None] + 1 + jnp.arange(count)
-    keys, _ = build.noise(config, seed, others.ravel())
+    keys, _ = functions.noise(config, seed, others.ravel())
     from_x_t = editing.between(p.step, jnp.repeat(t, count))
     x_0, _ = samplers.sample(from_x_t, *chain, keys, jnp.repeat(x_t, count, 0))
     x_0 = x_0.reshape(-1, count, *x_t.shape[1:])
@@ -160,7 +162,7 @@ def interpolation(trained: common.Trained, count: int = 1) -> common.Drawn:
   nothing of them in x_T, and a row is of one image.
   """
   config, seed = trained.config, trained.seed
-  p = build.reverse_process(config)
+  p = functions.reverse_process(config)
   a, b = unlike(common.real(config, seed, 16 * count), count)
   T = p.schedule.T
   times = np.array(sorted({math.ceil(T * k / 8) for k in (1, 2, 4, 6, 8)}))
@@ -171,7 +173,7 @@ def interpolation(trained: common.Trained, count: int = 1) -> common.Drawn:
   )
 
   def fn(params: Any, rows: dict[str, jax.Array]) -> jax.Array:
-    keys, eps = build.noise(config, seed, rows['pair'])
+    keys, eps = functions.noise(config, seed, rows['pair'])
     x_t = jax.vmap(editing.interpolate, (None, 0, 0, 0, 0, 0))(
       p.schedule,
       *(pixels.to_float(rows['a']), pixels.to_float(rows['b'])),
@@ -266,15 +268,15 @@ def generation(trained: common.Trained, count: int = 10) -> common.Drawn:
   for name in ('greedy', 'ancestral'):
     c = config.copy_and_resolve_references()
     c.sampler.update(name=name, eta=0.0)
-    ways.append(build.reverse_process(c))
+    ways.append(functions.reverse_process(c))
   greedy, random = ways
 
   def fn(params: Any, index: jax.Array) -> jax.Array:
     model_fn = random.model_fn(params)
-    keys, x_T = build.noise(config, seed, index)
+    keys, x_T = functions.noise(config, seed, index)
     best, _ = samplers.sample(greedy.step, greedy.schedule, model_fn, keys, x_T)
     others = draws * index[:, None] + jnp.arange(draws)
-    keys, _ = build.noise(config, seed, others.ravel())
+    keys, _ = functions.noise(config, seed, others.ravel())
     drawn, _ = samplers.sample(
       *(random.step, random.schedule, model_fn, keys),
       jnp.repeat(x_T, draws, axis=0),

@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import checks
 from ddpm_jax import errors
 from ddpm_jax.jobs.plan import advice
 from ddpm_jax.jobs.plan import measure
@@ -36,7 +37,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     raise errors.UserError(
       'pmap compiles for devices that are here: plan with parallel.engine=jit'
     )
-  build.check(config)
+  checks.basics(config)
   target = targets.find(args.topology)
   level: str = jax.config.jax_optimization_level  # type: ignore[attr-defined]
   if not args.optimize:
