@@ -277,6 +277,17 @@ def test_a_tpu_has_a_roofline(topology):
 
 @pytest.mark.slow
 @needs_libtpu
+def test_a_tpu_sums_all_gradients_at_once():
+  """Even of more than 256 arrays, which is where its compiler would stop."""
+  deep = '--config.model.multipliers=(1,1,1,1)', '--config.model.blocks=2'
+  arrays = jax.eval_shape(lambda: functions.init_state(config(*deep))).params
+  assert len(jax.tree.leaves(arrays)) > 256
+  plan = planned(*deep, topology='v5e:2x2')
+  assert plan['collectives']['all-reduce']['count'] == 1
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_what_does_not_fit_a_chip_is_told_what_would():
   """16,384 images at a time; that the advice fits is the compiler's word."""
   plan = planned(

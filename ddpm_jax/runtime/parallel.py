@@ -22,9 +22,13 @@ from ddpm_jax import errors
 AXES = ('data', 'fsdp', 'spatial')
 BATCH = AXES[:2]  # those that share out a batch; the third cuts an image
 ENGINES = ('jit', 'pmap')
-# The TPU's compiler puts together what is summed over devices up to a size; so
-# it sums all gradients of a type in one go, and their memory is there anyway.
-ONE_SUM = {'xla_jf_crs_combiner_threshold_in_bytes': 2**31 - 1}
+# The TPU's compiler puts together what is summed over devices, up to so many
+# arrays and bytes. Without limits all gradients (of a type) are summed at once;
+# clipping waits for the last of them anyway.
+ONE_SUM = {
+  'xla_jf_crs_combiner_threshold_count': 2**31 - 1,
+  'xla_jf_crs_combiner_threshold_in_bytes': 2**31 - 1,
+}
 
 
 def make_mesh(
