@@ -250,6 +250,23 @@ def test_changes_are_cheap_ones_first_and_keep_the_training_as_it_is():
     programs.train(other, build.mesh(other))  # which is not refused
 
 
+def test_a_sampler_that_does_not_fit_takes_fewer_images_at_a_time():
+  """On processors of which each has 3 images' worth of memory, not 4."""
+  c, there = config(DATA), target.find('cpu:8')
+  mesh = build.mesh(c, devices=there.devices)
+  known = alone(programs.draw, DATA)
+  images = known['peak_bytes'] - known['state_bytes']
+  small = target.Chip(memory=known['state_bytes'] + images * 0.75)
+  there = there._replace(chip=small)
+  draw = measure.program(programs.draw(c, mesh), there)
+  assert draw['fits'] is False
+  found = advice.of_sampling(c, there, mesh, draw)
+  assert found['change'] == '--config.sampler.batch_size=16'
+  assert found['fits'] is True
+  # The half of what images took.
+  assert found['peak_bytes'] == pytest.approx(found['estimated_bytes'], rel=0.1)
+
+
 needs_libtpu = pytest.mark.skipif(
   not importlib.util.find_spec('libtpu'), reason='no libtpu'
 )

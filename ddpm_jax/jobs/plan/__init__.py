@@ -72,8 +72,12 @@ def plan(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
     'train_fits': train['fits'],
     'steps': config.steps,
     'train_hours': step and config.steps * step / 3600,
-    'advice': advice.find(config, target, mesh, train),
-    'sampler': draw | {'hours': call and calls * call / 3600},
+    'advice': advice.of_training(config, target, mesh, train),
+    'sampler': draw
+    | {
+      'hours': call and calls * call / 3600,
+      'advice': advice.of_sampling(config, target, mesh, draw),
+    },
   }
 
 

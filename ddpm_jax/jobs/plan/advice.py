@@ -1,6 +1,8 @@
-"""What to change in a recipe whose training step does not fit."""
+"""What to change in a recipe whose programs do not fit."""
 
 import math
+from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,31 +18,65 @@ from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime import target as targets
 
 
-def find(
+def of_training(
   config: ConfigDict,
   target: targets.Target,
   mesh: jax.sharding.Mesh,
   train: dict[str, Any],
 ) -> dict[str, Any] | None:
-  """A change with which the training step should fit; None if it does.
+  """A change with which the training step should fit; None if it does."""
+  return _first(
+    *(config, target, mesh, train),
+    programs.train,
+    smaller(config, mesh),
+    lambda c: 1 / c.accumulate,
+  )
 
-  The first of `smaller` that should do by estimate, or else the last, is
-  compiled too.
+
+def of_sampling(
+  config: ConfigDict,
+  target: targets.Target,
+  mesh: jax.sharding.Mesh,
+  draw: dict[str, Any],
+) -> dict[str, Any] | None:
+  """The same of the sampler: fewer images at a time."""
+  return _first(
+    *(config, target, mesh, draw),
+    programs.draw,
+    fewer(draw['images'], parallel.parts(mesh)),
+    lambda c: c.sampler.batch_size,
+  )
+
+
+def _first(
+  config: ConfigDict,
+  target: targets.Target,
+  mesh: jax.sharding.Mesh,
+  found: dict[str, Any],
+  program: Callable[[ConfigDict, jax.sharding.Mesh], programs.Program],
+  changes: Iterable[dict[str, Any]],
+  share: Callable[[ConfigDict], float],
+) -> dict[str, Any] | None:
+  """The first change that should do by estimate, or else the last, compiled.
+
+  `share` is how much of its images a recipe works on at a time.
   """
   memory = target.chip.memory
-  if not memory or train['fits'] or train['peak_bytes'] is None:
+  if not memory or found['fits'] or found['peak_bytes'] is None:
     return None
   change, other, estimate = {}, config, math.inf
-  for change in smaller(config, mesh):
+  for change in changes:
     other = changed(config, change)
-    estimate = estimated(config, mesh, train, other)
+    estimate = estimated(mesh, found, other, share(other) / share(config))
     if estimate < 0.95 * memory:
       break
+  if not change:  # There is nothing to make smaller.
+    return None
   flags = ' '.join(f'--config.{k}={str(v).lower()}' for k, v in change.items())
   logs.say(f'it does not fit; compiling it with {flags}')
   devices = list(mesh.devices.flat)
   again = measure.program(
-    programs.train(other, build.mesh(other, devices=devices)), target
+    program(other, build.mesh(other, devices=devices)), target
   )
   return {
     'change': flags,
@@ -66,6 +102,13 @@ def smaller(
   yield change | {'model.remat': True}
 
 
+def fewer(images: int, parts: int) -> Iterator[dict[str, Any]]:
+  """Halves of `images` at a time, as long as each of `parts` has some."""
+  while images // 2 >= parts:
+    images //= 2
+    yield {'sampler.batch_size': images}
+
+
 def changed(config: ConfigDict, change: dict[str, Any]) -> ConfigDict:
   other = config.copy_and_resolve_references()
   recipe.override(other, {k: str(v) for k, v in change.items()})
@@ -73,10 +116,10 @@ def changed(config: ConfigDict, change: dict[str, Any]) -> ConfigDict:
 
 
 def estimated(
-  config: ConfigDict,
   mesh: jax.sharding.Mesh,
-  train: dict[str, Any],
+  found: dict[str, Any],
   other: ConfigDict,
+  share: float,
 ) -> float:
   """Bytes of a device: the state as it is cut, the weights whole, and
   activations in proportion to the images that are worked on at a time.
@@ -84,11 +127,10 @@ def estimated(
   What recomputing blocks saves is not known before; it is not counted.
   """
   before, after = mesh.shape['fsdp'], max(other.parallel.fsdp, 1)
-  state = train['state_bytes']
+  state = found['state_bytes']
   if after == before:
     cut = state
   else:
     # Of the four parts (weights, average, two moments) one is gathered.
     cut = state * before / after + state * before / 4
-  activations = train['peak_bytes'] - state
-  return cut + activations * config.accumulate / other.accumulate
+  return cut + (found['peak_bytes'] - state) * share

@@ -61,16 +61,14 @@ def notes(found: dict[str, Any]) -> Iterator[str]:
       'Compiled at O0: with the FLOPs and the collectives of a run, and nearly '
       'its memory. --optimize compiles as a run does, which takes long.'
     )
-  advised = found['advice']
-  if advised:
-    word = 'fits' if advised['fits'] else 'does not fit either'
-    yield (
-      f'Instead, {advised["change"]}: the training step then {word}, with '
-      f'{size(advised["peak_bytes"])} as compiled; the estimate was '
-      f'{size(advised["estimated_bytes"]) or "not possible"}.'
-    )
-  if found['sampler']['fits'] is False:
-    yield 'For the sampler, lower --config.sampler.batch_size.'
+  for what, of in ('training step', found), ('sampler', found['sampler']):
+    if advised := of['advice']:
+      word = 'fits' if advised['fits'] else 'does not fit either'
+      yield (
+        f'Instead, {advised["change"]}: the {what} then {word}, with '
+        f'{size(advised["peak_bytes"])} as compiled; the estimate was '
+        f'{size(advised["estimated_bytes"]) or "not possible"}.'
+      )
 
 
 def collectives(x: dict[str, Any]) -> str:
