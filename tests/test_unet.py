@@ -158,13 +158,22 @@ def test_dropout_of_an_example_follows_its_key():
   np.testing.assert_allclose(half, whole[2:], atol=1e-5)
 
 
-def test_dropout_keeps_the_mean():
-  x, keys = jnp.ones((16, 64, 64, 1)), jax.random.split(jax.random.key(0), 16)
-  y = layers.dropout(keys, x, 0.3)
+@pytest.mark.parametrize('width', [64, 63])
+def test_dropout_keeps_the_mean(width):
+  x = jnp.ones((16, 64, width, 1))
+  y = layers.dropout(jax.random.split(jax.random.key(0), 16), x, 0.3)
   kept = (y != 0).mean()
   error = (0.3 * 0.7 / x.size) ** 0.5
   assert abs(kept - 0.7) < 5 * error
-  np.testing.assert_allclose(y[y != 0], 1 / 0.7, rtol=1e-6)
+  # The rate is rounded to 2^-16.
+  np.testing.assert_allclose(y[y != 0], 1 / 0.7, rtol=2**-16)
+
+
+def test_pixels_that_share_a_draw_are_dropped_independently():
+  x, keys = jnp.ones((16, 64, 64, 1)), jax.random.split(jax.random.key(0), 16)
+  left, right = jnp.split(layers.dropout(keys, x, 0.3) == 0, 2, axis=2)
+  error = (0.09 * 0.91 / left.size) ** 0.5
+  assert abs((left & right).mean() - 0.09) < 5 * error
 
 
 def test_blocks_and_examples_drop_different_things():
@@ -238,6 +247,8 @@ def test_attention_is_by_side_in_pixels():
     (dict(data__image_size='(32, 36)'), '32x36 is not a multiple of 8'),
     (dict(model__channels='100'), 'groups=32 does not divide'),
     (dict(model__dtype='float16'), 'float16'),
+    (dict(model__dropout=1.0), 'dropout=1.0'),
+    (dict(model__dropout=-0.1), 'dropout=-0.1'),
     (dict(model__name='unett'), "did you mean 'unet'"),
   ],
 )

@@ -160,7 +160,7 @@ def build(
 
   Raises:
     ValueError: if the image cannot be halved so often, `groups` does not divide
-      the channels, or `dtype` is unknown.
+      the channels, `dropout` is no rate, or `dtype` is unknown.
   """
   if len(image_size) != 2:
     raise ValueError('model.name=unet is for images; points take mlp')
@@ -178,6 +178,8 @@ def build(
       f'model.groups={groups} does not divide the channels '
       f'{[channels * m for m in multipliers]} of every level'
     )
+  if not 0 <= dropout < 1:
+    raise ValueError(f'model.dropout={dropout} is not in 0..1, without 1')
   if dtype not in ('float32', 'bfloat16'):
     raise ValueError(f'model.dtype={dtype!r} is not float32 or bfloat16')
   sides = [
