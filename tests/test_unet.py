@@ -158,22 +158,13 @@ def test_dropout_of_an_example_follows_its_key():
   np.testing.assert_allclose(half, whole[2:], atol=1e-5)
 
 
-@pytest.mark.parametrize('width', [64, 63])
-def test_dropout_keeps_the_mean(width):
-  x = jnp.ones((16, 64, width, 1))
-  y = layers.dropout(jax.random.split(jax.random.key(0), 16), x, 0.3)
+def test_dropout_keeps_the_mean():
+  x, keys = jnp.ones((16, 64, 64, 1)), jax.random.split(jax.random.key(0), 16)
+  y = layers.dropout(keys, x, 0.3)
   kept = (y != 0).mean()
   error = (0.3 * 0.7 / x.size) ** 0.5
   assert abs(kept - 0.7) < 5 * error
-  # The rate is rounded to 2^-16.
-  np.testing.assert_allclose(y[y != 0], 1 / 0.7, rtol=2**-16)
-
-
-def test_pixels_that_share_a_draw_are_dropped_independently():
-  x, keys = jnp.ones((16, 64, 64, 1)), jax.random.split(jax.random.key(0), 16)
-  left, right = jnp.split(layers.dropout(keys, x, 0.3) == 0, 2, axis=2)
-  error = (0.09 * 0.91 / left.size) ** 0.5
-  assert abs((left & right).mean() - 0.09) < 5 * error
+  np.testing.assert_allclose(y[y != 0], 1 / 0.7, rtol=1e-6)
 
 
 def test_blocks_and_examples_drop_different_things():

@@ -46,21 +46,17 @@ def from_patches(x: jax.Array, side: int) -> jax.Array:
 
 
 def dropout(keys: jax.Array, x: jax.Array, rate: float) -> jax.Array:
-  """Dropout by a key an example: (B,) keys, (B, H, W, C) x; to 2^-16 of `rate`.
+  """Dropout by a key an example: (B,) keys, (B, ...) x.
 
   `nn.Dropout` draws one mask for the batch that it sees, which is not the same
   batch on one device and on eight.
   """
-  H, W, C = x.shape[1:]
-  drop = round(rate * 2**16)
-
-  def keep(key: jax.Array) -> jax.Array:
-    # Two pixels share 32 bits: to draw them is most of the work.
-    bits = jax.random.bits(key, (H, -(-W // 2), C))
-    both = jnp.concatenate([bits >> 16, bits & 0xFFFF], axis=1)
-    return both[:, :W] >= drop
-
-  return jnp.where(jax.vmap(keep)(keys), x / (1 - drop / 2**16), 0)
+  # 16 bits an element, two of a draw, take half as long on a CPU; but what puts
+  # them together moves 9% more bytes of a whole step on a TPU.
+  keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(
+    keys
+  )
+  return jnp.where(keep, x / (1 - rate), 0)
 
 
 class GroupNorm(nn.Module):
