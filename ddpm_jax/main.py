@@ -332,7 +332,7 @@ def main() -> NoReturn:
   logging.basicConfig(format='%(message)s', level=logging.WARNING)
   code = 0
   try:
-    machine.huge_pages()
+    machine.keep_memory()
     run(sys.argv[1:])
   except BaseException as e:
     if not errors.expected(e):

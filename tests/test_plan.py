@@ -306,9 +306,9 @@ def test_a_tpu_sums_all_gradients_at_once():
 @pytest.mark.slow
 @needs_libtpu
 def test_what_does_not_fit_a_chip_is_told_what_would():
-  """16,384 images at a time; that the advice fits is the compiler's word."""
+  """65,536 images at a time; that the advice fits is the compiler's word."""
   plan = planned(
-    '--config.batch_size=16384',
+    '--config.batch_size=65536',
     '--config.model.channels=128',
     topology='v5e:1x1',
   )
