@@ -31,6 +31,7 @@ from ddpm_jax import recipe
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.interop import diffusers as interop
 from ddpm_jax.interop import fields
+from ddpm_jax.runtime import machine
 from ddpm_jax.runtime import parallel
 
 SAMPLING_STEPS = 4  # that are timed, of 1000
@@ -149,6 +150,7 @@ def seconds(do):
 
 
 def main():
+  machine.keep_memory()  # for PyTorch as well
   p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
   p.add_argument('--batch', type=int, default=8)
   p.add_argument('--rounds', type=int, default=7)
