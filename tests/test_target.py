@@ -38,7 +38,7 @@ def test_fewer_virtual_devices_are_the_first():
 
 
 @pytest.mark.parametrize(
-  ('name', 'extra'), [('v5e:4x4', '[plan]'), ('h100:1x8', '[plan_cuda]')]
+  ('name', 'extra'), [('v5e:4x4', '[plan]'), ('h100:1x8', '[plan-cuda]')]
 )
 def test_without_its_compiler_the_command_to_install_is_named(name, extra):
   if GIVEN['cuda' if 'h100' in name else 'tpu']:

@@ -146,7 +146,7 @@ def _cuda(name: str, sides: list[int], described: str) -> list[Any]:
   if not importlib.util.find_spec('jax_cuda13_plugin'):
     raise errors.UserError(
       f'--topology={name} needs the compiler for CUDA: '
-      "pip install -e '.[plan_cuda]'"
+      "pip install -e '.[plan-cuda]'"
     )
   hosts, each = sides
   found = topologies.get_topology_desc(
