@@ -11,9 +11,10 @@ language, and takes longer. It is small and coarse, for two CPU cores and a few
 thousand pictures. For a GPU: --config.model.patch=2 --config.model.blocks=2
 --config.model.multipliers="(1,2,2)" --config.batch_size=64.
 
-hardware  2 CPU cores (measured)
-hours     HOURS
-score     SCORE
+hardware  a CPU; measured on one core of a busy machine
+hours     2 for 3,000 steps of 1,911 emoji (measured)
+score     after these a sample for the name of one of 40 emoji is nearest to that
+          one in 17% of cases (chance: 2.5%) (measured)
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +24,7 @@ from configs import folder
 
 def get_config() -> ConfigDict:
   c = folder.get_config()
-  c.steps = 20_000
+  c.steps = 10_000
   c.batch_size = 32
   c.data.update(captions='file', flip=False)  # words may say left and right
   c.condition.update(name='minilm', length=24)
