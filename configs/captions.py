@@ -13,8 +13,8 @@ thousand pictures. For a GPU: --config.model.patch=2 --config.model.blocks=2
 
 hardware  a CPU; measured on one core of a busy machine
 hours     2 for 3,000 steps of 1,911 emoji (measured)
-score     after these a sample for the name of one of 40 emoji is nearest to that
-          one in 17% of cases (chance: 2.5%) (measured)
+score     after these a sample for the name of one of 40 emoji is nearest to
+          that one in 17% of cases, by chance in 2.5% (measured)
 """
 
 from ml_collections import ConfigDict
