@@ -7,7 +7,8 @@
 FOLDER holds the images, and captions.csv or metadata.jsonl (see the README).
 Captions are read by a frozen encoder of English, which has to be installed (see
 the README); --config.condition.name=text trains one along instead, for any
-language. The network is small and coarse, for a CPU and a few thousand pictures. For a GPU: --config.model.patch=2 --config.model.blocks=2
+language. The network is small and coarse, for a CPU and some thousand pictures.
+For a GPU: --config.model.patch=2 --config.model.blocks=2
 --config.model.multipliers="(1,2,2)" --config.batch_size=64.
 
 hardware  a CPU; measured on one core of a busy machine
