@@ -56,7 +56,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['running'],
     ['classifier', 'distances', 'inception'],
   ],
-  'models': [['condition', 'mlp', 'unet'], ['layers']],
+  'models': [['condition', 'mlp', 'unet'], ['layers'], ['convolution']],
 }
 FILES = sorted(ROOT.rglob('*.py'))
 

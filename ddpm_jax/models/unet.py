@@ -76,9 +76,7 @@ class UNet(nn.Module):
       n = len(levels) * (2 * self.blocks + 1) + 2
       drops = iter(jax.vmap(lambda k: jax.random.split(k, n))(keys).T)
     block = nn.remat(layers.ResBlock) if self.remat else layers.ResBlock
-    conv = functools.partial(
-      nn.Conv, kernel_size=(3, 3), padding=1, dtype=self.dtype
-    )
+    conv = functools.partial(layers.Conv, dtype=self.dtype)
 
     def res(h: jax.Array, level: int, name: str, attend: bool) -> jax.Array:
       channels = self.channels * self.multipliers[level]

@@ -1,0 +1,152 @@
+"""3x3 convolutions of images, with kernels (3, 3, C, C').
+
+A CPU does large ones by F(2x2, 3x3) of Winograd 1980 (Lavin & Gray 2016, "Fast
+algorithms for convolutional neural networks"): every 2x2 pixels come of 16
+products in the place of 36, which are matrix products, and their gradients are
+too. An axis of pixels is cut in pairs, x_2i and x_2i+1:
+
+  x_2i-1 - x_2i+1    a            m_0   x_2i   = m_0 + m_1 + m_2
+  x_2i   + x_2i+1   (a + b + c)/2 m_1   x_2i+1 = m_1 - m_2 - m_3
+  x_2i+1 - x_2i     (a - b + c)/2 m_2
+  x_2i   - x_2i+2    c            m_3
+
+where a, b, c are the taps, and m the products of the first two columns. It is
+exact but for rounding. GPUs and TPUs have convolutions of their own.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Smaller outputs and fewer channels are too little work to come out ahead.
+LEAST_SIDE, LEAST_CHANNELS = 8, 64
+
+
+def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """(B, H, W, C) -> (B, H, W, C'), with zeros around."""
+  kernel = kernel.astype(x.dtype)
+  if not _is_large(x, kernel, 1):
+    return _plain(x, kernel)
+  return jax.lax.platform_dependent(
+    x, kernel, cpu=_winograd_with_gradients, default=_plain
+  )
+
+
+def convolve_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """The same of x at twice its size (nearest neighbour)."""
+  kernel = kernel.astype(x.dtype)
+  if not _is_large(x, kernel, 2):
+    return _plain_doubled(x, kernel)
+  return jax.lax.platform_dependent(
+    x, kernel, cpu=_winograd_doubled, default=_plain_doubled
+  )
+
+
+def _plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  return jax.lax.conv_general_dilated(
+    *(x, kernel, (1, 1), ((1, 1), (1, 1))),
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
+
+
+def _plain_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  return _plain(x.repeat(2, axis=1).repeat(2, axis=2), kernel)
+
+
+def _is_large(x: jax.Array, kernel: jax.Array, times: int) -> bool:
+  """Whether it is worth while; in bfloat16 the sums would round too early."""
+  sides = times * x.shape[1], times * x.shape[2]
+  return (
+    x.dtype == jnp.float32
+    and all(side % 2 == 0 for side in sides)
+    and min(sides) >= LEAST_SIDE
+    and min(kernel.shape[2:]) >= LEAST_CHANNELS
+  )
+
+
+def _shift(x: jax.Array, n: int, axis: int) -> jax.Array:
+  """x[i - n] at i, and 0 where there is none."""
+  padding = [(0, 0, 0)] * x.ndim
+  padding[axis] = (n, -n, 0)
+  return jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
+
+
+def _split(x: jax.Array, n: int, axis: int) -> list[jax.Array]:
+  # The gradient of a split is one array; of n slices it is a sum of n.
+  parts = jax.lax.split(x, (1,) * n, axis)
+  return [part.squeeze(axis) for part in parts]
+
+
+def _of_pixels(x: jax.Array, axis: int) -> jax.Array:
+  """(..., 2n, ...) -> (4, ..., n, ...)."""
+  pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
+  even, odd = _split(pairs, 2, axis + 1)
+  before, after = _shift(odd, 1, axis), _shift(even, -1, axis)
+  return jnp.stack([before - odd, even + odd, odd - even, even - after])
+
+
+def _of_taps(kernel: jax.Array, axis: int) -> jax.Array:
+  """(..., 3, ...) -> (4, ...)."""
+  a, b, c = _split(kernel, 3, axis)
+  return jnp.stack([a, (a + b + c) / 2, (a - b + c) / 2, c])
+
+
+def _to_pixels(m: jax.Array, axis: int) -> jax.Array:
+  """(4, ..., n, ...) -> (..., n, 2, ...), where axis is that of the 2."""
+  m_0, m_1, m_2, m_3 = _split(m, 4, 0)
+  return jnp.stack([m_0 + m_1 + m_2, m_1 - m_2 - m_3], axis)
+
+
+def _of_doubled(x: jax.Array, axis: int) -> jax.Array:
+  """Of (..., n, ...), where x_2i = x_2i+1, so that the third is 0: (3, ...)."""
+  before, after = _shift(x, 1, axis), _shift(x, -1, axis)
+  return jnp.stack([before - x, x, x - after])
+
+
+def _of_taps_for_doubled(kernel: jax.Array, axis: int) -> jax.Array:
+  a, b, c = _split(kernel, 3, axis)
+  return jnp.stack([a, a + b + c, c])
+
+
+def _to_doubled(m: jax.Array, axis: int) -> jax.Array:
+  m_0, m_1, m_3 = _split(m, 3, 0)
+  return jnp.stack([m_0 + m_1, m_1 - m_3], axis)
+
+
+Parts = Callable[[jax.Array, int], jax.Array]
+
+
+# What the products are of is larger than x: it is made again for gradients.
+@functools.partial(jax.checkpoint, static_argnums=(2, 3, 4))
+def _by_products(
+  x: jax.Array, kernel: jax.Array, of_pixels: Parts, of_taps: Parts, back: Parts
+) -> jax.Array:
+  """One axis after the other, and one matrix product for all pairs."""
+  C, K = kernel.shape[2:]
+  v = of_pixels(of_pixels(x, 1), 3)  # (n, n, B, H', W', C), W before H
+  u = of_taps(of_taps(kernel, 0), 1)  # (n, n, C, K)
+  n, _, B, H, W, _ = v.shape
+  m = v.reshape(n * n, -1, C) @ u.reshape(n * n, C, K)
+  y = back(m.reshape(n, n, B, H, W, K), 4)  # (n, B, H', W', 2, K)
+  return back(y, 2).reshape(B, 2 * H, 2 * W, K)
+
+
+def _winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  return _by_products(x, kernel, _of_pixels, _of_taps, _to_pixels)
+
+
+def _winograd_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  return _by_products(x, kernel, _of_doubled, _of_taps_for_doubled, _to_doubled)
+
+
+# Where x is kept for no gradient, XLA computes it inside of the pairs, four
+# times over: that takes what the products save.
+_winograd_with_gradients = jax.custom_jvp(_plain)
+
+
+@_winograd_with_gradients.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+  return jax.jvp(_winograd, primals, tangents)

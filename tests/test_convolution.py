@@ -1,0 +1,144 @@
+"""Convolutions in fewer products are convolutions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.models import convolution
+
+C = convolution.LEAST_CHANNELS
+
+
+def doubled(x):
+  return x.repeat(2, axis=1).repeat(2, axis=2)
+
+
+def operands(size=(8, 16), channels=(C, C + 8), dtype=np.float64):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, *size, channels[0]))
+  kernel = rng.normal(size=(3, 3, *channels)) / 3 / channels[0] ** 0.5
+  return x.astype(dtype), kernel.astype(dtype)
+
+
+def by_definition(x, kernel):
+  """Nine shifted products, in NumPy and float64."""
+  _, H, W, _ = x.shape
+  x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  return sum(
+    x[:, i : i + H, j : j + W] @ kernel[i, j]
+    for i in range(3)
+    for j in range(3)
+  )
+
+
+def with_tangents(x, kernel):
+  """As in training, which does it by products."""
+  zeros = jnp.zeros_like(x), jnp.zeros_like(kernel)
+  return jax.jvp(convolution.convolve, (x, kernel), zeros)[0]
+
+
+def exactly_doubled(x, kernel):
+  return by_definition(doubled(x), kernel)
+
+
+FORMS = [
+  (convolution.convolve, by_definition),
+  (with_tangents, by_definition),
+  (convolution.convolve_doubled, exactly_doubled),
+]
+BY_PRODUCTS = FORMS[1:]
+
+
+def dots(f, *args):
+  """How many products and convolutions there are in what is compiled."""
+  text = jax.jit(f).lower(*args).as_text()
+  return text.count('dot_general'), text.count('stablehlo.convolution')
+
+
+@pytest.mark.parametrize(('f', 'exact'), FORMS)
+@pytest.mark.parametrize(
+  ('size', 'channels'),
+  [
+    ((8, 16), (C, C + 8)),  # by products
+    ((8, 16), (3, C)),  # the others are plain
+    ((7, 9), (C, C)),
+    ((2, 2), (C, C)),
+  ],
+)
+def test_all_forms_are_the_convolution(f, exact, size, channels):
+  x, kernel = operands(size, channels)
+  y = jax.jit(f)(jnp.float32(x), jnp.float32(kernel))
+  # Some 600 terms of variance 1 in all, each rounded at 6e-8.
+  np.testing.assert_allclose(y, exact(x, kernel), atol=1e-5)
+
+
+@pytest.mark.parametrize(('f', 'exact'), BY_PRODUCTS)
+def test_only_large_ones_in_float32_are_done_by_products(f, exact):
+  products, _ = dots(f, *(jnp.float32(a) for a in operands()))
+  assert products > 0
+  for size, channels, dtype in (
+    ((8, 16), (3, C), jnp.float32),
+    ((8, 16), (C, 3), jnp.float32),
+    ((2, 16), (C, C), jnp.float32),
+    ((8, 16), (C, C), jnp.bfloat16),
+  ):
+    small = [a.astype(dtype) for a in operands(size, channels)]
+    assert dots(f, *small)[0] == 0
+  odd = [jnp.float32(a) for a in operands((9, 9))]
+  assert (dots(f, *odd)[0] > 0) == (exact is exactly_doubled)
+
+
+def test_what_is_kept_for_no_gradient_is_convolved_as_it_is():
+  x, kernel = (jnp.float32(a) for a in operands())
+  assert dots(convolution.convolve, x, kernel) == (0, 1)
+
+
+@pytest.mark.parametrize('platform', ['tpu', 'cuda'])
+def test_accelerators_keep_their_own_convolutions(platform):
+  shapes = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in operands()]
+  for f, _ in FORMS:
+    exported = jax.export.export(jax.jit(f), platforms=[platform])(*shapes)
+    text = exported.mlir_module()
+    assert 'stablehlo.convolution' in text
+    assert 'dot_general' not in text
+
+
+@pytest.mark.parametrize(('f', 'exact'), FORMS)
+def test_the_gradients_are_those_of_the_convolution(f, exact):
+  """Of <f(x, k), r>, which is linear in each: <∇_x, dx> = <f(dx, k), r>."""
+  x, kernel = operands()
+  dx, dk = operands()[0][::-1], operands()[1][::-1]
+  r = np.random.default_rng(1).normal(size=exact(x, kernel).shape)
+  of_x, of_kernel = jax.jit(
+    jax.grad(lambda x, k: jnp.vdot(f(x, k), r.astype(np.float32)), (0, 1))
+  )(jnp.float32(x), jnp.float32(kernel))
+  # Sums of 18,000 and more terms about 1, which are some 130.
+  for gradient, d, there in (
+    (of_x, dx, exact(dx, kernel)),
+    (of_kernel, dk, exact(x, dk)),
+  ):
+    here = np.vdot(np.float64(gradient), d)
+    assert here == pytest.approx(np.vdot(there, r), abs=0.02)
+
+
+@pytest.mark.parametrize(('f', 'exact'), FORMS)
+def test_tangents_and_batches_of_batches(f, exact):
+  """What figures, and others, ask of a network."""
+  del exact
+  x, kernel = (jnp.float32(a) for a in operands())
+  y, along = jax.jvp(lambda x: f(x, kernel), (x,), (x,))
+  np.testing.assert_allclose(y, along, atol=1e-5)
+  several = jax.vmap(f, (0, None))(jnp.stack([x, 2 * x]), kernel)
+  np.testing.assert_allclose(several[1], 2 * y, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('f', 'times'), [(convolution.convolve, 1), (convolution.convolve_doubled, 4)]
+)
+def test_gradients_keep_no_more_than_the_operands(f, times):
+  """What the products are of, 4 or 9 times x, is made again."""
+  x, kernel = (jnp.float32(a) for a in operands(size=(32, 32)))
+  kept = jax.eval_shape(lambda x, k: jax.vjp(f, x, k)[1], x, kernel)
+  sizes = [leaf.size for leaf in jax.tree.leaves(kept)]
+  assert max(sizes) <= max(times * x.size, kernel.size)
