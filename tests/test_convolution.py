@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from ddpm_jax.models import convolution
+from ddpm_jax.runtime import account
+from ddpm_jax.runtime import parallel
 
 C = convolution.LEAST_CHANNELS
 
@@ -142,3 +144,21 @@ def test_gradients_keep_no_more_than_the_operands(f, times):
   kept = jax.eval_shape(lambda x, k: jax.vjp(f, x, k)[1], x, kernel)
   sizes = [leaf.size for leaf in jax.tree.leaves(kept)]
   assert max(sizes) <= max(times * x.size, kernel.size)
+
+
+@pytest.mark.parametrize(('f', 'exact'), FORMS)
+def test_a_batch_on_several_devices_moves_gradients_alone(f, exact):
+  del exact
+  x, kernel = (jnp.float32(a) for a in operands())
+  x = jnp.concatenate([x] * 4)
+  mesh = parallel.make_mesh()
+  gradient = jax.jit(
+    jax.grad(lambda k, x: jnp.sum(jnp.sin(f(x, k)))),
+    in_shardings=(parallel.replicated(mesh), parallel.over_batch(mesh)),
+    out_shardings=parallel.replicated(mesh),
+  )
+  compiled = gradient.lower(kernel, x).compile()
+  assert set(account.of(compiled).collectives) == {'all-reduce'}
+  one = jax.jit(jax.grad(lambda k: jnp.sum(jnp.sin(f(x, k)))))(kernel)
+  # Sums of 1024 terms about 1, in another order.
+  np.testing.assert_allclose(gradient(kernel, x), one, atol=1e-4)

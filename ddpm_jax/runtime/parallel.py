@@ -6,6 +6,7 @@ finds the collectives from the shardings; with pmap they are written out.
 
 import collections
 import functools
+import os
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
@@ -23,9 +24,9 @@ AXES = ('data', 'fsdp', 'spatial')
 BATCH = AXES[:2]  # those that share out a batch; the third cuts an image
 ENGINES = ('jit', 'pmap')
 COMPILER = {
-  # It puts together what is summed over devices, up to so many arrays and
-  # bytes. Without limits all gradients (of a type) are summed at once; clipping
-  # waits for the last of them anyway.
+  # This one puts together what is summed over devices, up to so many arrays
+  # and bytes. Without limits all gradients (of a type) are summed at once;
+  # clipping waits for the last of them anyway.
   'tpu': {
     'xla_jf_crs_combiner_threshold_count': 2**31 - 1,
     'xla_jf_crs_combiner_threshold_in_bytes': 2**31 - 1,
@@ -188,6 +189,13 @@ def put_whole(tree: Any, mesh: Mesh, how: str) -> Any:
   )
 
 
+def _compiler_options(mesh: Mesh) -> dict[str, int]:
+  """Of the mesh's platform, but for what XLA_FLAGS says itself."""
+  options = COMPILER.get(mesh.devices.flat[0].platform, {})
+  said = os.environ.get('XLA_FLAGS', '')
+  return {name: value for name, value in options.items() if name not in said}
+
+
 def compile_step(step: Callable, mesh: Mesh, how: str, state: Any) -> Callable:
   """A training step, such as `training.train_step`, compiled.
 
@@ -231,7 +239,7 @@ def compile_step(step: Callable, mesh: Mesh, how: str, state: Any) -> Callable:
     in_shardings=(sharding, over_batch(mesh)),
     out_shardings=(sharding, replicated(mesh)),
     donate_argnums=0,
-    compiler_options=COMPILER.get(mesh.devices.flat[0].platform),
+    compiler_options=_compiler_options(mesh),
   )
 
 
@@ -266,5 +274,5 @@ def jit_map(fn: Callable, mesh: Mesh, params: Any) -> Any:
     ),
     in_shardings=(state_sharding(mesh, params), rows),
     out_shardings=replicated(mesh) if several else rows,
-    compiler_options=COMPILER.get(mesh.devices.flat[0].platform),
+    compiler_options=_compiler_options(mesh),
   )
