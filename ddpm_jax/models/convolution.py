@@ -1,17 +1,17 @@
 """3x3 convolutions of images, with kernels (3, 3, C, C').
 
-A CPU does large ones by F(2x2, 3x3) of Winograd 1980 (Lavin & Gray 2016, "Fast
-algorithms for convolutional neural networks"): every 2x2 pixels come of 16
-products in the place of 36, which are matrix products, and their gradients are
-too. An axis of pixels is cut in pairs, x_2i and x_2i+1:
+For gradients, a CPU does large ones by F(2x2, 3x3) of Winograd 1980 (Lavin &
+Gray 2016, "Fast algorithms for convolutional neural networks"): every 2x2
+pixels come of 16 products in the place of 36, and all of them are one product
+of matrices, as are their gradients. That is exact but for rounding. On each
+axis, of pixels in pairs x_2i, x_2i+1 and of taps a, b, c,
 
-  x_2i-1 - x_2i+1    a            m_0   x_2i   = m_0 + m_1 + m_2
-  x_2i   + x_2i+1   (a + b + c)/2 m_1   x_2i+1 = m_1 - m_2 - m_3
-  x_2i+1 - x_2i     (a - b + c)/2 m_2
-  x_2i   - x_2i+2    c            m_3
+  m_0 = (x_2i-1 - x_2i+1) a
+  m_1 = (x_2i + x_2i+1) (a + b + c) / 2        y_2i   = m_0 + m_1 + m_2
+  m_2 = (x_2i+1 - x_2i) (a - b + c) / 2        y_2i+1 = m_1 - m_2 - m_3
+  m_3 = (x_2i - x_2i+2) c
 
-where a, b, c are the taps, and m the products of the first two columns. It is
-exact but for rounding. GPUs and TPUs have convolutions of their own.
+GPUs and TPUs have convolutions of their own, and keep them.
 """
 
 import functools
