@@ -160,5 +160,5 @@ def test_a_batch_on_several_devices_moves_gradients_alone(f, exact):
   compiled = gradient.lower(kernel, x).compile()
   assert set(account.of(compiled).collectives) == {'all-reduce'}
   one = jax.jit(jax.grad(lambda k: jnp.sum(jnp.sin(f(x, k)))))(kernel)
-  # Sums of 1024 terms about 1, in another order.
-  np.testing.assert_allclose(gradient(kernel, x), one, atol=1e-4)
+  # Sums of 1024 terms or more, of up to 300, in another order.
+  np.testing.assert_allclose(gradient(kernel, x), one, atol=0.002)
