@@ -53,7 +53,7 @@ BY_PRODUCTS = FORMS[1:]
 
 
 def dots(f, *args):
-  """How many products and convolutions there are in what is compiled."""
+  """How many products and convolutions the compiler is given."""
   text = jax.jit(f).lower(*args).as_text()
   return text.count('dot_general'), text.count('stablehlo.convolution')
 

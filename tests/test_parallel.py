@@ -316,3 +316,11 @@ def test_sampling_on_several_devices_moves_nothing():
   said = account.of(draw.lower(params, rows).compile())
   assert said.collectives == {}
   assert said.host_transfers == ()
+
+
+def test_flags_of_the_user_come_before_our_own_to_the_compiler(monkeypatch):
+  mesh, level = parallel.make_mesh(), '--xla_backend_optimization_level'
+  monkeypatch.delenv('XLA_FLAGS')
+  assert parallel.compiler_options(mesh) == {level[2:]: 1}
+  monkeypatch.setenv('XLA_FLAGS', f'--xla_cpu_enable_fast_math=false {level}=0')
+  assert parallel.compiler_options(mesh) == {}

@@ -27,22 +27,21 @@ LEAST_SIDE, LEAST_CHANNELS = 8, 64
 
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """(B, H, W, C) -> (B, H, W, C'), with zeros around."""
-  kernel = kernel.astype(x.dtype)
-  if not _is_large(x, kernel, 1):
-    return _plain(x, kernel)
-  return jax.lax.platform_dependent(
-    x, kernel, cpu=_winograd_with_gradients, default=_plain
-  )
+  return _by_platform(x, kernel, 1, _winograd_with_gradients, _plain)
 
 
 def convolve_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """The same of x at twice its size (nearest neighbour)."""
+  return _by_platform(x, kernel, 2, _winograd_doubled, _plain_doubled)
+
+
+def _by_platform(
+  x: jax.Array, kernel: jax.Array, times: int, cpu: Callable, default: Callable
+) -> jax.Array:
   kernel = kernel.astype(x.dtype)
-  if not _is_large(x, kernel, 2):
-    return _plain_doubled(x, kernel)
-  return jax.lax.platform_dependent(
-    x, kernel, cpu=_winograd_doubled, default=_plain_doubled
-  )
+  if not _is_large(x, kernel, times):
+    return default(x, kernel)
+  return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
 
 
 def _plain(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -31,8 +31,8 @@ COMPILER = {
     'xla_jf_crs_combiner_threshold_count': 2**31 - 1,
     'xla_jf_crs_combiner_threshold_in_bytes': 2**31 - 1,
   },
-  # 0.6 of the time for the train step of configs/cifar.py, which then takes no
-  # longer. Level 0 makes steps that take twice as long.
+  # Compiles the train step of configs/cifar.py in 0.6 of the time, and the step
+  # is as fast. At level 0 it takes twice as long.
   'cpu': {'xla_backend_optimization_level': 1},
 }
 
@@ -189,7 +189,7 @@ def put_whole(tree: Any, mesh: Mesh, how: str) -> Any:
   )
 
 
-def _compiler_options(mesh: Mesh) -> dict[str, int]:
+def compiler_options(mesh: Mesh) -> dict[str, int]:
   """Of the mesh's platform, but for what XLA_FLAGS says itself."""
   options = COMPILER.get(mesh.devices.flat[0].platform, {})
   said = os.environ.get('XLA_FLAGS', '')
@@ -239,7 +239,7 @@ def compile_step(step: Callable, mesh: Mesh, how: str, state: Any) -> Callable:
     in_shardings=(sharding, over_batch(mesh)),
     out_shardings=(sharding, replicated(mesh)),
     donate_argnums=0,
-    compiler_options=_compiler_options(mesh),
+    compiler_options=compiler_options(mesh),
   )
 
 
@@ -274,5 +274,5 @@ def jit_map(fn: Callable, mesh: Mesh, params: Any) -> Any:
     ),
     in_shardings=(state_sharding(mesh, params), rows),
     out_shardings=replicated(mesh) if several else rows,
-    compiler_options=_compiler_options(mesh),
+    compiler_options=compiler_options(mesh),
   )
