@@ -16,9 +16,9 @@ def doubled(x):
   return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
-def operands(size=(8, 16), channels=(C, C + 8), dtype=np.float64):
+def operands(size=(8, 16), channels=(C, C + 8), dtype=np.float64, images=2):
   rng = np.random.default_rng(0)
-  x = rng.normal(size=(2, *size, channels[0]))
+  x = rng.normal(size=(images, *size, channels[0]))
   kernel = rng.normal(size=(3, 3, *channels)) / 3 / channels[0] ** 0.5
   return x.astype(dtype), kernel.astype(dtype)
 
@@ -91,14 +91,40 @@ def test_only_large_ones_in_float32_are_done_by_products(f, exact):
   assert (dots(f, *odd)[0] > 0) == (exact is exactly_doubled)
 
 
-def test_what_is_kept_for_no_gradient_is_convolved_as_it_is():
-  x, kernel = (jnp.float32(a) for a in operands())
-  assert dots(convolution.convolve, x, kernel) == (0, 1)
+@pytest.mark.parametrize(
+  ('images', 'at_once'), [(8, 4), (32, 16), (15, 5), (1, 0), (2, 0), (7, 0)]
+)
+def test_without_gradients_the_products_are_of_some_images_at_once(
+  images, at_once
+):
+  """In a loop; where they are few, the convolution is as it is."""
+  x, kernel = operands((16, 16), dtype=np.float32, images=images)
+  jaxpr = str(jax.make_jaxpr(convolution.convolve)(x, kernel))
+  assert ('dot_general' in jaxpr) == (at_once > 0)
+  assert (f'f32[{at_once},16,16,{C}]' in jaxpr) == (at_once > 0)
+  y = jax.jit(convolution.convolve)(x, kernel)
+  exact = by_definition(np.float64(x), np.float64(kernel))
+  np.testing.assert_allclose(y, exact, atol=1e-5)
+
+
+def test_they_are_the_same_on_several_devices():
+  mesh = parallel.make_mesh()
+  x, kernel = operands((16, 16), dtype=np.float32, images=32)
+  f = jax.jit(
+    convolution.convolve,
+    in_shardings=(parallel.over_batch(mesh), parallel.replicated(mesh)),
+    out_shardings=parallel.over_batch(mesh),
+  )
+  compiled = f.lower(x, kernel).compile()
+  assert not account.of(compiled).collectives
+  one = jax.jit(convolution.convolve)(x, kernel)
+  np.testing.assert_allclose(f(x, kernel), one, atol=1e-5)
 
 
 @pytest.mark.parametrize('platform', ['tpu', 'cuda'])
 def test_accelerators_keep_their_own_convolutions(platform):
-  shapes = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in operands()]
+  many = operands((16, 16), images=8)
+  shapes = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in many]
   for f, _ in FORMS:
     exported = jax.export.export(jax.jit(f), platforms=[platform])(*shapes)
     text = exported.mlir_module()

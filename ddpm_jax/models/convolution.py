@@ -1,10 +1,10 @@
 """3x3 convolutions of images, with kernels (3, 3, C, C').
 
-For gradients, a CPU does large ones by F(2x2, 3x3) of Winograd 1980 (Lavin &
-Gray 2016, "Fast algorithms for convolutional neural networks"): every 2x2
-pixels come of 16 products in the place of 36, and all of them are one product
-of matrices, as are their gradients. That is exact but for rounding. On each
-axis, of pixels in pairs x_2i, x_2i+1 and of taps a, b, c,
+A CPU does large ones by F(2x2, 3x3) of Winograd 1980 (Lavin & Gray 2016, "Fast
+algorithms for convolutional neural networks"): every 2x2 pixels come of 16
+products in the place of 36, and all of them are one product of matrices, as are
+their gradients. That is exact but for rounding. On each axis, of pixels in
+pairs x_2i, x_2i+1 and of taps a, b, c,
 
   m_0 = (x_2i-1 - x_2i+1) a
   m_1 = (x_2i + x_2i+1) (a + b + c) / 2        y_2i   = m_0 + m_1 + m_2
@@ -23,6 +23,9 @@ import jax.numpy as jnp
 
 # Smaller outputs and fewer channels are too little work to come out ahead.
 LEAST_SIDE, LEAST_CHANNELS = 8, 64
+# Of 2x2 pixels that are done at once without gradients: fewer do not pay for
+# the transform of the kernel, more do not fit a cache.
+LEAST_PAIRS, MOST_PAIRS = 256, 1024
 
 
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -141,9 +144,23 @@ def _winograd_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
   return _by_products(x, kernel, _of_doubled, _of_taps_for_doubled, _to_doubled)
 
 
+def _winograd_in_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Some images after others."""
+  B, H, W, C = x.shape
+  pairs = H * W // 4  # 2x2 pixels of an image
+  sizes = (n for n in range(1, B // 2 + 1) if B % n == 0)
+  n = max((n for n in sizes if n == 1 or n * pairs <= MOST_PAIRS), default=0)
+  if n * pairs < LEAST_PAIRS:
+    return _plain(x, kernel)
+  # Image 0 with image B/n, 2B/n...: with those of one device, if it can be.
+  parts = x.reshape(n, B // n, H, W, C).swapaxes(0, 1)
+  y = jax.lax.map(lambda x: _winograd(x, kernel), parts)
+  return y.swapaxes(0, 1).reshape(B, H, W, -1)
+
+
 # Where x is kept for no gradient, XLA computes it inside of the pairs, four
-# times over: that takes what the products save.
-_winograd_with_gradients = jax.custom_jvp(_plain)
+# times over, and that takes what the products save; but not inside of a loop.
+_winograd_with_gradients = jax.custom_jvp(_winograd_in_parts)
 
 
 @_winograd_with_gradients.defjvp
