@@ -44,6 +44,11 @@ def exactly_doubled(x, kernel):
   return by_definition(doubled(x), kernel)
 
 
+def exactly_halved(x, kernel):
+  """With x_2i, x_2i+1 and x_2i+2."""
+  return by_definition(x, kernel)[:, 1::2, 1::2]
+
+
 FORMS = [
   (convolution.convolve, by_definition),
   (with_tangents, by_definition),
@@ -130,6 +135,36 @@ def test_accelerators_keep_their_own_convolutions(platform):
     text = exported.mlir_module()
     assert 'stablehlo.convolution' in text
     assert 'dot_general' not in text
+
+
+def test_at_half_the_size():
+  x, kernel = operands()
+  y = convolution.convolve_halved(jnp.float32(x), jnp.float32(kernel))
+  np.testing.assert_allclose(y, exactly_halved(x, kernel), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'f',
+  [
+    convolution.convolve,
+    convolution.convolve_doubled,
+    convolution.convolve_halved,
+  ],
+)
+def test_gradients_of_bfloat16_are_float32_on_a_tpu_before_they_are_added(f):
+  x, kernel = operands()
+  x, kernel = jnp.bfloat16(x), jnp.float32(kernel)
+  assert f(x, kernel).dtype == jnp.float32
+  gradient = jax.jit(jax.grad(lambda k: jnp.sum(jnp.sin(f(x, k)))))
+  for platform, dtype in ('tpu', 'f32'), ('cuda', 'bf16'):
+    text = jax.export.export(gradient, platforms=[platform])(kernel)
+    results = [
+      line.rsplit('tensor<', 1)[1]
+      for line in text.mlir_module().splitlines()
+      if 'stablehlo.convolution' in line
+    ]
+    assert len(results) == 2
+    assert all(f'x{dtype}>' in result for result in results)
 
 
 @pytest.mark.parametrize(('f', 'exact'), FORMS)

@@ -1,4 +1,4 @@
-"""3x3 convolutions of images, with kernels (3, 3, C, C').
+"""3x3 convolutions of images, with kernels (3, 3, C, C'), to float32.
 
 A CPU does large ones by F(2x2, 3x3) of Winograd 1980 (Lavin & Gray 2016, "Fast
 algorithms for convolutional neural networks"): every 2x2 pixels come of 16
@@ -29,7 +29,7 @@ LEAST_PAIRS, MOST_PAIRS = 256, 1024
 
 
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """(B, H, W, C) -> (B, H, W, C'), with zeros around."""
+  """(B, H, W, C) -> (B, H, W, C'), float32, with zeros around."""
   return _by_platform(x, kernel, 1, _winograd_with_gradients, _plain)
 
 
@@ -38,24 +38,63 @@ def convolve_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
   return _by_platform(x, kernel, 2, _winograd_doubled, _plain_doubled)
 
 
-def _by_platform(
-  x: jax.Array, kernel: jax.Array, times: int, cpu: Callable, default: Callable
-) -> jax.Array:
+def convolve_halved(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """At every other pixel: (B, H/2, W/2, C'), with zeros below and right."""
+  return in_float32(_plain_halved, x, kernel)
+
+
+Product = Callable[[jax.Array, jax.Array, Any], jax.Array]
+
+
+def in_float32(product: Product, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """product(x, kernel, dtype of the result), of factors in x's dtype.
+
+  For a TPU that dtype is float32. So are then the gradients of kernels before
+  devices add them up, with those of norms and biases, in one sum and not in one
+  for each type. A GPU's convolutions would have to convert their factors.
+  """
   kernel = kernel.astype(x.dtype)
-  if not _is_large(x, kernel, times):
-    return default(x, kernel)
-  return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
-
-
-def _plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  return jax.lax.conv_general_dilated(
-    *(x, kernel, (1, 1), ((1, 1), (1, 1))),
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  if x.dtype != jnp.bfloat16:
+    return product(x, kernel, None)
+  return jax.lax.platform_dependent(
+    *(x, kernel),
+    tpu=lambda x, kernel: product(x, kernel, jnp.float32),
+    default=lambda x, kernel: product(x, kernel, None).astype(jnp.float32),
   )
 
 
-def _plain_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  return _plain(x.repeat(2, axis=1).repeat(2, axis=2), kernel)
+def _by_platform(
+  x: jax.Array, kernel: jax.Array, times: int, cpu: Callable, default: Product
+) -> jax.Array:
+  if not _is_large(x, kernel, times):
+    return in_float32(default, x, kernel)
+  return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
+
+
+def _plain(
+  x: jax.Array,
+  kernel: jax.Array,
+  dtype: Any = None,
+  stride: int = 1,
+  zeros: tuple[int, int] = (1, 1),
+) -> jax.Array:
+  return jax.lax.conv_general_dilated(
+    *(x, kernel, (stride, stride), (zeros, zeros)),
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    preferred_element_type=dtype,
+  )
+
+
+def _plain_doubled(
+  x: jax.Array, kernel: jax.Array, dtype: Any = None
+) -> jax.Array:
+  return _plain(x.repeat(2, axis=1).repeat(2, axis=2), kernel, dtype)
+
+
+def _plain_halved(
+  x: jax.Array, kernel: jax.Array, dtype: Any = None
+) -> jax.Array:
+  return _plain(x, kernel, dtype, 2, (0, 1))
 
 
 def _is_large(x: jax.Array, kernel: jax.Array, times: int) -> bool:

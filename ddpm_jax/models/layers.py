@@ -89,6 +89,74 @@ class GroupNorm(nn.Module):
     return (y * a[:, None, None] + b[:, None, None]).astype(self.dtype)
 
 
+class Dense(nn.Module):
+  """Of channels: (..., C) -> (..., channels)."""
+
+  channels: int
+  kernel_init: Callable
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (x.shape[-1], self.channels)
+    return _with_bias(self, _matmul, x, shape)
+
+
+class Conv(nn.Module):
+  """A 3x3 convolution."""
+
+  channels: int
+  kernel_init: Callable
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (3, 3, x.shape[-1], self.channels)
+    return _with_bias(self, convolution.convolve, x, shape)
+
+
+class Upsample(nn.Module):
+  """Twice the size (nearest neighbour), then a 3x3 convolution."""
+
+  dtype: Dtype
+  kernel_init: Callable = init()
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    C = x.shape[-1]
+    return _with_bias(self, convolution.convolve_doubled, x, (3, 3, C, C))
+
+
+class Downsample(nn.Module):
+  """A 3x3 convolution with stride 2."""
+
+  dtype: Dtype
+  kernel_init: Callable = init()
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    C = x.shape[-1]
+    return _with_bias(self, convolution.convolve_halved, x, (3, 3, C, C))
+
+
+def _with_bias(
+  module: nn.Module, product: Callable, x: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
+  """product(x, kernel) + bias, float32 until it is stored."""
+  kernel = module.param('kernel', module.kernel_init, shape)
+  bias = module.param('bias', nn.initializers.zeros, shape[-1:])
+  return (product(x.astype(module.dtype), kernel) + bias).astype(module.dtype)
+
+
+def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  return convolution.in_float32(
+    lambda x, kernel, dtype: jnp.matmul(
+      x, kernel, preferred_element_type=dtype
+    ),
+    *(x, kernel),
+  )
+
+
 class ResBlock(nn.Module):
   """norm, swish, conv, + time, norm, swish, dropout, conv; + shortcut."""
 
@@ -104,7 +172,7 @@ class ResBlock(nn.Module):
     norm = functools.partial(GroupNorm, self.groups, self.dtype)
     conv = functools.partial(Conv, self.channels, dtype=self.dtype)
     dense = functools.partial(
-      nn.Dense, self.channels, kernel_init=init(), dtype=self.dtype
+      Dense, self.channels, kernel_init=init(), dtype=self.dtype
     )
     h = conv(kernel_init=init(), name='conv_1')(
       nn.swish(norm(name='norm_1')(x))
@@ -128,7 +196,7 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     B, H, W, C = x.shape
-    dense = functools.partial(nn.Dense, C, dtype=self.dtype)
+    dense = functools.partial(Dense, C, dtype=self.dtype)
     h = GroupNorm(self.groups, self.dtype, name='norm')(x)
     q, k, v = (
       dense(kernel_init=init(), name=name)(h).reshape(B, H * W, 1, C)
@@ -151,7 +219,7 @@ class CrossAttention(nn.Module):
     self, x: jax.Array, states: jax.Array, mask: jax.Array
   ) -> jax.Array:
     B, H, W, C = x.shape
-    dense = functools.partial(nn.Dense, C, dtype=self.dtype)
+    dense = functools.partial(Dense, C, dtype=self.dtype)
     h = GroupNorm(self.groups, self.dtype, name='norm')(x)
     q, k, v = (
       dense(kernel_init=init(), name=name)(of).reshape(
@@ -161,33 +229,3 @@ class CrossAttention(nn.Module):
     )
     h = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None])
     return x + dense(kernel_init=init(0), name='out')(h.reshape(B, H, W, C))
-
-
-class Conv(nn.Module):
-  """A 3x3 convolution."""
-
-  channels: int
-  kernel_init: Callable
-  dtype: Dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    shape = (3, 3, x.shape[-1], self.channels)
-    kernel = self.param('kernel', self.kernel_init, shape)
-    bias = self.param('bias', nn.initializers.zeros, (self.channels,))
-    y = convolution.convolve(x.astype(self.dtype), kernel)
-    return y + bias.astype(self.dtype)
-
-
-class Upsample(nn.Module):
-  """Twice the size (nearest neighbour), then a 3x3 convolution."""
-
-  dtype: Dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    C = x.shape[-1]
-    kernel = self.param('kernel', init(), (3, 3, C, C))
-    bias = self.param('bias', nn.initializers.zeros, (C,))
-    y = convolution.convolve_doubled(x.astype(self.dtype), kernel)
-    return y + bias.astype(self.dtype)

@@ -96,7 +96,10 @@ class UNet(nn.Module):
     # The network was published with times from 0: it is told t - 1.
     temb = layers.time_embedding(t - 1, self.channels)
     dense = functools.partial(
-      nn.Dense, 4 * self.channels, kernel_init=layers.init(), dtype=self.dtype
+      layers.Dense,
+      4 * self.channels,
+      kernel_init=layers.init(),
+      dtype=self.dtype,
     )
     temb = dense(name='time_2')(nn.swish(dense(name='time_1')(temb)))
     if context is not None:
@@ -110,15 +113,7 @@ class UNet(nn.Module):
         h = res(h, level, f'down_{level}_{i}', level in self.attention)
         skips.append(h)
       if level != levels[-1]:
-        h = nn.Conv(
-          h.shape[-1],
-          (3, 3),
-          strides=2,
-          padding=((0, 1), (0, 1)),
-          kernel_init=layers.init(),
-          dtype=self.dtype,
-          name=f'downsample_{level}',
-        )(h)
+        h = layers.Downsample(self.dtype, name=f'downsample_{level}')(h)
         skips.append(h)
 
     h = res(h, levels[-1], 'middle_0', attend=True)
