@@ -49,18 +49,24 @@ Product = Callable[[jax.Array, jax.Array, Any], jax.Array]
 def in_float32(product: Product, x: jax.Array, kernel: jax.Array) -> jax.Array:
   """product(x, kernel, dtype of the result), of factors in x's dtype.
 
-  For a TPU that dtype is float32. So are then the gradients of kernels before
-  devices add them up, with those of norms and biases, in one sum and not in one
-  for each type. A GPU's convolutions would have to convert their factors.
+  With gradients, on a TPU, that dtype is float32. So are then the gradients of
+  kernels before devices add them up, with those of norms and biases, in one sum
+  and not in one for each type. A GPU's convolutions would have to convert their
+  factors; and what needs no gradients would write more.
   """
   kernel = kernel.astype(x.dtype)
   if x.dtype != jnp.bfloat16:
     return product(x, kernel, None)
-  return jax.lax.platform_dependent(
-    *(x, kernel),
-    tpu=lambda x, kernel: product(x, kernel, jnp.float32),
-    default=lambda x, kernel: product(x, kernel, None).astype(jnp.float32),
-  )
+
+  def default(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return product(x, kernel, None).astype(jnp.float32)
+
+  def wide(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return product(x, kernel, jnp.float32)
+
+  tpu = jax.custom_jvp(default)
+  tpu.defjvp(lambda primals, tangents: jax.jvp(wide, primals, tangents))
+  return jax.lax.platform_dependent(x, kernel, tpu=tpu, default=default)
 
 
 def _by_platform(
