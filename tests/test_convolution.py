@@ -149,11 +149,14 @@ def test_at_half_the_size():
     convolution.convolve,
     convolution.convolve_doubled,
     convolution.convolve_halved,
+    convolution.multiply,
   ],
 )
 def test_gradients_of_bfloat16_are_float32_on_a_tpu_before_they_are_added(f):
   x, kernel = operands()
   x, kernel = jnp.bfloat16(x), jnp.float32(kernel)
+  if f is convolution.multiply:
+    kernel = kernel[0, 0]
   assert f(x, kernel).dtype == jnp.float32
   gradient = jax.grad(lambda k: jnp.sum(jnp.sin(f(x, k))))
   for of, platform, dtype in (
@@ -165,7 +168,7 @@ def test_gradients_of_bfloat16_are_float32_on_a_tpu_before_they_are_added(f):
     results = [
       line.rsplit('tensor<', 1)[1]
       for line in text.mlir_module().splitlines()
-      if 'stablehlo.convolution' in line
+      if 'stablehlo.convolution' in line or 'stablehlo.dot_general' in line
     ]
     assert len(results) == (2 if of is gradient else 1)
     assert all(f'x{dtype}>' in result for result in results)

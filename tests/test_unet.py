@@ -12,6 +12,7 @@ from configs import base
 from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import recipe
+from ddpm_jax.models import convolution
 from ddpm_jax.models import layers
 from ddpm_jax.models import unet
 
@@ -279,7 +280,10 @@ def test_a_patch_must_divide_the_image():
 
 def test_upsampling_is_nearest_neighbour_and_a_convolution():
   x = images(size=(6, 4), channels=8)
-  plain, ours = nn.Conv(8, (3, 3), padding=1), layers.Upsample(jnp.float32)
+  plain = nn.Conv(8, (3, 3), padding=1)
+  ours = layers.Conv(
+    8, layers.init(), jnp.float32, convolution.convolve_doubled
+  )
   v = variables(plain, x.repeat(2, axis=1).repeat(2, axis=2))
   assert jax.tree.structure(v) == jax.tree.structure(
     jax.eval_shape(ours.init, jax.random.key(0), x)

@@ -1,10 +1,11 @@
-"""3x3 convolutions of images, with kernels (3, 3, C, C'), to float32.
+"""The U-Net's linear maps, to float32: 3x3 convolutions of images, with kernels
+(3, 3, C, C'), and products of channels.
 
-A CPU does large ones by F(2x2, 3x3) of Winograd 1980 (Lavin & Gray 2016, "Fast
-algorithms for convolutional neural networks"): every 2x2 pixels come of 16
-products in the place of 36, and all of them are one product of matrices, as are
-their gradients. That is exact but for rounding. On each axis, of pixels in
-pairs x_2i, x_2i+1 and of taps a, b, c,
+A CPU does large convolutions by F(2x2, 3x3) of Winograd 1980 (Lavin & Gray
+2016, "Fast algorithms for convolutional neural networks"): every 2x2 pixels
+come of 16 products in the place of 36, and all of them are one product of
+matrices, as are their gradients. That is exact but for rounding. On each axis,
+of pixels in pairs x_2i, x_2i+1 and of taps a, b, c,
 
   m_0 = (x_2i-1 - x_2i+1) a
   m_1 = (x_2i + x_2i+1) (a + b + c) / 2        y_2i   = m_0 + m_1 + m_2
@@ -40,13 +41,18 @@ def convolve_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def convolve_halved(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """At every other pixel: (B, H/2, W/2, C'), with zeros below and right."""
-  return in_float32(_plain_halved, x, kernel)
+  return _in_float32(_plain_halved, x, kernel)
+
+
+def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """(..., C), (C, C') -> (..., C'), float32."""
+  return _in_float32(_matmul, x, kernel)
 
 
 Product = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 
-def in_float32(product: Product, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _in_float32(product: Product, x: jax.Array, kernel: jax.Array) -> jax.Array:
   """product(x, kernel, dtype of the result), of factors in x's dtype.
 
   With gradients, on a TPU, that dtype is float32. So are then the gradients of
@@ -73,7 +79,7 @@ def _by_platform(
   x: jax.Array, kernel: jax.Array, times: int, cpu: Callable, default: Product
 ) -> jax.Array:
   if not _is_large(x, kernel, times):
-    return in_float32(default, x, kernel)
+    return _in_float32(default, x, kernel)
   return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
 
 
@@ -101,6 +107,10 @@ def _plain_halved(
   x: jax.Array, kernel: jax.Array, dtype: Any = None
 ) -> jax.Array:
   return _plain(x, kernel, dtype, 2, (0, 1))
+
+
+def _matmul(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
+  return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
 
 def _is_large(x: jax.Array, kernel: jax.Array, times: int) -> bool:

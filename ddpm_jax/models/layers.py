@@ -99,62 +99,33 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     shape = (x.shape[-1], self.channels)
-    return _with_bias(self, _matmul, x, shape)
+    return _with_bias(self, convolution.multiply, x, shape)
 
 
 class Conv(nn.Module):
-  """A 3x3 convolution."""
+  """A 3x3 convolution, at another size where `product` is of one."""
 
   channels: int
   kernel_init: Callable
   dtype: Dtype
+  product: Callable = convolution.convolve
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     shape = (3, 3, x.shape[-1], self.channels)
-    return _with_bias(self, convolution.convolve, x, shape)
-
-
-class Upsample(nn.Module):
-  """Twice the size (nearest neighbour), then a 3x3 convolution."""
-
-  dtype: Dtype
-  kernel_init: Callable = init()
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    C = x.shape[-1]
-    return _with_bias(self, convolution.convolve_doubled, x, (3, 3, C, C))
-
-
-class Downsample(nn.Module):
-  """A 3x3 convolution with stride 2."""
-
-  dtype: Dtype
-  kernel_init: Callable = init()
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    C = x.shape[-1]
-    return _with_bias(self, convolution.convolve_halved, x, (3, 3, C, C))
+    return _with_bias(self, self.product, x, shape)
 
 
 def _with_bias(
-  module: nn.Module, product: Callable, x: jax.Array, shape: tuple[int, ...]
+  module: Dense | Conv,
+  product: Callable,
+  x: jax.Array,
+  shape: tuple[int, ...],
 ) -> jax.Array:
   """product(x, kernel) + bias, float32 until it is stored."""
   kernel = module.param('kernel', module.kernel_init, shape)
   bias = module.param('bias', nn.initializers.zeros, shape[-1:])
   return (product(x.astype(module.dtype), kernel) + bias).astype(module.dtype)
-
-
-def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  return convolution.in_float32(
-    lambda x, kernel, dtype: jnp.matmul(
-      x, kernel, preferred_element_type=dtype
-    ),
-    *(x, kernel),
-  )
 
 
 class ResBlock(nn.Module):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.models import convolution
 from ddpm_jax.models import layers
 
 
@@ -93,6 +95,11 @@ class UNet(nn.Module):
         )(h, context.states, context.mask)
       return h
 
+    def resize(h: jax.Array, product: Callable, name: str) -> jax.Array:
+      return conv(
+        h.shape[-1], kernel_init=layers.init(), product=product, name=name
+      )(h)
+
     # The network was published with times from 0: it is told t - 1.
     temb = layers.time_embedding(t - 1, self.channels)
     dense = functools.partial(
@@ -113,7 +120,7 @@ class UNet(nn.Module):
         h = res(h, level, f'down_{level}_{i}', level in self.attention)
         skips.append(h)
       if level != levels[-1]:
-        h = layers.Downsample(self.dtype, name=f'downsample_{level}')(h)
+        h = resize(h, convolution.convolve_halved, f'downsample_{level}')
         skips.append(h)
 
     h = res(h, levels[-1], 'middle_0', attend=True)
@@ -124,7 +131,7 @@ class UNet(nn.Module):
         h = jnp.concatenate([h, skips.pop()], axis=-1)
         h = res(h, level, f'up_{level}_{i}', level in self.attention)
       if level != 0:
-        h = layers.Upsample(self.dtype, name=f'upsample_{level}')(h)
+        h = resize(h, convolution.convolve_doubled, f'upsample_{level}')
 
     h = layers.GroupNorm(self.groups, self.dtype, name='norm')(h)
     outputs = self.out_channels * self.patch**2
