@@ -54,12 +54,15 @@ def reverse(config: ConfigDict, variance: str) -> dict[str, Any]:
 
 def warn_of_signal(config: ConfigDict) -> None:
   """Warns if x_T is not nearly the standard normal of the prior."""
-  bits = likelihood.prior(schedule(config), jnp.ones(1)) * likelihood.BITS
+  table = schedule(config)
+  bits = likelihood.prior(table, jnp.ones(1)) * likelihood.BITS
   # The paper's is 3e-5 for x_0 = ±1.
   if bits > 1e-3:
     logging.warning(
-      'x_T still holds something of x_0, KL(q(x_T | x_0) ‖ N(0, I)) = %.2g '
-      'bits/dim: samples may suffer; raise config.schedule.T or beta_T',
+      'x_T still holds something of x_0: log ᾱ_T = %.3g (the paper: -10.1), '
+      'KL(q(x_T | x_0) ‖ N(0, I)) = %.2g bits/dim; samples may suffer; raise '
+      'config.schedule.T or beta_T',
+      table.log_alpha_bar[-1],
       bits,
     )
 
@@ -97,16 +100,18 @@ def schedule(config: ConfigDict) -> schedules.Schedule:
   Raises:
     UserError: if there is none of the name, or the prediction does not fit it.
   """
-  function = registry.named(schedules, config.schedule.name, 'T', 'schedule')
-  table = registry.call(function, config.schedule)
-  if not config.schedule.zero_terminal_snr:
-    return table
-  if config.model.predict == 'eps':
+  c = config.schedule
+  function = registry.named(schedules, c.name, 'T', 'schedule')
+  table = registry.call(function, c)
+  if c.zero_terminal_snr:
+    table = registry.call(schedules.zero_terminal_snr, {}, table)
+  if schedules.ends_in_noise(table) and config.model.predict == 'eps':
+    key = 'zero_terminal_snr' if c.zero_terminal_snr else f'name={c.name}'
     raise errors.UserError(
-      'config.schedule.zero_terminal_snr leaves nothing of x_0 in x_T, so that '
-      'ε does not tell x_0 there: set config.model.predict to v or x0'
+      f'config.schedule.{key} leaves nothing of x_0 in x_T, so that ε does not '
+      'tell x_0 there: set config.model.predict to v or x0'
     )
-  return registry.call(schedules.zero_terminal_snr, {}, table)
+  return table
 
 
 def source(config: ConfigDict, split: str = '') -> Any:

@@ -50,8 +50,12 @@ def basics(config: ConfigDict) -> None:
     )
 
 
-def loss(config: ConfigDict) -> None:
+def loss(config: ConfigDict, *, ends_in_noise: bool) -> None:
   """Refuses combinations that cannot learn what they should.
+
+  Args:
+    config: the recipe.
+    ends_in_noise: whether its schedule has a zero terminal SNR.
 
   Raises:
     UserError: with the reason.
@@ -68,6 +72,12 @@ def loss(config: ConfigDict) -> None:
     raise errors.UserError(
       'config.loss.name=hybrid is for a learned variance; set '
       'config.model.variance=learned_range'
+    )
+  if loss == 'min_snr' and ends_in_noise:
+    raise errors.UserError(
+      'config.loss.name=min_snr weighs t by its SNR, which this schedule makes 0 '
+      'at t = T, where sampling begins: that step would not be learned. Take '
+      'simple, or a schedule without a zero terminal SNR'
     )
   if loss == 'min_snr' and model.predict == 'mu':
     raise errors.UserError(
@@ -99,8 +109,15 @@ def spatial(config: ConfigDict) -> None:
     )
 
 
-def sampler(config: ConfigDict, options: Container[str]) -> None:
+def sampler(
+  config: ConfigDict, options: Container[str], *, ends_in_noise: bool
+) -> None:
   """Refuses what a sampler with these options cannot do, or would not look at.
+
+  Args:
+    config: the recipe.
+    options: the names of the arguments of its sampler.
+    ends_in_noise: whether its schedule has a zero terminal SNR.
 
   Raises:
     UserError: with the reason.
@@ -112,10 +129,10 @@ def sampler(config: ConfigDict, options: Container[str]) -> None:
     raise errors.UserError(
       f'config.sampler.eta={c.eta} is of ddim; {c.name} has none'
     )
-  if config.schedule.zero_terminal_snr and c.spacing == 'leading':
+  if ends_in_noise and c.spacing in ('leading', 'quad') and c.steps < T:
     raise errors.UserError(
-      'config.sampler.spacing=leading does not begin at T, where '
-      'config.schedule.zero_terminal_snr has its zero; set linear or quadratic'
+      f'config.sampler.spacing={c.spacing} does not begin at T, where this '
+      'schedule has an SNR of 0; set linear or quadratic'
     )
   # Both are of one step of T, and say nothing of a jump.
   of_a_step = {

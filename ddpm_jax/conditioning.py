@@ -54,6 +54,12 @@ def check(config: ConfigDict) -> None:
       f'config.sampler.guidance={s.guidance} is for a network with a '
       'condition, and at least 0; 1 is the condition as it is'
     )
+  if c.name and c.drop == 0 and s.guidance != 1:
+    raise errors.UserError(
+      f'config.sampler.guidance={s.guidance} needs the network without a '
+      'condition, which config.condition.drop=0 does not train: set '
+      'config.sampler.guidance=1, or train with config.condition.drop=0.1'
+    )
   low_high = tuple(s.guidance_interval)
   if len(low_high) != 2 or not 0 <= low_high[0] <= low_high[1] <= 1:
     raise errors.UserError(

@@ -61,7 +61,7 @@ def loss_fn(config: ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
   network, table = build.model(config), build.schedule(config)
   objective = registry.named(objectives, config.loss.name, 'model_fn', 'loss')
   options = build.reverse(config, config.model.variance)
-  checks.loss(config)
+  checks.loss(config, ends_in_noise=schedules.ends_in_noise(table))
   draw_t = registry.named(timesteps, config.loss.t, 'key', 'choice of t')
   n, T = config.batch_size, table.T
   fold = jax.vmap(jax.random.fold_in, (None, 0))
@@ -129,13 +129,15 @@ def reverse_process(config: ConfigDict) -> Reverse:
   """The sampler of a recipe, on its (perhaps shorter) schedule."""
   c, network = config.sampler, build.model(config)
   step = registry.named(samplers, c.name, 'x_t', 'sampler')
+  table = build.schedule(config)
   spacing = registry.named(spacings, c.spacing, 'steps', 'spacing')
   strided = {'steps': c.steps, 'spacing': spacing}
-  short = registry.call(schedules.stride, strided, build.schedule(config))
+  short = registry.call(schedules.stride, strided, table)
   names = inspect.signature(step).parameters
   options = {**c, **build.reverse(config, c.variance)}
   options = {k: v for k, v in options.items() if k in names}
-  checks.sampler(config, names)
+  ends_in_noise = schedules.ends_in_noise(table)
+  checks.sampler(config, names, ends_in_noise=ends_in_noise)
 
   def model_fn(params: Any, condition: Any = None) -> process.ModelFn:
     if condition is not None:

@@ -52,10 +52,20 @@ def test_q_between_is_q_from_0_and_one_step_from_t_minus_1():
     np.testing.assert_array_equal(process.q_between(S, x, at(t), at(t), eps), x)
 
 
-def test_jumps_take_every_part_as_often_as_asked():
-  assert editing.jumps(5, 2, 2) == [5, 4, 5, 4, 3, 2, 3, 2, 1, 1]
+def test_jumps_are_in_the_order_of_RePaint():
+  """Its figure 9: the first descent once, no jump from the clean image."""
+  assert editing.jumps(5, 2, 2) == [5, 4, 3, 4, 3, 2, 3, 2, 1]
   assert editing.jumps(5, 2, 1) == [5, 4, 3, 2, 1]
-  assert len(editing.jumps(250, 10, 10)) == 2500
+  times = editing.jumps(250, 10, 10)
+  assert len(times) == 2410
+  assert times[:20] == [*range(250, 231, -1), 231 + 9]
+  assert [times.count(t) for t in (250, 242, 241, 240, 2, 1)] == [
+    *(1, 1, 1 + 0, 10, 10, 1)
+  ]
+
+
+def test_a_jump_of_all_steps_or_more_is_no_jump():
+  assert editing.jumps(5, 5, 9) == [5, 4, 3, 2, 1]
   with pytest.raises(ValueError, match='at least 1'):
     editing.jumps(5, 0, 1)
 

@@ -27,7 +27,6 @@ INSIDE = {  # Rooms whose files have an order of their own.
       'guidance',
       'objectives',
       'samplers',
-      'two_noise',
       'two_term',
     ],
     ['likelihood'],

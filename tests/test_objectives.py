@@ -13,7 +13,6 @@ from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import timesteps
-from ddpm_jax.diffusion import two_noise
 
 S = schedules.linear()
 ALL = [timesteps.uniform, timesteps.antithetic, timesteps.stratified]
@@ -99,10 +98,36 @@ def test_the_time_of_an_example_follows_from_its_index_alone(choice):
     assert choice(key, i, 16, 1000) == whole[i]
 
 
+@pytest.mark.parametrize('kind', ['eps', 'x0', 'v', 'mu'])
 @pytest.mark.parametrize('t', [1, 2, 100, 900])
-def test_two_noises_and_one_have_the_same_gradient_and_one_varies_less(t):
-  """The notes' claim, for a network ε_θ = a x_t + b and its two parameters."""
+def test_two_noises_and_one_have_the_same_gradient_and_one_varies_less(t, kind):
+  """The notes' claim, for a network a x_t + b and its two parameters."""
   n = 40_000
+  x0 = 0.3 + 0.5 * jax.random.normal(jax.random.key(8), (n, 1))
+  predict = getattr(predictions, kind)
+
+  def gradients(objective, seed):
+    keys = jax.random.split(jax.random.key(seed), n)
+
+    def loss(w, key, x0):
+      net = lambda x, t: w[0] * x + w[1]  # noqa: E731
+      at = jnp.full(1, t)
+      return objective(S, net, key[None], x0[None], at, predict=predict)[0]
+
+    each = jax.vmap(jax.grad(loss), (None, 0, 0))
+    return jax.jit(each)(jnp.array([0.3, 0.1]), keys, x0)
+
+  one = gradients(objectives.one_noise, 1)
+  two = gradients(objectives.two_noise, 2)
+  error = jnp.sqrt((one.var(0) + two.var(0)) / n)
+  assert np.all(np.abs(one.mean(0) - two.mean(0)) < 5 * error)
+  if t > 1:  # at t = 1 there is no noise before, and both are one
+    assert np.all(one.var(0) < two.var(0))
+
+
+def test_x_prev_has_the_gradient_of_its_weighted_simple_loss():
+  """For ε: ‖x_{t-1} - μ_θ‖² weighs `one_noise` by β_t/(1-β_t)."""
+  n, t = 40_000, 300
   x0 = 0.3 + 0.5 * jax.random.normal(jax.random.key(8), (n, 1))
 
   def gradients(objective, seed):
@@ -115,22 +140,33 @@ def test_two_noises_and_one_have_the_same_gradient_and_one_varies_less(t):
     each = jax.vmap(jax.grad(loss), (None, 0, 0))
     return jax.jit(each)(jnp.array([0.3, 0.1]), keys, x0)
 
-  one = gradients(two_noise.one_noise, 1)
-  two = gradients(two_noise.two_noise, 2)
-  error = jnp.sqrt((one.var(0) + two.var(0)) / n)
-  assert np.all(np.abs(one.mean(0) - two.mean(0)) < 5 * error)
-  if t > 1:  # at t = 1 there is no noise before, and both are one
-    assert np.all(one.var(0) < two.var(0))
+  weighted = gradients(objectives.one_noise, 1) * S.beta[t] / (1 - S.beta[t])
+  got = gradients(objectives.x_prev, 2)
+  error = jnp.sqrt((weighted.var(0) + got.var(0)) / n)
+  assert np.all(np.abs(weighted.mean(0) - got.mean(0)) < 5 * error)
 
 
-@pytest.mark.parametrize('name', ['eps', 'x0', 'v', 'mu'])
-def test_any_prediction_can_be_asked_for_the_noise_of_its_step(name):
-  """Told the truth, the answer is √(β_t / (1-ᾱ_t)) times the noise."""
-  predict, t = getattr(predictions, name), 60
-  x0, eps = jax.random.normal(jax.random.key(2), (2, 5))
-  x_t = process.q_sample(S, x0, t, eps)
-  out = predict.target(S, x0, eps, t)
-  got = two_noise.own_noise(S, x_t, out, t, predict=predict)
-  share = S.beta[t] / S.one_minus_alpha_bar[t]
-  # μ̃ tells of x_0 in proportion to β_t = 0.01, so float32 loses two digits.
-  np.testing.assert_allclose(got, np.sqrt(share) * eps, atol=2e-5)
+@pytest.mark.parametrize('name', ['two_noise', 'one_noise', 'x_prev'])
+@pytest.mark.parametrize('kind', ['eps', 'x0', 'v', 'mu'])
+def test_the_losses_of_the_notes_know_the_truth(name, kind):
+  """A network that knows x_0 and ε has no loss but that of x_{t-1} itself."""
+  predict = getattr(predictions, kind)
+  n, t = 512, jnp.full(512, 60)
+  x0 = jnp.full((n, 3), 0.4)
+
+  def net(x_t, t):  # all data are one point, so x_t tells ε
+    rest = x_t - process.per_example(S.sqrt_alpha_bar[t], x_t) * x0
+    noise = jnp.sqrt(S.one_minus_alpha_bar[t])
+    eps = rest / process.per_example(noise, x_t)
+    return jax.vmap(predict.target, (None, 0, 0, 0))(S, x0, eps, t)
+
+  got = getattr(objectives, name)(S, net, keys(n), x0, t, predict=predict)
+  # What x_t leaves open of ε_t, and of x_{t-1}: their variances given x_t.
+  left = {
+    'one_noise': 0.0,
+    'two_noise': 1 - S.beta[60] / S.one_minus_alpha_bar[60],
+    'x_prev': S.beta_tilde[60],
+  }[name]
+  assert got.mean() == pytest.approx(
+    float(left), rel=5 * np.sqrt(2 / (3 * n)), abs=1e-6
+  )

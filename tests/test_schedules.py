@@ -6,7 +6,7 @@ import pytest
 from ddpm_jax.diffusion import schedules
 
 NAMES = ['linear', 'cosine', 'sqrt_linear', 'scaled_linear']
-NAMES += ['quad', 'sqrt', 'const', 'su']
+NAMES += ['quad', 'sqrt', 'const', 'su', 'jsd', 'warmup10', 'warmup50']
 ALL = [getattr(schedules, name) for name in NAMES]
 
 
@@ -63,6 +63,25 @@ def test_each_schedule_is_its_formula():
   np.testing.assert_allclose(beta['sqrt'] ** 2, line, rtol=1e-6)
   np.testing.assert_allclose(beta['const'], 0.02, rtol=1e-6)
   np.testing.assert_allclose(beta['su'], 2e-5 * t, rtol=1e-6)
+  np.testing.assert_allclose(beta['jsd'], 1 / (1001.0 - t), rtol=1e-6)
+  for name, rise in (('warmup10', 100), ('warmup50', 500)):
+    line = np.append(np.linspace(1e-4, 0.02, rise), np.full(1000 - rise, 0.02))
+    np.testing.assert_allclose(beta[name], line, rtol=1e-6)
+
+
+def test_jsd_leaves_one_part_in_T_less_at_every_step():
+  """ᾱ_t = 1 - t/T: x_T is noise alone."""
+  s = schedules.jsd()
+  np.testing.assert_allclose(s.alpha_bar, 1 - np.arange(1001) / 1000, atol=1e-7)
+  assert schedules.ends_in_noise(s)
+  assert not schedules.ends_in_noise(schedules.sqrt(10_000))
+
+
+@pytest.mark.parametrize('name', ['linear', 'scaled_linear', 'sqrt'])
+def test_the_only_step_of_one_has_the_last_beta(name):
+  s = getattr(schedules, name)(T=1, beta_1=1e-4, beta_T=0.3)
+  last = 0.3**0.5 if name == 'sqrt' else 0.3
+  assert s.beta[1] == pytest.approx(last, rel=1e-6)
 
 
 def test_log_alpha_bar_T_of_su_is_about_minus_5():
@@ -72,7 +91,7 @@ def test_log_alpha_bar_T_of_su_is_about_minus_5():
   )
 
 
-@pytest.mark.parametrize('beta', [[0.1, 0.0], [0.1, 1.0], [-0.1]])
+@pytest.mark.parametrize('beta', [[0.1, 0.0], [1.0, 0.1], [1.1], [-0.1], []])
 def test_beta_outside_0_to_1_is_refused(beta):
   with pytest.raises(ValueError, match='between 0 and 1'):
     schedules.from_beta(beta)

@@ -50,9 +50,10 @@ def interpolate(
   weight: jax.Array,
   eps: jax.Array,
 ) -> jax.Array:
-  """(1-λ) x_t + λ x'_t of two images under one noise ε  (section 4.4).
+  """(1-λ) x_t + λ x'_t of two images  (section 4.4).
 
-  With noises of their own a mixture would be less noisy than q(x_t) is.
+  One ε for both ends is our choice: the paper draws x_t and x'_t of q, each
+  with its own, and then a mixture is less noisy than x_t is.
   """
   x_t = process.q_sample(schedule, x0, t, eps)
   other_t = process.q_sample(schedule, other, t, eps)
@@ -98,19 +99,27 @@ def inpaint(step: Callable, x0: jax.Array, mask: jax.Array) -> Callable:
 
 
 def jumps(T: int, jump: int = 10, resample: int = 10) -> list[int]:
-  """T, ..., 1 in parts of `jump` steps, each taken `resample` times over.
+  """RePaint's order of steps: the t of each step x_t -> x_{t-1}.
 
-  RePaint's times (appendix B of Lugmayr et al. 2022): what is made anew gets to
-  fit what is known, for `resample` as many evaluations.
+  From T down to 1; on reaching t = 1, 1 + jump, 1 + 2 jump, ... below 1 + T -
+  jump the chain goes back up by `jump`, `resample` - 1 times each (Lugmayr et
+  al. 2022, appendix B, and their code). So the first `jump` steps are taken
+  once, and no jump starts at the clean image.
 
   Raises:
     ValueError: if either is not positive.
   """
   if jump < 1 or resample < 1:
     raise ValueError(f'jump={jump} and resample={resample} must be at least 1')
-  times: list[int] = []
-  for top in range(T, 0, -jump):
-    times += resample * list(range(top, max(top - jump, 0), -1))
+  left = {1 + t: resample - 1 for t in range(0, T - jump, jump)}
+  times, t = [], T
+  while t > 0:
+    if left.get(t, 0):
+      left[t] -= 1
+      t += jump
+    else:
+      times.append(t)
+      t -= 1
   return times
 
 
@@ -132,7 +141,7 @@ def invert(
   del keys, before
   out = model_fn(x_prev, jnp.full(len(x_prev), t))
   x0_hat = process.to_x0(schedule, out, x_prev, t, predict=predict, clip=False)
-  signal = jnp.sqrt(schedule.alpha_bar)
+  signal = schedule.sqrt_alpha_bar
   noise = jnp.sqrt(schedule.one_minus_alpha_bar)
   eps = (x_prev - signal[t] * x0_hat) / noise[t]
   x0_hat = (x_prev - noise[t - 1] * eps) / signal[t - 1]

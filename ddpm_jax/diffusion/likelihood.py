@@ -59,7 +59,7 @@ def decoder_log_prob(
 
 def prior(schedule: schedules.Schedule, x0: jax.Array) -> jax.Array:
   """L_T = KL(q(x_T | x_0) ‖ N(0, I)), for one example of any shape."""
-  mean = jnp.sqrt(schedule.alpha_bar[-1]) * x0
+  mean = schedule.sqrt_alpha_bar[-1] * x0
   log_var = jnp.log(schedule.one_minus_alpha_bar[-1])
   return jnp.mean(normal_kl(mean, log_var, 0.0, 0.0))
 
@@ -154,10 +154,11 @@ def bound(
     x0: (B, ...) in [-1, 1], grays of 256.
     draws: 0 for all T terms, one draw of x_t each; else t = 1 and so many times
       drawn uniformly from 2..T, of which `totals` makes an unbiased estimate.
+      With T = 1 there is only the one term.
     predict: what the network predicts.
     variance: what σ_t² is.
   """
-  if draws:
+  if draws and schedule.T > 1:
     drawn = jax.vmap(
       lambda key: jax.random.randint(key, (draws,), 2, schedule.T + 1)
     )(jax.vmap(jax.random.fold_in, (0, None))(keys, schedule.T + 1))

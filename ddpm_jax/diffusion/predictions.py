@@ -1,7 +1,7 @@
 """What a network may predict of x_t: ε, x_0, v or the posterior mean μ̃.
 
 `config.model.predict` names one. Each says what the network is to answer, and
-what its answer makes x_0 to be; one is the inverse of the other.
+what its answer makes of x_0 and of the mean of the reverse step.
 """
 
 from collections.abc import Callable
@@ -16,25 +16,39 @@ Schedule = schedules.Schedule
 
 
 class Prediction(NamedTuple):
-  """Two functions of one time t and an x of any shape."""
+  """Functions of one time t and an x of any shape."""
 
   # (schedule, x0, eps, t) -> what the network should answer to x_t
   target: Callable[[Schedule, jax.Array, jax.Array, jax.Array], jax.Array]
-  # (schedule, x_t, out, t) -> x̂_0, given its answer
+  # (schedule, x_t, out, t) -> x̂_0, given its answer; the inverse of `target`
   to_x0: Callable[[Schedule, jax.Array, jax.Array, jax.Array], jax.Array]
+  # (schedule, x_t, out, t) -> μ_θ, given its answer, if nothing is clipped
+  mean: Callable[[Schedule, jax.Array, jax.Array, jax.Array], jax.Array]
+  # (schedule, t) -> log |∂x̂_0/∂out|
+  log_gain: Callable[[Schedule, jax.Array], jax.Array]
+  # Whether clipping x̂_0 changes μ_θ: not where the answer is μ_θ itself.
+  clips_mean: bool = True
 
 
 def _signal_noise(s: Schedule, t: jax.Array) -> tuple[jax.Array, jax.Array]:
   """√ᾱ_t and √(1-ᾱ_t)."""
-  return jnp.sqrt(s.alpha_bar[t]), jnp.sqrt(s.one_minus_alpha_bar[t])
+  return s.sqrt_alpha_bar[t], jnp.sqrt(s.one_minus_alpha_bar[t])
 
 
 def posterior_weights(s: Schedule, t: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The weights of x_0 and of x_t in μ̃_t(x_t, x_0)  (eq. 7)."""
   beta, one_minus = s.beta[t], s.one_minus_alpha_bar
-  of_x0 = jnp.sqrt(s.alpha_bar[t - 1]) * beta / one_minus[t]
+  of_x0 = s.sqrt_alpha_bar[t - 1] * beta / one_minus[t]
   of_x_t = jnp.sqrt(1 - beta) * one_minus[t - 1] / one_minus[t]
   return of_x0, of_x_t
+
+
+def posterior_mean(
+  s: Schedule, x0: jax.Array, x_t: jax.Array, t: jax.Array
+) -> jax.Array:
+  """μ̃_t(x_t, x_0), the mean of q(x_{t-1} | x_t, x_0)  (eq. 7)."""
+  of_x0, of_x_t = posterior_weights(s, t)
+  return of_x0 * x0 + of_x_t * x_t
 
 
 def _eps_to_x0(
@@ -43,6 +57,14 @@ def _eps_to_x0(
   """x_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t  (eq. 15)."""
   signal, noise = _signal_noise(s, t)
   return (x_t - noise * out) / signal
+
+
+def _eps_mean(
+  s: Schedule, x_t: jax.Array, out: jax.Array, t: jax.Array
+) -> jax.Array:
+  """(x_t - β_t/√(1-ᾱ_t) ε) / √(1-β_t)  (eq. 11)."""
+  eps = s.beta[t] / jnp.sqrt(s.one_minus_alpha_bar[t]) * out
+  return jnp.exp(-schedules.log_ratio(s, t - 1, t) / 2) * (x_t - eps)
 
 
 def _v_target(
@@ -66,8 +88,7 @@ def _mu_target(
 ) -> jax.Array:
   """μ̃_t(x_t, x_0)  (eq. 7)."""
   signal, noise = _signal_noise(s, t)
-  of_x0, of_x_t = posterior_weights(s, t)
-  return of_x0 * x0 + of_x_t * (signal * x0 + noise * eps)
+  return posterior_mean(s, x0, signal * x0 + noise * eps, t)
 
 
 def _mu_to_x0(
@@ -78,7 +99,30 @@ def _mu_to_x0(
   return (out - of_x_t * x_t) / of_x0
 
 
-eps = Prediction(lambda s, x0, eps, t: eps, _eps_to_x0)
-x0 = Prediction(lambda s, x0, eps, t: x0, lambda s, x_t, out, t: out)
-v = Prediction(_v_target, _v_to_x0)
-mu = Prediction(_mu_target, _mu_to_x0)
+eps = Prediction(
+  target=lambda s, x0, eps, t: eps,
+  to_x0=_eps_to_x0,
+  mean=_eps_mean,
+  log_gain=lambda s, t: -schedules.log_snr(s, t) / 2,
+)
+x0 = Prediction(
+  target=lambda s, x0, eps, t: x0,
+  to_x0=lambda s, x_t, out, t: out,
+  mean=lambda s, x_t, out, t: posterior_mean(s, out, x_t, t),
+  log_gain=lambda s, t: jnp.zeros_like(s.beta[t]),
+)
+v = Prediction(
+  target=_v_target,
+  to_x0=_v_to_x0,
+  mean=lambda s, x_t, out, t: posterior_mean(
+    s, _v_to_x0(s, x_t, out, t), x_t, t
+  ),
+  log_gain=lambda s, t: jnp.log(s.one_minus_alpha_bar[t]) / 2,
+)
+mu = Prediction(
+  target=_mu_target,
+  to_x0=_mu_to_x0,
+  mean=lambda s, x_t, out, t: out,
+  log_gain=lambda s, t: -jnp.log(posterior_weights(s, t)[0]),
+  clips_mean=False,
+)

@@ -30,8 +30,19 @@ def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def q_sample(
   schedule: Schedule, x0: jax.Array, t: jax.Array, eps: jax.Array
 ) -> jax.Array:
-  """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε  (eq. 4)."""
-  signal = jnp.sqrt(schedule.alpha_bar[t])
+  """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε  (eq. 4).
+
+  Args:
+    schedule: of T steps.
+    x0: of any shape.
+    t: in 0..T; a scalar, or (B,) for x0 and eps of shape (B, ...).
+    eps: of N(0, I), of the shape of x0.
+
+  Raises:
+    ValueError: if t has a shape that is neither.
+  """
+  t = per_example(t, x0)
+  signal = schedule.sqrt_alpha_bar[t]
   noise = jnp.sqrt(schedule.one_minus_alpha_bar[t])
   return signal * x0 + noise * eps
 
@@ -39,8 +50,8 @@ def q_sample(
 def q_step(
   schedule: Schedule, x_prev: jax.Array, t: jax.Array, eps: jax.Array
 ) -> jax.Array:
-  """x_t = √(1-β_t) x_{t-1} + √β_t ε  (eq. 2)."""
-  beta = schedule.beta[t]
+  """x_t = √(1-β_t) x_{t-1} + √β_t ε  (eq. 2); t as in `q_sample`."""
+  beta = schedule.beta[per_example(t, x_prev)]
   return jnp.sqrt(1 - beta) * x_prev + jnp.sqrt(beta) * eps
 
 
@@ -51,17 +62,39 @@ def q_between(
   t: jax.Array,
   eps: jax.Array,
 ) -> jax.Array:
-  """x_t = √(ᾱ_t/ᾱ_s) x_s + √(1-ᾱ_t/ᾱ_s) ε, for s ≤ t: t - s times eq. 2."""
-  kept = schedule.alpha_bar[t] / schedule.alpha_bar[s]
-  return jnp.sqrt(kept) * x_s + jnp.sqrt(1 - kept) * eps
+  """x_t = √(ᾱ_t/ᾱ_s) x_s + √(1-ᾱ_t/ᾱ_s) ε, for s ≤ t: t - s times eq. 2.
+
+  s and t as the t of `q_sample`.
+  """
+  s, t = per_example(s, x_s), per_example(t, x_s)
+  log_kept = schedules.log_ratio(schedule, s, t)
+  return jnp.exp(log_kept / 2) * x_s + jnp.sqrt(-jnp.expm1(log_kept)) * eps
+
+
+def per_example(t: jax.Array | int, x: jax.Array) -> jax.Array | int:
+  """t in a shape that broadcasts against x: (), or (B,) for x (B, ...).
+
+  Raises:
+    ValueError: if t has another shape.
+  """
+  shape, x_shape = jnp.shape(t), jnp.shape(x)
+  if shape == () or shape == x_shape:
+    return t
+  if shape != x_shape[:1]:
+    raise ValueError(
+      f't has shape {shape} and x {x_shape}: give a scalar t, or one for each '
+      'example, (B,) for x of (B, ...); jax.vmap does other batches'
+    )
+  return jnp.reshape(t, (-1, *(1,) * (len(x_shape) - 1)))
 
 
 def q_posterior(
   schedule: Schedule, x0: jax.Array, x_t: jax.Array, t: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Mean μ̃_t(x_t, x_0) and variance β̃_t of q(x_{t-1} | x_t, x_0)  (eq. 6-7)."""
-  of_x0, of_x_t = predictions.posterior_weights(schedule, t)
-  return of_x0 * x0 + of_x_t * x_t, schedule.beta_tilde[t]
+  t = per_example(t, x_t)
+  mean = predictions.posterior_mean(schedule, x0, x_t, t)
+  return mean, schedule.beta_tilde[t]
 
 
 def q_sigma(
@@ -76,11 +109,12 @@ def q_sigma(
   The family of Song et al. 2021 (DDIM, eq. 7 and 16): all have the same
   q(x_t | x_0). η = 1 is `q_posterior`, and with η = 0 nothing is random.
   """
-  alpha_bar, one_minus = schedule.alpha_bar, schedule.one_minus_alpha_bar
-  eps = (x_t - jnp.sqrt(alpha_bar[t]) * x0) / jnp.sqrt(one_minus[t])
+  t = per_example(t, x_t)
+  signal, one_minus = schedule.sqrt_alpha_bar, schedule.one_minus_alpha_bar
+  eps = (x_t - signal[t] * x0) / jnp.sqrt(one_minus[t])
   # 1 - ᾱ_{t-1} - σ², so written that rounding cannot make it negative.
   rest = jnp.maximum(1 - eta**2 * schedule.beta[t] / one_minus[t], 0)
-  mean = jnp.sqrt(alpha_bar[t - 1]) * x0
+  mean = signal[t - 1] * x0
   mean += jnp.sqrt(one_minus[t - 1] * rest) * eps
   return mean, eta**2 * schedule.beta_tilde[t]
 
@@ -116,15 +150,20 @@ def p_mean_variance(
     out: what the network makes of x_t: as many channels (last axis), or twice
       as many, of which the second half is for a learned variance.
     x_t: of any shape.
-    t: a time in 1..T.
+    t: in 1..T, as the t of `q_sample`.
     predict: what the network predicts.
     variance: what σ_t² is.
-    clip: x̂_0 to [-1, 1], as the authors' code does. Without it, and with
-      ε predicted, the mean is eq. 11 to the letter.
+    clip: x̂_0 to [-1, 1], as the authors' code does; the mean is then of the
+      clipped x̂_0, but where the network predicts the mean, which stays what it
+      says. Without `clip`, and with ε predicted, the mean is eq. 11.
   """
+  t = per_example(t, x_t)
+  answer, raw = split(out, x_t)
   x0_hat = to_x0(schedule, out, x_t, t, predict=predict, clip=clip)
-  _, raw = split(out, x_t)
-  mean, _ = q_posterior(schedule, x0_hat, x_t, t)
+  if clip and predict.clips_mean:
+    mean = predictions.posterior_mean(schedule, x0_hat, x_t, t)
+  else:
+    mean = predict.mean(schedule, x_t, answer, t)
   return mean, variance(schedule, raw, t), x0_hat
 
 

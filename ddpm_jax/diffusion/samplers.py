@@ -66,8 +66,12 @@ def greedy(
 ) -> tuple[jax.Array, jax.Array]:
   """x_{t-1} = μ_θ(x_t, t): `ancestral` with σ_t = 0 at every step."""
   del keys, before
-  x0_hat = _x0_hat(schedule, model_fn, x_t, t, predict, clip)
-  return process.q_posterior(schedule, x0_hat, x_t, t)[0], x0_hat
+  out = model_fn(x_t, jnp.full(len(x_t), t))
+  # The variance is not looked at: any will do.
+  mean, _, x0_hat = process.p_mean_variance(
+    schedule, out, x_t, t, predict=predict, clip=clip
+  )
+  return mean, x0_hat
 
 
 def ddim(
@@ -204,8 +208,7 @@ def _extrapolated(
   """
   if before is None:
     return x0_hat
-  signal, noise = schedule.alpha_bar, schedule.one_minus_alpha_bar
-  half_log_snr = (jnp.log(signal) - jnp.log(noise)) / 2
+  half_log_snr = schedules.log_snr(schedule, jnp.arange(schedule.T + 1)) / 2
   jumps = -jnp.diff(half_log_snr, append=half_log_snr[-1])
   follows = (before.t == t + 1) & (t > 1)
   weight = jnp.where(follows, jumps[t - 1] / (2 * jumps[t]), 0.0)

@@ -18,7 +18,9 @@ class Schedule(NamedTuple):
   """Tables of shape (T+1,), indexed by the paper's t; slot 0 is the image.
 
   A float32 `1 - alpha_bar` would be off by 1.7e-4 of itself at t = 1, so every
-  table is made in float64 and cast last.
+  table is made in float64 and cast last. Below 1e-38 `alpha_bar` is 0, because
+  XLA flushes denormal numbers on CPUs: ratios are formed from `log_alpha_bar`,
+  and `sqrt_alpha_bar` is what may be divided by.
   """
 
   beta: jax.Array  # β_t, the variance that step t adds; β_0 = 0
@@ -26,23 +28,34 @@ class Schedule(NamedTuple):
   one_minus_alpha_bar: jax.Array  # 1 - ᾱ_t
   beta_tilde: jax.Array  # β̃_t, variance of q(x_{t-1} | x_t, x_0); β̃_1 = 0
   time: jax.Array  # the time that the network is told: t, or more (`stride`)
+  log_alpha_bar: jax.Array  # log ᾱ_t; -∞ where nothing is left of x_0
+  sqrt_alpha_bar: jax.Array  # √ᾱ_t, at least LEAST_SIGNAL, or 0
 
   @property
   def T(self) -> int:
     return len(self.beta) - 1
 
 
+# A float32 x_t of size 1 holds nothing of √ᾱ_t x_0 long before √ᾱ_t is this
+# small. The floor keeps x̂_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t finite, and changes
+# no x_t.
+LEAST_SIGNAL = 1e-30
+
+
 def from_beta(beta: np.ndarray) -> Schedule:
   """The tables that follow from β_1..β_T, float64 of shape (T,).
 
   Raises:
-    ValueError: if a β_t is not in (0, 1).
+    ValueError: if a β_t is not in (0, 1); the last may be 1.
   """
   beta = np.asarray(beta, np.float64)
-  if beta.ndim != 1 or not np.all((beta > 0) & (beta < 1)):
-    raise ValueError('every beta must lie strictly between 0 and 1')
-  log_alpha_bar = np.cumsum(np.log1p(-np.append(0.0, beta)))
-  return _tables(log_alpha_bar, np.arange(len(beta) + 1))
+  inside = (beta > 0) & (beta < 1)
+  inside[-1:] |= beta[-1:] == 1
+  if beta.ndim != 1 or not np.all(inside):
+    raise ValueError(
+      'every beta must lie strictly between 0 and 1; the last may be 1'
+    )
+  return _tables(_log_products(beta), np.arange(len(beta) + 1))
 
 
 def _tables(log_alpha_bar: np.ndarray, time: np.ndarray) -> Schedule:
@@ -53,26 +66,61 @@ def _tables(log_alpha_bar: np.ndarray, time: np.ndarray) -> Schedule:
   beta = -np.expm1(np.diff(log_alpha_bar))
   one_minus = -np.expm1(log_alpha_bar)  # exact where ᾱ_t is near 1
   beta_tilde = beta * one_minus[:-1] / one_minus[1:]  # eq. 7
+  signal = np.exp(log_alpha_bar / 2)
+  signal = np.where(signal > 0, np.maximum(signal, LEAST_SIGNAL), 0)
   return Schedule(
     beta=jnp.asarray(np.append(0.0, beta), jnp.float32),
     alpha_bar=jnp.asarray(np.exp(log_alpha_bar), jnp.float32),
     one_minus_alpha_bar=jnp.asarray(one_minus, jnp.float32),
     beta_tilde=jnp.asarray(np.append(0.0, beta_tilde), jnp.float32),
     time=jnp.asarray(time, jnp.int32),
+    log_alpha_bar=jnp.asarray(log_alpha_bar, jnp.float32),
+    sqrt_alpha_bar=jnp.asarray(signal, jnp.float32),
   )
+
+
+def _log_products(beta: np.ndarray) -> np.ndarray:
+  """log ᾱ_0..ᾱ_T in float64, from β_1..β_T."""
+  with np.errstate(divide='ignore'):  # log 0, at a zero terminal SNR
+    return np.append(0.0, np.cumsum(np.log1p(-beta)))
 
 
 def _log_alpha_bar(schedule: Schedule) -> np.ndarray:
   """log ᾱ_t in float64, from β_t, which keeps it where ᾱ_t is near 1."""
-  with np.errstate(divide='ignore'):  # log 0, at a zero terminal SNR
-    return np.cumsum(np.log1p(-np.asarray(schedule.beta, np.float64)))
+  return _log_products(np.asarray(schedule.beta, np.float64)[1:])
+
+
+def log_ratio(
+  schedule: Schedule, s: jax.Array | int, t: jax.Array | int
+) -> jax.Array:
+  """log (ᾱ_t / ᾱ_s) for s ≤ t: 0 for s = t, also where both ᾱ are 0."""
+  table = schedule.log_alpha_bar
+  return jnp.where(jnp.equal(s, t), 0.0, table[t] - table[s])
+
+
+def log_snr(schedule: Schedule, t: jax.Array | int) -> jax.Array:
+  """log (ᾱ_t / (1-ᾱ_t)); -∞ at a zero terminal SNR."""
+  return schedule.log_alpha_bar[t] - jnp.log(schedule.one_minus_alpha_bar[t])
+
+
+def ends_in_noise(schedule: Schedule) -> bool:
+  """Whether ᾱ_T is 0: a zero terminal SNR, where ε does not tell x_0."""
+  return bool(np.isneginf(schedule.log_alpha_bar[-1]))
+
+
+def _line(first: float, last: float, T: int) -> np.ndarray:
+  """T numbers in equal steps; of one step it is the last that counts."""
+  return np.linspace(first, last, T) if T > 1 else np.array([last])
 
 
 def linear(
   T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02
 ) -> Schedule:
-  """β_t from β_1 to β_T in equal steps  (Ho et al. 2020, section 4)."""
-  return from_beta(np.linspace(beta_1, beta_T, T, dtype=np.float64))
+  """β_t from β_1 to β_T in equal steps  (Ho et al. 2020, section 4).
+
+  With T = 1 the only step has β_T, as in all schedules that take both.
+  """
+  return from_beta(_line(beta_1, beta_T, T))
 
 
 def sqrt_linear(
@@ -86,7 +134,7 @@ def scaled_linear(
   T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02
 ) -> Schedule:
   """√β_t in equal steps: the `linear` of Rombach et al. 2022's code."""
-  return from_beta(np.linspace(beta_1**0.5, beta_T**0.5, T) ** 2)
+  return from_beta(_line(beta_1**0.5, beta_T**0.5, T) ** 2)
 
 
 def quad(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
@@ -96,12 +144,40 @@ def quad(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
 
 def sqrt(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
   """√ of β in equal steps from β_1 to β_T  (Rombach et al. 2022's code)."""
-  return from_beta(np.linspace(beta_1, beta_T, T) ** 0.5)
+  return from_beta(_line(beta_1, beta_T, T) ** 0.5)
 
 
 def const(T: int = 1000, beta_T: float = 0.02) -> Schedule:
   """β_t = β_T, always  (Ho et al. 2020's code)."""
   return from_beta(np.full(T, beta_T))
+
+
+def warmup10(
+  T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02
+) -> Schedule:
+  """`linear` over the first tenth of the steps, then β_T  (Ho et al.'s code)."""
+  return _warmup(T, beta_1, beta_T, T // 10)
+
+
+def warmup50(
+  T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02
+) -> Schedule:
+  """`linear` over the first half of the steps, then β_T  (Ho et al.'s code)."""
+  return _warmup(T, beta_1, beta_T, T // 2)
+
+
+def _warmup(T: int, beta_1: float, beta_T: float, steps: int) -> Schedule:
+  return from_beta(
+    np.append(np.linspace(beta_1, beta_T, steps), np.full(T - steps, beta_T))
+  )
+
+
+def jsd(T: int = 1000) -> Schedule:
+  """β_t = 1/(T - t + 1), so that ᾱ_t = 1 - t/T  (Ho et al. 2020's code).
+
+  ᾱ_T is 0: the network must predict something else than ε.
+  """
+  return from_beta(1 / np.arange(T, 0, -1))
 
 
 def su(T: int = 1000) -> Schedule:

@@ -22,6 +22,17 @@ def quadratic(T: int, steps: int) -> np.ndarray:
   return np.maximum(np.round(T * (k / steps) ** 2).astype(int), k)
 
 
+def quad(T: int, steps: int) -> np.ndarray:
+  """τ_k = 1 + ⌊0.8 T ((k-1)/(steps-1))²⌋: `quad` of DDIM's released code.
+
+  It ends near 0.8 T, where the paper's text says T; where it would be the same
+  time twice, one step is taken.
+  """
+  k = np.arange(steps + 1)
+  roots = np.linspace(0, np.sqrt(0.8 * T), steps)
+  return np.maximum(np.append(0, 1 + (roots**2).astype(int)), k)
+
+
 def leading(T: int, steps: int) -> np.ndarray:
   """τ_k = 1 + (k-1) ⌊T/steps⌋: as in the code of DDIM, and much after it.
 

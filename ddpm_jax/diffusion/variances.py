@@ -13,9 +13,13 @@ Schedule = schedules.Schedule
 
 
 def beta(schedule: Schedule, raw: jax.Array | None, t: jax.Array) -> jax.Array:
-  """σ² = β_t ("fixed large"): optimal for x_0 from N(0, I)  (section 3.2)."""
+  """σ² = β_t ("fixed large"): optimal for x_0 from N(0, I)  (section 3.2).
+
+  At t = 1, where it is the decoder's alone, it is that of `beta_tilde`, as in
+  the authors' code; the paper's bits/dim are of that.
+  """
   del raw
-  return jnp.log(schedule.beta[t])
+  return jnp.log(jnp.where(t > 1, schedule.beta[t], _at_1(schedule)))
 
 
 def beta_tilde(
@@ -26,7 +30,12 @@ def beta_tilde(
   β̃_1 is 0; in its place stands β̃_2, as in the authors' code.
   """
   del raw
-  return jnp.log(schedule.beta_tilde[jnp.maximum(t, 2)])
+  return jnp.log(jnp.where(t > 1, schedule.beta_tilde[t], _at_1(schedule)))
+
+
+def _at_1(schedule: Schedule) -> jax.Array:
+  """σ_1² of both fixed variances: β̃_2; with T = 1 there is only β_1."""
+  return schedule.beta_tilde[2] if schedule.T > 1 else schedule.beta[1]
 
 
 def learned(
@@ -42,10 +51,10 @@ def learned_range(
 ) -> jax.Array:
   """Between log β̃_t and log β_t: v log β_t + (1-v) log β̃_t, raw = 2v - 1.
 
-  Nichol & Dhariwal 2021, eq. 15.
+  Nichol & Dhariwal 2021, eq. 15; at t = 1, β_1 and β̃_2, as in their code.
   """
   v = (_given(raw) + 1) / 2
-  large, small = beta(schedule, None, t), beta_tilde(schedule, None, t)
+  large, small = jnp.log(schedule.beta[t]), beta_tilde(schedule, None, t)
   return v * large + (1 - v) * small
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from ddpm_jax import build
 from ddpm_jax import functions
 from ddpm_jax.diffusion import likelihood
+from ddpm_jax.diffusion import objectives
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import process
-from ddpm_jax.diffusion import two_noise
 from ddpm_jax.diffusion import two_term as two_term_form
 from ddpm_jax.jobs import sample
 from ddpm_jax.jobs import score
@@ -122,21 +122,16 @@ def gradients(trained: common.Trained, count: int = 256) -> common.Drawn:
   predict = build.reverse(config, config.model.variance)['predict']
   times = np.array(common.spread(table.T, 20)[1:])
   times = np.unique([1, 2, *times])
-  forms = two_noise.two_noise, two_noise.one_noise
-  own_noise = jax.vmap(
-    functools.partial(two_noise.own_noise, table, predict=predict)
-  )
+  forms = objectives.two_noise, objectives.one_noise
 
   def fn(params: Any, rows: dict[str, jax.Array]) -> jax.Array:
     images, keys = pixels.to_float(rows['x0']), rows['keys']
 
     def losses(params: Any, t: jax.Array) -> jax.Array:
-      def model_fn(x_t: jax.Array, t: jax.Array) -> jax.Array:
-        out, _ = process.split(network.model_fn(params)(x_t, t), x_t)
-        return own_noise(x_t, out, t)
-
-      t = jnp.full(len(images), t)
-      every = [f(table, model_fn, keys, images, t) for f in forms]
+      model_fn, t = network.model_fn(params), jnp.full(len(images), t)
+      every = [
+        f(table, model_fn, keys, images, t, predict=predict) for f in forms
+      ]
       return jnp.stack(every, axis=1)
 
     def slopes(t: jax.Array, direction: jax.Array) -> jax.Array:
