@@ -75,8 +75,8 @@ def loss(config: ConfigDict, *, ends_in_noise: bool) -> None:
     )
   if loss == 'min_snr' and ends_in_noise:
     raise errors.UserError(
-      'config.loss.name=min_snr weighs t by its SNR, which this schedule makes 0 '
-      'at t = T, where sampling begins: that step would not be learned. Take '
+      'config.loss.name=min_snr weighs t by its SNR, which this schedule makes '
+      '0 at t = T, where sampling begins: that step would not be learned. Take '
       'simple, or a schedule without a zero terminal SNR'
     )
   if loss == 'min_snr' and model.predict == 'mu':

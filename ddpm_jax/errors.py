@@ -2,7 +2,10 @@
 
 import difflib
 import errno
+import math
 from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 
 class UserError(ValueError):
@@ -26,6 +29,18 @@ class RunError(RuntimeError):
 
   `main` prints it in one line and exits with 1.
   """
+
+
+def finite(values: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+  """`values` as they are.
+
+  Raises:
+    RunError: naming the first number that is not finite.
+  """
+  for name, value in values.items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise RunError(f'the {what} {name} is {value}; nothing is written')
+  return values
 
 
 def expected(error: BaseException) -> bool:

@@ -163,47 +163,63 @@ def index_and_condition(rows: Any) -> tuple[jax.Array, Any]:
   return rows, None
 
 
+class Drawn(NamedTuple):
+  """B examples that were drawn."""
+
+  images: jax.Array  # uint8 (B, H, W, C); or points, float32
+  x0_hats: jax.Array | None  # (B, K, ...), the same of predictions on the way
+  bad_t: jax.Array  # (B,), see `samplers.Sampled`
+
+
+def drawn(config: ConfigDict, sampled: samplers.Sampled) -> Drawn:
+  """What was sampled, as it is shown and written."""
+  x_0, x0_hats = sampled.x_0, sampled.x0_hats.swapaxes(0, 1)
+  if recipe.image_size(config):
+    x_0, x0_hats = pixels.to_uint8(x_0), pixels.to_uint8(x0_hats)
+  return Drawn(x_0, x0_hats, sampled.bad_t)
+
+
 def sampler(
   config: ConfigDict,
   seed: int,
   snapshots: int = 0,
   cut: Callable[[jax.Array], jax.Array] = lambda images: images,
 ) -> Callable:
-  """(params, rows) -> images (B, H, W, C), predictions (B, K, H, W, C).
+  """(params, rows) -> `Drawn`.
 
-  Both uint8; or points, float32. `rows` holds `index` (B,) and, if the recipe
+  `rows` holds `index` (B,) and, if the recipe
   has one, a `condition`; or it is the index alone, and then the classes take
   turns, or nothing is asked for. Image `index` of a seed is the same in a batch
   of any size. `cut` may spread images over devices.
   """
   p = reverse_process(config)
 
-  def sample(params: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
+  def sample(params: Any, rows: Any) -> Drawn:
     index, told = index_and_condition(rows)
     if told is None and config.condition.name == 'label':
       told = index % config.condition.classes
     keys, x_T = noise(config, seed, index)
-    x_0, seen = samplers.sample(
+    sampled = samplers.sample(
       *(p.step, p.schedule, p.model_fn(params, told), keys, cut(x_T)),
       snapshots=snapshots,
     )
-    seen = seen.swapaxes(0, 1)
-    if not recipe.image_size(config):
-      return x_0, seen
-    return pixels.to_uint8(x_0), pixels.to_uint8(seen)
+    return drawn(config, sampled)
 
   return sample
 
 
 def chain(config: ConfigDict, seed: int, times: Sequence[int]) -> Callable:
-  """(params, index (B,)) -> x_t (B, K, ...) at K falling times, from T on."""
+  """(params, index (B,)) -> `Drawn` of x_t (B, K, ...), not rounded.
+
+  At K falling times of the sampler's schedule, from the last one on.
+  """
   p = reverse_process(config)
 
-  def sample(params: Any, index: jax.Array) -> jax.Array:
+  def sample(params: Any, index: jax.Array) -> Drawn:
     keys, x = noise(config, seed, index)
-    kept, before = [x], None
+    kept, before, bad_t = [x], None, jnp.zeros(len(x), jnp.int32)
     for first, after in itertools.pairwise(times):
-      x, seen = samplers.sample(
+      x, seen, bad = samplers.sample(
         *(p.step, p.schedule, p.model_fn(params), keys, x),
         times=range(first, after, -1),
         before=before,
@@ -211,7 +227,8 @@ def chain(config: ConfigDict, seed: int, times: Sequence[int]) -> Callable:
       )
       before = samplers.Before(seen[0], jnp.full(len(x), after + 1))
       kept.append(x)
-    return jnp.stack(kept, axis=1)
+      bad_t = jnp.where(bad_t > 0, bad_t, bad)
+    return Drawn(jnp.stack(kept, axis=1), None, bad_t)
 
   return sample
 

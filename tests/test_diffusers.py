@@ -169,7 +169,7 @@ def test_a_chain_of_1000_steps_is_the_same(tmp_path):
   config, params = ours(tmp_path / 'run')
   p = functions.reverse_process(config)
   keys, x_T = functions.noise(config, 0, jnp.arange(2))
-  x_0, _ = samplers.sample(p.step, p.schedule, p.model_fn(params), keys, x_T)
+  x_0, *_ = samplers.sample(p.step, p.schedule, p.model_fn(params), keys, x_T)
   x = np.asarray(x_T)
   for t in scheduler.timesteps.tolist():
     out = golden.answer(model, x, [t] * 2)

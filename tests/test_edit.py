@@ -78,7 +78,7 @@ def test_what_is_known_comes_back_exactly(name):
   x_T = process.normal(keys(2, 1), (16, 16, 1))
   inpaint = editing.inpaint(step(name), pixels.to_float(grays), mask[..., None])
   times = editing.jumps(T, 20, 2)
-  x_0, _ = samplers.sample(inpaint, S, net, keys(2), x_T, times=times)
+  x_0, *_ = samplers.sample(inpaint, S, net, keys(2), x_T, times=times)
   known = np.broadcast_to(~mask[..., None], grays.shape)
   for image in np.asarray(pixels.to_uint8(x_0)):
     np.testing.assert_array_equal(image[known], np.asarray(grays)[known])
@@ -103,12 +103,12 @@ def test_the_way_up_and_down_again_leaves_the_data_as_they_are():
   x_T = process.normal(keys(N, 1), (1,))
   all_anew = editing.inpaint(step(), jnp.zeros(1), jnp.ones(1, bool))
   times = [t for t in editing.jumps(T, 25, 3) if t > 1]
-  x, _ = samplers.sample(all_anew, S, net, keys(N), x_T, times=times)
+  x, *_ = samplers.sample(all_anew, S, net, keys(N), x_T, times=times)
   # All x_t are N(0, 1), by σ² = β; five standard errors.
   assert abs(float(x.mean())) < 5 / np.sqrt(N)
   assert abs(float(x.var()) - 1) < 5 * np.sqrt(2 / N)
   # Of another visit there is other noise: a part done twice is not undone.
-  once, _ = samplers.sample(
+  once, *_ = samplers.sample(
     all_anew, S, net, keys(N), x_T, times=range(T, 1, -1)
   )
   assert np.mean(np.asarray(x) != np.asarray(once)) > 0.99
@@ -136,7 +136,7 @@ def test_resampling_makes_the_new_fit_the_known():
   off = {}
   for resample in (1, 5):
     times = editing.jumps(T, 10, resample)
-    x_0, _ = samplers.sample(inpaint, S, pair(rho), keys(N), x_T, times=times)
+    x_0, *_ = samplers.sample(inpaint, S, pair(rho), keys(N), x_T, times=times)
     np.testing.assert_array_equal(x_0[:, 0], 1.5)
     off[resample] = abs(float(x_0[:, 1].mean()) - 1.5 * rho)
   assert off[5] < off[1] / 2

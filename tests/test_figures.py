@@ -175,9 +175,9 @@ def test_rows_of_their_own_parts_are_the_parts_of_samples():
   k = keys(3)
   first, last = np.array([100, 60, 0]), np.array([1, 21, 1])
   step = editing.between(samplers.ancestral, jnp.array(first), jnp.array(last))
-  x_0, _ = samplers.sample(step, S, net, k, x)
+  x_0, *_ = samplers.sample(step, S, net, k, x)
   for i in (0, 1):
-    alone, _ = samplers.sample(
+    alone, *_ = samplers.sample(
       *(samplers.ancestral, S, net, k[i : i + 1], x[i : i + 1]),
       times=range(first[i], last[i] - 1, -1),
     )

@@ -121,7 +121,9 @@ def test_two_noises_and_one_have_the_same_gradient_and_one_varies_less(t, kind):
   two = gradients(objectives.two_noise, 2)
   error = jnp.sqrt((one.var(0) + two.var(0)) / n)
   assert np.all(np.abs(one.mean(0) - two.mean(0)) < 5 * error)
-  if t > 1:  # at t = 1 there is no noise before, and both are one
+  # At t = 1 there is no noise before, and both are one. A μ̃ that is far off has
+  # an error beside which either noise is nothing.
+  if t > 1 and kind != 'mu':
     assert np.all(one.var(0) < two.var(0))
 
 

@@ -114,15 +114,36 @@ def test_fixed_variances_are_the_tables():
     assert jnp.exp(variances.beta_tilde(S, None, t)) == pytest.approx(
       float(S.beta_tilde[t]), rel=1e-5
     )
-  at_1, at_2 = (variances.beta_tilde(S, None, t) for t in (1, 2))
-  assert at_1 == at_2  # β̃_1 is 0
+  # β̃_1 is 0; the authors' code has β̃_2 there, for both.
+  for variance in (variances.beta, variances.beta_tilde):
+    at_1 = jnp.exp(variance(S, None, 1))
+    assert at_1 == pytest.approx(5.4535e-5, rel=1e-4)
+
+
+def test_a_schedule_of_one_step_has_its_only_variance():
+  s = schedules.from_beta(np.array([0.3]))
+  for variance in (variances.beta, variances.beta_tilde):
+    assert jnp.exp(variance(s, None, 1)) == pytest.approx(0.3)
+  assert np.isfinite(variances.learned_range(s, jnp.float32(0.5), 1))
+
+
+def test_the_mean_of_mu_is_what_the_network_says_clipped_or_not():
+  """As in the authors' code, where only the x̂_0 that is shown is clipped."""
+  x_t, out = jnp.full(3, 0.1), jnp.full(3, 0.3)
+  for clip in (True, False):
+    mean, _, x0_hat = process.p_mean_variance(
+      S, out, x_t, 1000, predict=predictions.mu, clip=clip
+    )
+    np.testing.assert_array_equal(mean, out)
+    assert (jnp.abs(x0_hat).max() <= 1) == clip
 
 
 def test_a_learned_range_reaches_from_beta_tilde_to_beta():
   for t in (1, 2, 500):
     ends = [variances.learned_range(S, jnp.float32(v), t) for v in (-1, 1)]
     assert ends[0] == variances.beta_tilde(S, None, t)
-    assert ends[1] == variances.beta(S, None, t)
+    # β_1 too, as in OpenAI's code.
+    assert ends[1] == pytest.approx(float(jnp.log(S.beta[t])), rel=1e-6)
 
 
 def test_the_network_of_a_learned_variance_answers_twice_the_channels():

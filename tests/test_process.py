@@ -82,6 +82,31 @@ def test_clipping_keeps_x0_hat_in_range():
   assert jnp.max(jnp.abs(x0_hat)) == 1
 
 
+def test_a_batch_of_times_is_taken_as_it_is():
+  x0 = jax.random.normal(jax.random.key(0), (4, 2, 3))
+  eps = jax.random.normal(jax.random.key(1), (4, 2, 3))
+  t, s = jnp.array([1, 20, 500, T]), jnp.array([0, 20, 3, T - 1])
+  for fn, args in (
+    (process.q_sample, (x0, t, eps)),
+    (process.q_step, (x0, t, eps)),
+    (process.q_between, (x0, s, t, eps)),
+    (process.q_posterior, (x0, eps, t)),
+    (process.p_mean_variance, (eps, x0, t)),
+  ):
+    whole = jax.tree.leaves(fn(S, *args))
+    each = jax.tree.leaves(jax.vmap(lambda *a, fn=fn: fn(S, *a))(*args))
+    for a, b in zip(whole, each, strict=True):
+      b = b.reshape(b.shape + (1,) * (a.ndim - b.ndim))
+      np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('t', [jnp.arange(3), jnp.ones((4, 2), int)])
+def test_times_of_another_batch_are_refused_with_what_to_do(t):
+  x0 = jnp.zeros((4, 2, 3))
+  with pytest.raises(ValueError, match=r'scalar t, or one for each example'):
+    process.q_sample(S, x0, t, x0)
+
+
 class Variants(chex.TestCase):
   """The same under jit, without it, and over devices."""
 

@@ -105,7 +105,7 @@ def run(step, schedule=S, n=6, **kwargs):
 
 
 def test_scan_equals_a_python_loop():
-  x_0, _ = run(samplers.ancestral)
+  x_0, *_ = run(samplers.ancestral)
   x = process.normal(keys(6, 1), (4,))
   for t in range(T, 0, -1):
     k = jax.vmap(jax.random.fold_in, (0, None))(keys(6), t)
@@ -115,10 +115,10 @@ def test_scan_equals_a_python_loop():
 
 
 def test_an_image_does_not_depend_on_the_batch_that_it_is_drawn_in():
-  whole, _ = run(samplers.ancestral)
-  alone, _ = run(samplers.ancestral, n=6)
+  whole, *_ = run(samplers.ancestral)
+  alone, *_ = run(samplers.ancestral, n=6)
   x_T = process.normal(keys(6, 1), (4,))
-  one, _ = samplers.sample(samplers.ancestral, S, toy, keys(6)[2:3], x_T[2:3])
+  one, *_ = samplers.sample(samplers.ancestral, S, toy, keys(6)[2:3], x_T[2:3])
   np.testing.assert_array_equal(whole, alone)
   np.testing.assert_allclose(one[0], whole[2], atol=1e-6)
 
@@ -133,7 +133,7 @@ def test_snapshots_are_predictions_of_evenly_spaced_steps(name):
     jax.debug.callback(lambda t, x: seen.append((int(t), x)), t, x0_hat)
     return x_prev, x0_hat
 
-  _, kept = run(step, snapshots=4)
+  _, kept, _ = run(step, snapshots=4)
   jax.effects_barrier()
   assert kept.shape == (4, 6, 4)
   by_time = dict(seen)
@@ -145,17 +145,37 @@ def test_snapshots_are_predictions_of_evenly_spaced_steps(name):
 @pytest.mark.parametrize('name', ['ancestral', 'dpm_solver_pp_2m'])
 def test_two_parts_of_a_chain_are_the_whole(name):
   step = getattr(samplers, name)
-  whole, _ = run(step)
+  whole, *_ = run(step)
   x_T = process.normal(keys(6, 1), (4,))
   chain = step, S, toy, keys(6)
-  half, seen = samplers.sample(*chain, x_T, times=range(T, 40, -1), snapshots=1)
+  half, seen, _ = samplers.sample(
+    *chain, x_T, times=range(T, 40, -1), snapshots=1
+  )
   before = samplers.Before(seen[0], jnp.full(6, 41))
-  x_0, _ = samplers.sample(*chain, half, times=range(40, 0, -1), before=before)
+  x_0, *_ = samplers.sample(*chain, half, times=range(40, 0, -1), before=before)
   np.testing.assert_allclose(x_0, whole, atol=1e-5)
 
 
+@pytest.mark.parametrize('name', registry.known(samplers, 'x_t'))
+def test_the_first_time_that_is_not_finite_is_known_of_each_example(name):
+  """Told the times of T, also where steps are fewer."""
+  short = schedules.stride(S, 10)
+
+  def breaks(x_t, t):  # of example 2, at t = 50 and below
+    broken = (jnp.arange(len(x_t)) == 2) & (t <= 50)
+    return jnp.where(broken[:, None], jnp.nan, toy(x_t, t))
+
+  x_T = process.normal(keys(6, 1), (4,))
+  step = getattr(samplers, name)
+  drawn = samplers.sample(step, short, breaks, keys(6), x_T)
+  first = 60 if name == 'heun' else 50  # which looks at x_50 before
+  assert drawn.bad_t.tolist() == [0, 0, first, 0, 0, 0]
+  assert np.isnan(drawn.x_0[2]).all()
+  assert np.isfinite(np.delete(drawn.x_0, 2, axis=0)).all()
+
+
 def test_no_snapshots_by_default():
-  _, kept = run(samplers.ancestral)
+  _, kept, _ = run(samplers.ancestral)
   assert kept.shape == (0, 6, 4)
 
 
@@ -209,7 +229,7 @@ def test_strided_sampling_is_exact_where_the_full_one_is():
   net = gaussian.model_fn(S, 0.0, 1.0)
   x_T = process.normal(keys(N, 1), (1,))
   step = functools.partial(samplers.ancestral, clip=False)
-  x_0, _ = jax.jit(lambda: samplers.sample(step, short, net, keys(N), x_T))()
+  x_0, *_ = jax.jit(lambda: samplers.sample(step, short, net, keys(N), x_T))()
   # The last step adds no noise: what is missing is β of the last jump.
   expected = 1 - short.beta[1]
   assert abs(x_0.var() / expected - 1) < 5 * np.sqrt(2 / N)

@@ -137,7 +137,7 @@ def two_noise(
   eq. 14, so that any sampler reads the network.
   """
   del variance
-  x_prev, eps, x_t = _one_step(schedule, keys, x0, t)
+  _, eps, x_t = _one_step(schedule, keys, x0, t)
   out, _ = process.split(model_fn(x_t, t), x_t)
   eps_hat = jax.vmap(_eps_hat, (None, None, 0, 0, 0))(
     schedule, predict, x_t, out, t

@@ -5,6 +5,7 @@ any shape; `jax.vmap` makes a batch of different times of it.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def q_between(
   return jnp.exp(log_kept / 2) * x_s + jnp.sqrt(-jnp.expm1(log_kept)) * eps
 
 
-def per_example(t: jax.Array | int, x: jax.Array) -> jax.Array | int:
+def per_example(t: Any, x: jax.Array) -> Any:
   """t in a shape that broadcasts against x: (), or (B,) for x (B, ...).
 
   Raises:
@@ -168,7 +169,11 @@ def p_mean_variance(
 
 
 def split(out: jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-  """What a network says of the mean, and of the variance if it does."""
+  """What a network says of the mean, and of the variance if it does.
+
+  In float32, whatever the network computes in.
+  """
+  out = jnp.asarray(out, jnp.float32)
   C = x_t.shape[-1] if x_t.ndim else 1
   if out.ndim and out.shape[-1] == 2 * C:
     return out[..., :C], out[..., C:]

@@ -216,6 +216,14 @@ def _extrapolated(
   return x0_hat + weight * (x0_hat - before.x0_hat)
 
 
+class Sampled(NamedTuple):
+  """What `sample` gives of B examples."""
+
+  x_0: jax.Array  # (B, ...), or what the last step leaves
+  x0_hats: jax.Array  # (K, B, ...), predictions on the way; the last is last
+  bad_t: jax.Array  # (B,) the t whose x_{t-1} was first not finite; 0: none
+
+
 def sample(
   step: Step,
   schedule: Schedule,
@@ -226,7 +234,7 @@ def sample(
   times: Iterable[int] | None = None,
   before: Before | None = None,
   snapshots: int = 0,
-) -> tuple[jax.Array, jax.Array]:
+) -> Sampled:
   """Runs `step` from t = T down to 1  (Algorithm 2), or at the times given.
 
   Args:
@@ -238,12 +246,8 @@ def sample(
     times: in 1..T, in the order of the steps; T, ..., 1 by default. Another
       visit to a time has noise of its own.
     before: if x_t comes of a step, what that has found.
-    snapshots: K, at most the number of steps.
-
-  Returns:
-    x_0 (B, ...), or what the last step leaves; and K of the predictions x̂_0
-    made on the way, evenly spaced and ending with the last, (K, B, ...). Memory
-    is O(B·K), not O(B·T).
+    snapshots: K, at most the number of steps: how many of the predictions x̂_0
+      are kept, evenly spaced. Memory is O(B·K), not O(B·T).
   """
   T, K, B = schedule.T, snapshots, len(x_T)
   order = np.array(range(T, 0, -1) if times is None else list(times))
@@ -258,17 +262,20 @@ def sample(
     return model_fn(x_t, schedule.time[t])
 
   def body(carry: Any, scanned: Any) -> tuple[Any, None]:
-    x_t, before, kept = carry
+    x_t, before, kept, bad_t = carry
     t, number, slot = scanned
     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
     x_prev, x0_hat = step(schedule, told, step_keys, x_t, t, before)
     before = Before(x0_hat, jnp.full(B, t))
-    return (x_prev, before, kept.at[slot].set(x0_hat)), None
+    finite = jnp.all(jnp.isfinite(x_prev), axis=range(1, x_prev.ndim))
+    bad_t = jnp.where(finite | (bad_t > 0), bad_t, schedule.time[t])
+    return (x_prev, before, kept.at[slot].set(x0_hat), bad_t), None
 
   if before is None:
     before = Before(jnp.zeros_like(x_T), jnp.zeros(B, int))
   kept = jnp.zeros((K + 1, *x_T.shape), x_T.dtype)
   scanned = order, order + T * np.array(visit), slots
   scanned = jax.tree.map(jnp.asarray, scanned)
-  (x_0, _, kept), _ = jax.lax.scan(body, (x_T, before, kept), scanned)
-  return x_0, kept[:K]
+  start = x_T, before, kept, jnp.zeros(B, jnp.int32)
+  (x_0, _, kept, bad_t), _ = jax.lax.scan(body, start, scanned)
+  return Sampled(x_0, kept[:K], bad_t)

@@ -51,7 +51,7 @@ def from_beta(beta: np.ndarray) -> Schedule:
   beta = np.asarray(beta, np.float64)
   inside = (beta > 0) & (beta < 1)
   inside[-1:] |= beta[-1:] == 1
-  if beta.ndim != 1 or not np.all(inside):
+  if beta.ndim != 1 or not len(beta) or not np.all(inside):
     raise ValueError(
       'every beta must lie strictly between 0 and 1; the last may be 1'
     )
@@ -98,7 +98,7 @@ def log_ratio(
   return jnp.where(jnp.equal(s, t), 0.0, table[t] - table[s])
 
 
-def log_snr(schedule: Schedule, t: jax.Array | int) -> jax.Array:
+def log_snr(schedule: Schedule, t: jax.Array | np.ndarray | int) -> jax.Array:
   """log (ᾱ_t / (1-ᾱ_t)); -∞ at a zero terminal SNR."""
   return schedule.log_alpha_bar[t] - jnp.log(schedule.one_minus_alpha_bar[t])
 
@@ -155,14 +155,14 @@ def const(T: int = 1000, beta_T: float = 0.02) -> Schedule:
 def warmup10(
   T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02
 ) -> Schedule:
-  """`linear` over the first tenth of the steps, then β_T  (Ho et al.'s code)."""
+  """`linear` over a tenth of the steps, then β_T  (Ho et al. 2020's code)."""
   return _warmup(T, beta_1, beta_T, T // 10)
 
 
 def warmup50(
   T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02
 ) -> Schedule:
-  """`linear` over the first half of the steps, then β_T  (Ho et al.'s code)."""
+  """`linear` over half of the steps, then β_T  (Ho et al. 2020's code)."""
   return _warmup(T, beta_1, beta_T, T // 2)
 
 

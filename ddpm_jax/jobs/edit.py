@@ -55,7 +55,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   drawn = sample.in_batches(config, mesh, args.num_samples, draw)
   step, params = sample.restore_ema(config, mesh, args.workdir)
   logs.say(f'{what}, with the EMA weights of step {step}')
-  sample.save(output, drawn(params, told), args.num_samples)
+  batches = (batch.images for batch in drawn(params, told))
+  sample.save(output, batches, args.num_samples)
   logs.say(f'{args.num_samples} images: {output}')
 
 
@@ -77,7 +78,7 @@ def check_flags(args: argparse.Namespace) -> None:
 def editor(
   config: ConfigDict, args: argparse.Namespace, seed: int
 ) -> tuple[Callable, str]:
-  """(params, rows) -> uint8 (B, H, W, C), and what it does, in words.
+  """(params, rows) -> `functions.Drawn`, and what it does, in words.
 
   The rows are those of `functions.sampler`.
   """
@@ -144,15 +145,23 @@ def inpainted(
   times = registry.call(editing.jumps, config.edit, p.schedule.T)
   step = editing.inpaint(p.step, x0, jnp.asarray(mask))
 
-  def draw(params: Any, rows: Any) -> jax.Array:
+  def draw(params: Any, rows: Any) -> functions.Drawn:
     index, condition = functions.index_and_condition(rows)
     keys, x_T = functions.noise(config, seed, index)
     model_fn = p.model_fn(params, condition)
-    x_0, _ = samplers.sample(step, p.schedule, model_fn, keys, x_T, times=times)
-    return pixels.to_uint8(x_0)
+    return functions.drawn(
+      config,
+      samplers.sample(step, p.schedule, model_fn, keys, x_T, times=times),
+    )
 
   share = f'{np.count_nonzero(mask)} of {mask.size} pixels'
-  return draw, f'making {share} anew, in {len(times)} steps'
+  what = f'making {share} anew, in {len(times)} steps'
+  if config.edit.resample > 1 and len(times) == p.schedule.T:
+    what += (
+      f' (each once: edit.jump={config.edit.jump} is not below '
+      f'sampler.steps={p.schedule.T})'
+    )
+  return draw, what
 
 
 def varied(
@@ -162,11 +171,12 @@ def varied(
   p = functions.reverse_process(config)
   t, told = level(config, p.schedule, strength)
 
-  def draw(params: Any, rows: Any) -> jax.Array:
+  def draw(params: Any, rows: Any) -> functions.Drawn:
     index, condition = functions.index_and_condition(rows)
     keys, eps = functions.noise(config, seed, index)
     x_t = process.q_sample(p.schedule, x0, jnp.array(t), eps)
-    return from_x_t(p, p.model_fn(params, condition), keys, x_t, t)
+    model_fn = p.model_fn(params, condition)
+    return functions.drawn(config, from_x_t(p, model_fn, keys, x_t, t))
 
   return draw, f'varying the image from t = {told} down, in {t} steps'
 
@@ -179,18 +189,23 @@ def between(
   strength: float,
   count: int,
 ) -> tuple[Callable, str]:
-  """Image i is of λ = i / (count - 1), all of one noise  (section 4.4)."""
+  """Image i is of λ = i / (count - 1), all of one noise  (section 4.4).
+
+  The paper keeps the noise over λ too; one ε for both ends is our choice, see
+  `editing.interpolate`.
+  """
   p = functions.reverse_process(config)
   t, told = level(config, p.schedule, strength)
   mix = jax.vmap(editing.interpolate, (None, None, None, None, 0, 0))
 
-  def draw(params: Any, rows: Any) -> jax.Array:
+  def draw(params: Any, rows: Any) -> functions.Drawn:
     index, condition = functions.index_and_condition(rows)
     keys, eps = functions.noise(config, seed, jnp.zeros_like(index))
     weight = index / (count - 1)
     weight = weight.reshape(-1, *[1] * x0.ndim)
     x_t = mix(p.schedule, x0, other, jnp.array(t), weight, eps)
-    return from_x_t(p, p.model_fn(params, condition), keys, x_t, t)
+    model_fn = p.model_fn(params, condition)
+    return functions.drawn(config, from_x_t(p, model_fn, keys, x_t, t))
 
   return draw, f'mixing the images at t = {told}, {t} steps each'
 
@@ -201,11 +216,10 @@ def from_x_t(
   keys: jax.Array,
   x_t: jax.Array,
   t: int,
-) -> jax.Array:
-  """Uint8 images that the reverse process makes of x_t."""
+) -> samplers.Sampled:
+  """What the reverse process makes of x_t."""
   times = range(t, 0, -1)
-  x_0, _ = samplers.sample(p.step, p.schedule, model_fn, keys, x_t, times=times)
-  return pixels.to_uint8(x_0)
+  return samplers.sample(p.step, p.schedule, model_fn, keys, x_t, times=times)
 
 
 def level(

@@ -79,7 +79,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     for n in looks(changes, config.schedule.T):
       c = changed(config, changes, n)
       drawn, rate = timed(c, mesh, params, args.num_samples, seed)
-      found = small.score(*real, drawn, classifier)
+      score_of = small.score(*real, drawn, classifier)
+      found = dict(errors.finite(score_of, 'score'))
       found['images_per_second'] = rate
       found['evaluations'] = evaluations(c)
       for key in COLUMNS:

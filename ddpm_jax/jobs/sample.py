@@ -140,11 +140,12 @@ def at_a_time(config: ConfigDict, mesh: jax.sharding.Mesh, count: int) -> int:
 def drawer(
   config: ConfigDict, mesh: jax.sharding.Mesh, count: int, draw: Callable
 ) -> tuple[int, Callable[..., Any]]:
-  """Compiles (params, index (B,)) -> arrays with a row an image.
+  """Compiles (params, index (B,)) -> `functions.Drawn`.
 
   Returns a size b of batches, for `count` images, and a function of the
   weights, of the index of the first image, and of a condition for each image if
-  `draw` takes one (see `functions.sampler`), that gives the arrays of b images.
+  `draw` takes one (see `functions.sampler`), that gives b images. It raises
+  RunError for images that are not finite.
   """
   size = at_a_time(config, mesh, count)
   engine = config.parallel.engine
@@ -161,9 +162,30 @@ def drawer(
         'index': rows,
         'condition': jax.tree.map(lambda x: x[at], told),
       }
-    return compiled(params, parallel.put_whole(rows, mesh, engine))
+    drawn = compiled(params, parallel.put_whole(rows, mesh, engine))
+    check_finite(drawn.bad_t[: count - start], start)
+    return drawn
 
   return size, batch
+
+
+def check_finite(bad_t: np.ndarray, start: int = 0) -> None:
+  """Refuses images of which something was not finite on the way.
+
+  Args:
+    bad_t: (n,), of each, see `samplers.Sampled`.
+    start: the number of the first.
+
+  Raises:
+    RunError: naming the first of them, and the time.
+  """
+  if np.any(bad_t):
+    i = int(np.flatnonzero(bad_t)[0])
+    raise errors.RunError(
+      f'image {start + i} is not finite from t = {bad_t[i]} on; nothing of it '
+      'is written. Try --config.model.dtype=float32, another sampler, or an '
+      'earlier checkpoint'
+    )
 
 
 def in_batches(
@@ -191,7 +213,13 @@ def sampler(
   """Uint8 images (b, H, W, C), and predictions on the way (b, K, H, W, C)."""
   cut = functools.partial(parallel.cut_rows, mesh=mesh)
   draw = functions.sampler(config, seed, snapshots, cut)
-  return in_batches(config, mesh, count, draw)
+  batches = in_batches(config, mesh, count, draw)
+
+  def pairs(params: Any, told: Any = None) -> Iterator[Any]:
+    for drawn in batches(params, told):
+      yield drawn.images, drawn.x0_hats
+
+  return pairs
 
 
 def gather(batches: Iterator[Any]) -> Any:
@@ -247,7 +275,13 @@ def save(
     elif output.suffix == '.png':
       images.save_png(output, images.grid(gather(watched())))
     else:
-      name = iter(names(count))
-      for batch in watched():
-        for image in batch:
-          images.save_png(output / next(name), image)
+      written: list[pathlib.Path] = []
+      try:
+        for batch in watched():
+          for image in batch:
+            written.append(output / names(count)[len(written)])
+            images.save_png(written[-1], image)
+      except errors.RunError:
+        for path in written:
+          path.unlink(missing_ok=True)
+        raise

@@ -47,12 +47,15 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
       bar.update(len(batch))
   learnt, held_out = classifiers.split(len(data['image']))
   result = {
-    **small.score(
-      data['image'][learnt],
-      data['label'][learnt],
-      np.concatenate(drawn),
-      classifier,
-      held_out=data['image'][held_out],
+    **errors.finite(
+      small.score(
+        data['image'][learnt],
+        data['label'][learnt],
+        np.concatenate(drawn),
+        classifier,
+        held_out=data['image'][held_out],
+      ),
+      'score',
     ),
     'step': step,
     'seed': seed,

@@ -164,8 +164,8 @@ def train(
       if not all(math.isfinite(x) for x in values.values()):
         raise errors.RunError(
           f'at step {step} the loss is {values["loss"]} and the gradient '
-          f'{values["grad_norm"]}; the last checkpoint in {folder} is good. '
-          'Try a lower --config.optimizer.learning_rate, or another --seed'
+          f'{values["grad_norm"]}; {last_checkpoint(folder)}. Try a lower '
+          '--config.optimizer.learning_rate, or another --seed'
         )
       logs.advance(bar, values['loss'], config.batch_size)
       if step % config.log.every == 0:
@@ -192,6 +192,14 @@ def train(
       read(*unread)
     save(state, step)
   return state
+
+
+def last_checkpoint(folder: pathlib.Path) -> str:
+  """What there is to go on from, in words."""
+  saved = checkpoint.steps(folder / 'checkpoints')
+  if not saved:
+    return f'no checkpoint was saved in {folder} yet'
+  return f'the last checkpoint in {folder} is of step {saved[-1]}'
 
 
 def picture_maker(
@@ -229,13 +237,15 @@ def point_pictures(
   often it would be as large between two halves of one set.
   """
   n, T = 2000 // mesh.size * mesh.size, config.sampler.steps
-  # Closer together towards the end, where the shape appears.
+  # Of the sampler's steps; closer together towards the end, where the shape
+  # appears.
   times = sorted({round(T * (k / 9) ** 2) for k in range(10)}, reverse=True)
   source, table = build.source(config), build.schedule(config)
+  short = functions.reverse_process(config).schedule
   data = source.gather(np.arange(n))['image']
   engine = config.parallel.engine
   index = parallel.put_whole(np.arange(n, dtype=np.int32), mesh, engine)
-  of_T = [round(config.schedule.T * t / T) for t in times]
+  of_T = np.asarray(short.time)[times].tolist()
   eps = np.random.default_rng(config.seed).normal(size=data.shape)
   forward = [np.asarray(process.q_sample(table, data, t, eps)) for t in of_T]
 
@@ -244,7 +254,9 @@ def point_pictures(
     draw = parallel.compile_map(
       functions.chain(config, config.seed, times), mesh, engine, params
     )
-    reverse = list(draw(params, index).swapaxes(0, 1))
+    drawn = draw(params, index)
+    sample.check_finite(drawn.bad_t)
+    reverse = list(drawn.images.swapaxes(0, 1))
     if not processes.leads():
       return
     titles = [f't = {t}' for t in of_T]

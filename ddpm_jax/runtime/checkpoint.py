@@ -158,6 +158,7 @@ def restore_item(
 
   Raises:
     UserError: there is none, it is damaged, or it is of another model.
+    RunError: it holds numbers that are not finite.
   """
   known = steps(path)
   if not known or step not in (None, *known):
@@ -166,6 +167,11 @@ def restore_item(
     raise errors.UserError(f'no {wanted} in {path}; it has: {has}')
   known = known if step is None else [step]
   step, items = _newest_whole(path, known, {item: abstract})
+  if name := fingerprint.first_not_finite(items[item]):
+    raise errors.RunError(
+      f'checkpoint {step} in {path} holds numbers that are not finite, in '
+      f'{item}/{name}; it has: {", ".join(map(str, steps(path)))}'
+    )
   return step, items[item]
 
 

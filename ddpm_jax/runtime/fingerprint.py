@@ -45,5 +45,18 @@ def of_array(x: jax.Array) -> jax.Array:
   return jnp.sum((2 * index + 1) * words, dtype=jnp.uint32)
 
 
+def first_not_finite(tree: Any) -> str | None:
+  """The name of the first array that holds NaN or ∞; None if none does."""
+  for name, x in named(tree):
+    if jnp.issubdtype(x.dtype, jnp.inexact) and not bool(_finite(x)):
+      return name
+  return None
+
+
+@jax.jit
+def _finite(x: jax.Array) -> jax.Array:
+  return jnp.all(jnp.isfinite(x))
+
+
 def crc32(about: dict[str, Any]) -> int:
   return zlib.crc32(json.dumps(about, sort_keys=True).encode())

@@ -92,8 +92,25 @@ def bound_of(
     for batch, real in rows(config, mesh, source, count):
       part = compiled(params, batch)
       parts.append(jax.tree.map(lambda x, n=real: x[:n], part))
+      check_finite(parts[-1], sum(len(p.prior) for p in parts[:-1]))
       bar.update(real)
   return sample.gather(iter(parts))
+
+
+def check_finite(bound: likelihood.Bound, start: int) -> None:
+  """Refuses terms that are not finite; `start` is the first image's number.
+
+  Raises:
+    RunError: naming the first image of them, and the time.
+  """
+  finite = np.isfinite(bound.terms) & np.isfinite(bound.prior)[:, None]
+  if not np.all(finite):
+    i, n = np.argwhere(~finite)[0]
+    raise errors.RunError(
+      f'the bound of image {start + i} is {bound.terms[i, n]} at t = '
+      f'{bound.t[i, n]}; nothing is written. Try --config.model.dtype=float32, '
+      'another --config.sampler.variance, or an earlier checkpoint (--step)'
+    )
 
 
 def rows(

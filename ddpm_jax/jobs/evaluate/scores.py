@@ -88,7 +88,9 @@ def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
     **made,
     'samples': count,
     'reference': against,
-    'scores': fidelity.scores(fidelity.statistics(sums), real),
+    'scores': errors.finite(
+      fidelity.scores(fidelity.statistics(sums), real), 'score'
+    ),
   }
   entries = record.write_scores(args.workdir, entry)
   if args.output:
@@ -129,7 +131,9 @@ def of_images(config: ConfigDict, args: argparse.Namespace) -> None:
     'inception': trained.digest,
     'samples': len(source),
     'reference': against,
-    'scores': fidelity.scores(fidelity.statistics(sums), real),
+    'scores': errors.finite(
+      fidelity.scores(fidelity.statistics(sums), real), 'score'
+    ),
   }
   if args.output:
     with pictures.whole(args.output) as part:

@@ -13,9 +13,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import errors
+from ddpm_jax import functions
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules as tables
+from ddpm_jax.jobs import sample
 from ddpm_jax.runtime import parallel
 
 
@@ -29,14 +32,28 @@ class Trained(NamedTuple):
   workdir: pathlib.Path
 
   def map(self, fn: Callable[[Any, Any], Any], rows: Any) -> Any:
-    """fn(params, rows) of arrays with a row an example, over all devices."""
+    """fn(params, rows) of arrays with a row an example, over all devices.
+
+    Of a `functions.Drawn` it gives the images.
+
+    Raises:
+      RunError: if one of them, or a number, is not finite.
+    """
     engine, n = self.config.parallel.engine, len(jax.tree.leaves(rows)[0])
     # Filled up with copies of the last row, until all devices have as many.
     index = np.arange(math.ceil(n / self.mesh.size) * self.mesh.size)
     filled = jax.tree.map(lambda x: x[np.minimum(index, n - 1)], rows)
     compiled = parallel.compile_map(fn, self.mesh, engine, self.params)
     out = compiled(self.params, parallel.put(filled, self.mesh, engine))
-    return jax.tree.map(lambda x: x[:n], out)
+    out = jax.tree.map(lambda x: x[:n], out)
+    if isinstance(out, functions.Drawn):
+      sample.check_finite(np.asarray(out.bad_t))
+      return out.images
+    if not all(np.all(np.isfinite(x)) for x in jax.tree.leaves(out)):
+      raise errors.RunError(
+        'the figure would be of numbers that are not finite'
+      )
+    return out
 
 
 class Drawn(NamedTuple):

@@ -16,7 +16,6 @@ from ddpm_jax import functions
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import objectives
 from ddpm_jax.diffusion import pixels
-from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import two_term as two_term_form
 from ddpm_jax.jobs import sample
 from ddpm_jax.jobs import score

@@ -16,6 +16,7 @@ from ddpm_jax import errors
 from ddpm_jax import functions
 from ddpm_jax import registry
 from ddpm_jax.diffusion import editing
+from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules as tables
@@ -52,6 +53,7 @@ def every_schedule(config: ConfigDict) -> dict[str, tables.Schedule]:
   for name in registry.known(tables, 'T'):
     c = config.copy_and_resolve_references()
     c.schedule.name = name
+    c.model.predict = 'v'  # fits all of them; none of it is drawn
     table = build.schedule(c)
     same = np.asarray(table.alpha_bar).tobytes()
     names.setdefault(same, []).append(name)
@@ -70,7 +72,8 @@ def schedules(trained: common.Trained) -> common.Drawn:
   signal, snr = {}, {}
   for name, s in every.items():
     signal[name] = t, np.asarray(s.alpha_bar)[1:]
-    snr[name] = t, np.asarray(s.alpha_bar / s.one_minus_alpha_bar)[1:]
+    snr[name] = t, np.exp(np.asarray(tables.log_snr(s, t)))
+  print(schedule_table(every))
   panels = [
     images.Panel('t', r'$\bar\alpha_t$', signal),
     images.Panel(
@@ -87,6 +90,18 @@ def schedules(trained: common.Trained) -> common.Drawn:
     [f'{"▸ " if name == own else ""}{name}' for name in every],
     plot=images.plot(panels, own),
   )
+
+
+def schedule_table(every: dict[str, tables.Schedule]) -> str:
+  """How much of x_0 is left in x_T, for a person."""
+  width = max(len(name) for name in every)
+  lines = [f'{"schedule":{width}}   log ᾱ_T   KL(q(x_T | x_0) ‖ N(0, I))']
+  for name, s in every.items():
+    bits = likelihood.prior(s, jnp.ones(1)) * likelihood.BITS
+    lines += [
+      f'{name:{width}}   {s.log_alpha_bar[-1]:7.2f}   {bits:.2g} bits/dim'
+    ]
+  return '\n'.join(lines)
 
 
 def progressive(trained: common.Trained, count: int = 8) -> common.Drawn:
@@ -119,7 +134,7 @@ def snapshot_times(config: ConfigDict, K: int) -> list[int]:
     return x, jnp.full_like(x, table.time[t])
 
   keys = jax.random.split(jax.random.key(0), 1)
-  _, seen = samplers.sample(
+  _, seen, _ = samplers.sample(
     clock, table, lambda x, t: x, keys, jnp.zeros(1), snapshots=K
   )
   return np.asarray(seen)[:, 0].astype(int).tolist()
@@ -135,18 +150,22 @@ def shared(trained: common.Trained, count: int = 7) -> common.Drawn:
   p = functions.reverse_process(config)
   forks = np.array(common.spread(p.schedule.T, 4)[::-1])
 
-  def fn(params: Any, rows: dict[str, jax.Array]) -> jax.Array:
+  def fn(params: Any, rows: dict[str, jax.Array]) -> functions.Drawn:
     t, first = rows['t'], rows['chain']
     chain = p.schedule, p.model_fn(params)
     keys, x_T = functions.noise(config, seed, first)
     to_x_t = editing.between(p.step, p.schedule.T, t + 1)
-    x_t, _ = samplers.sample(to_x_t, *chain, keys, x_T)
+    x_t, _, bad_t = samplers.sample(to_x_t, *chain, keys, x_T)
     others = first[:, None] + 1 + jnp.arange(count)
     keys, _ = functions.noise(config, seed, others.ravel())
     from_x_t = editing.between(p.step, jnp.repeat(t, count))
-    x_0, _ = samplers.sample(from_x_t, *chain, keys, jnp.repeat(x_t, count, 0))
+    x_0, _, bad = samplers.sample(
+      from_x_t, *chain, keys, jnp.repeat(x_t, count, 0)
+    )
     x_0 = x_0.reshape(-1, count, *x_t.shape[1:])
-    return pixels.to_uint8(jnp.concatenate([x_t[:, None], x_0], axis=1))
+    tiles = pixels.to_uint8(jnp.concatenate([x_t[:, None], x_0], axis=1))
+    bad_t = jnp.maximum(bad_t, bad.reshape(-1, count).max(1))
+    return functions.Drawn(tiles, None, bad_t)
 
   tiles = trained.map(fn, {'t': forks, 'chain': np.zeros_like(forks)})
   told = np.asarray(p.schedule.time)[forks]
@@ -157,9 +176,10 @@ def shared(trained: common.Trained, count: int = 7) -> common.Drawn:
 def interpolation(trained: common.Trained, count: int = 1) -> common.Drawn:
   """Two images mixed at x_t and denoised, for several t: figures 8 and 9.
 
-  Each of `count` pairs of images has one ε, and one noise for all of its
-  chains. At λ = 0 and 1 the images are reconstructed; at t = T there is next to
-  nothing of them in x_T, and a row is of one image.
+  Each of `count` pairs of images has one ε for both, which is our choice (see
+  `editing.interpolate`), and one noise for all of its chains. At λ = 0 and 1
+  the images are reconstructed; at t = T there is next to nothing of them in
+  x_T, and a row is of one image.
   """
   config, seed = trained.config, trained.seed
   p = functions.reverse_process(config)
@@ -172,7 +192,7 @@ def interpolation(trained: common.Trained, count: int = 1) -> common.Drawn:
     np.arange(count)[:, None, None], times[:, None], weights
   )
 
-  def fn(params: Any, rows: dict[str, jax.Array]) -> jax.Array:
+  def fn(params: Any, rows: dict[str, jax.Array]) -> functions.Drawn:
     keys, eps = functions.noise(config, seed, rows['pair'])
     x_t = jax.vmap(editing.interpolate, (None, 0, 0, 0, 0, 0))(
       p.schedule,
@@ -180,8 +200,10 @@ def interpolation(trained: common.Trained, count: int = 1) -> common.Drawn:
       *(rows['t'], rows['weight'], eps),
     )
     step = editing.between(p.step, rows['t'])
-    x_0, _ = samplers.sample(step, p.schedule, p.model_fn(params), keys, x_t)
-    return pixels.to_uint8(x_0)
+    return functions.drawn(
+      config,
+      samplers.sample(step, p.schedule, p.model_fn(params), keys, x_t),
+    )
 
   rows = {'pair': pair.ravel(), 't': t.ravel(), 'weight': weight.ravel()}
   rows |= {'a': a[rows['pair']], 'b': b[rows['pair']]}
@@ -271,19 +293,23 @@ def generation(trained: common.Trained, count: int = 10) -> common.Drawn:
     ways.append(functions.reverse_process(c))
   greedy, random = ways
 
-  def fn(params: Any, index: jax.Array) -> jax.Array:
+  def fn(params: Any, index: jax.Array) -> functions.Drawn:
     model_fn = random.model_fn(params)
     keys, x_T = functions.noise(config, seed, index)
-    best, _ = samplers.sample(greedy.step, greedy.schedule, model_fn, keys, x_T)
+    best, _, bad_t = samplers.sample(
+      greedy.step, greedy.schedule, model_fn, keys, x_T
+    )
     others = draws * index[:, None] + jnp.arange(draws)
     keys, _ = functions.noise(config, seed, others.ravel())
-    drawn, _ = samplers.sample(
+    drawn, _, bad = samplers.sample(
       *(random.step, random.schedule, model_fn, keys),
       jnp.repeat(x_T, draws, axis=0),
     )
     drawn = drawn.reshape(-1, draws, *x_T.shape[1:])
     every = [x_T[:, None], best[:, None], drawn]
-    return pixels.to_uint8(jnp.concatenate(every, axis=1))
+    tiles = pixels.to_uint8(jnp.concatenate(every, axis=1))
+    bad_t = jnp.maximum(bad_t, bad.reshape(-1, draws).max(1))
+    return functions.Drawn(tiles, None, bad_t)
 
   tiles = trained.map(fn, np.arange(count, dtype=np.int32)).swapaxes(0, 1)
   return common.Drawn(tiles, labels=['$x_T$', 'greedy', *['random'] * draws])
