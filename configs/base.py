@@ -67,18 +67,19 @@ def get_config() -> ConfigDict:
 
   c.schedule = ConfigDict()
   # A function of ddpm_jax/diffusion/schedules.py: linear | cosine | quad | su
-  # | const | sqrt | scaled_linear | sqrt_linear.
+  # | const | sqrt | scaled_linear | sqrt_linear | warmup10 | warmup50 | jsd (not
+  # with eps).
   c.schedule.name = 'linear'
   c.schedule.T = 1000
   c.schedule.beta_1 = 1e-4  # of linear and those like it
-  c.schedule.beta_T = 0.02
+  c.schedule.beta_T = 0.02  # with T = 1, that of the only step
   # Shift it so that x_T is noise alone (Lin et al. 2023); not with eps.
   c.schedule.zero_terminal_snr = False
 
   c.loss = ConfigDict()
   # A function of ddpm_jax/diffusion/objectives.py: simple (eq. 14; with
   # predict = 'mu' the error of the mean) | vlb (the true bound) | hybrid
-  # | min_snr.
+  # | min_snr | two_noise, one_noise, x_prev (derivations of eq. 14, for study).
   c.loss.name = 'simple'
   # How t is drawn: uniform | antithetic | stratified | importance (by the
   # losses of the past; for vlb, whose terms differ by thousands).
@@ -101,7 +102,7 @@ def get_config() -> ConfigDict:
   # T, or fewer. (One way: setting it leaves T alone.)
   c.sampler.steps = c.schedule.get_oneway_ref('T')
   # Of fewer: linear ("trailing": even, from T on) | quadratic (denser near the
-  # image) | leading (as in DDIM's code; begins below T).
+  # image, from T on) | leading, quad (both as in DDIM's code; begin below T).
   c.sampler.spacing = 'linear'
   c.sampler.eta = 0.0  # of ddim: 0 (x_T decides) to 1 (as random as ancestral)
   # beta and beta_tilde may stand for each other when it comes to sampling.
@@ -115,8 +116,9 @@ def get_config() -> ConfigDict:
   c.sampler.batch_size = 256  # images at a time, over all devices
 
   c.edit = ConfigDict()  # of an image with a mask (RePaint)
-  c.edit.jump = 10  # steps back, to take them again
-  c.edit.resample = 10  # times that each step is taken, in all
+  # Steps back, to take them again; with as many steps or more there are none.
+  c.edit.jump = 10
+  c.edit.resample = 10  # times that a step is taken, but for the first `jump`
 
   c.codec = ConfigDict()
   c.codec.steps = 30  # that x_1 is told in; the more, the finer, and the slower

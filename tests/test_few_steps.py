@@ -282,7 +282,7 @@ def test_spacings_rise_strictly_from_0_and_stay_within_T(spacing, steps):
   assert at[0] == 0
   assert np.all(np.diff(at) > 0)
   assert at[-1] <= 1000
-  if spacing is not spacings.leading:
+  if spacing not in (spacings.leading, spacings.quad):
     assert at[-1] == 1000
   if steps == 1000:
     np.testing.assert_array_equal(at, np.arange(1001))
@@ -294,6 +294,10 @@ def test_spacings_are_those_of_the_papers():
   leading = [0, *range(1, 1000, 100)]
   assert spacings.leading(1000, 10).tolist() == leading
   assert spacings.quadratic(1000, 10).tolist() == [10 * k**2 for k in range(11)]
+  # DDIM's code: `int(s)` of np.linspace(0, np.sqrt(1000 * 0.8), 10) ** 2, from
+  # 0, which is our 1.
+  ddim = [0, 9, 39, 88, 158, 246, 355, 483, 632, 800]
+  assert spacings.quad(1000, 10).tolist() == [0, *(1 + t for t in ddim)]
 
 
 def test_a_zero_terminal_snr_is_zero_and_leaves_the_first_step():
@@ -434,6 +438,7 @@ def test_a_sampler_draws_from_a_run(name, tiny_run, tmp_path):
         'schedule.zero_terminal_snr': 'true',
         'model.predict': 'v',
         'sampler.spacing': 'leading',
+        'sampler.steps': '10',
       },
       'begin at T',
     ),

@@ -73,13 +73,13 @@ def q_between(
 
 
 def per_example(t: Any, x: jax.Array) -> Any:
-  """t in a shape that broadcasts against x: (), or (B,) for x (B, ...).
+  """t in a shape that broadcasts against x: (), or (B,) for x of (B, ...).
 
   Raises:
     ValueError: if t has another shape.
   """
   shape, x_shape = jnp.shape(t), jnp.shape(x)
-  if shape == () or shape == x_shape:
+  if shape == () or shape == x_shape or x_shape == ():
     return t
   if shape != x_shape[:1]:
     raise ValueError(

@@ -276,6 +276,6 @@ def sample(
   kept = jnp.zeros((K + 1, *x_T.shape), x_T.dtype)
   scanned = order, order + T * np.array(visit), slots
   scanned = jax.tree.map(jnp.asarray, scanned)
-  start = x_T, before, kept, jnp.zeros(B, jnp.int32)
+  start = x_T, before, kept, jnp.zeros(B, schedule.time.dtype)
   (x_0, _, kept, bad_t), _ = jax.lax.scan(body, start, scanned)
   return Sampled(x_0, kept[:K], bad_t)

@@ -1,0 +1,97 @@
+"""What is not finite is an error that says where, and nothing is written."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import build
+from ddpm_jax import errors
+from ddpm_jax import functions
+from ddpm_jax import recipe
+from ddpm_jax.jobs import sample
+from ddpm_jax.jobs import train
+from ddpm_jax.jobs.evaluate import bound
+from ddpm_jax.jobs.figures import common
+from ddpm_jax.runtime import checkpoint
+
+
+@pytest.fixture(scope='module')
+def broken():
+  """A small run of which a weight is NaN: (config, mesh, weights)."""
+  config = recipe.shipped('digits')
+  config = config.copy_and_resolve_references()
+  config.model.update(channels=8, multipliers=(1,), groups=4)
+  config.schedule.T = config.sampler.steps = 5
+  config.parallel.data = 1
+  params = jax.jit(functools.partial(functions.init_state, config))().params
+  params['conv_out']['bias'] = jnp.full_like(
+    params['conv_out']['bias'], jnp.nan
+  )
+  return config, build.mesh(config), params
+
+
+def test_samples_name_the_image_and_the_time(broken):
+  config, mesh, params = broken
+  draw = sample.sampler(config, mesh, 3, seed=0)
+  with pytest.raises(errors.RunError, match='image 0 .* t = 5'):
+    sample.gather(draw(params))
+
+
+def test_what_was_only_drawn_to_fill_a_batch_is_not_looked_at():
+  sample.check_finite(np.zeros(4, int), 64)
+  with pytest.raises(errors.RunError, match='image 66 .* t = 7'):
+    sample.check_finite(np.array([0, 0, 7, 9]), 64)
+
+
+def test_a_folder_has_all_images_or_none(tmp_path):
+  def batches():
+    yield np.zeros((2, 8, 8, 1), np.uint8)
+    raise errors.RunError('image 2 is not finite')
+
+  (tmp_path / 'mine.txt').touch()
+  with pytest.raises(errors.RunError, match='image 2'):
+    sample.save(tmp_path, batches(), 4)
+  assert [p.name for p in tmp_path.iterdir()] == ['mine.txt']
+
+
+def test_the_bound_names_the_image_and_the_time(broken):
+  config, mesh, params = broken
+  with pytest.raises(errors.RunError, match='bound of image 0 is nan at t = 1'):
+    bound.bound_of(config, mesh, params, build.source(config), 5, seed=0)
+
+
+def test_figures_are_not_drawn(broken, tmp_path):
+  config, mesh, params = broken
+  run = common.Trained(config, mesh, params, 0, tmp_path)
+  rows = {'x': np.ones(3, np.float32)}
+  with pytest.raises(errors.RunError, match='not finite'):
+    run.map(lambda params, rows: jnp.log(rows['x'] - 1), rows)
+  assert run.map(lambda params, rows: rows['x'] + 1, rows).tolist() == [2, 2, 2]
+
+
+def test_weights_name_the_array(tmp_path):
+  tree = {'a': jnp.ones(3), 'b': {'c': jnp.array([1.0, jnp.inf])}}
+  checkpoints = checkpoint.open(tmp_path)
+  checkpoint.save(checkpoints, 4, state=tree, ema=tree, data=0, config={})
+  checkpoint.close(checkpoints)
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+  )
+  with pytest.raises(errors.RunError, match='checkpoint 4 .* ema/b/c'):
+    checkpoint.restore_item(tmp_path, 'ema', abstract)
+
+
+def test_scores_name_the_score():
+  good = {'FID': 3.0, 'images': 5, 'shares': [0.5, 0.5]}
+  assert errors.finite(good, 'score') is good
+  with pytest.raises(errors.RunError, match='score KID is nan'):
+    errors.finite({**good, 'KID': float('nan')}, 'score')
+
+
+def test_no_checkpoint_is_promised_that_is_not_there(tmp_path):
+  assert 'no checkpoint' in train.last_checkpoint(tmp_path)
+  (tmp_path / 'checkpoints').mkdir()
+  assert 'no checkpoint' in train.last_checkpoint(tmp_path)
