@@ -3,6 +3,8 @@
 import importlib
 import logging
 import pkgutil
+from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +22,17 @@ from ddpm_jax import recipe
 from ddpm_jax import registry
 from ddpm_jax.data import sources
 from ddpm_jax.diffusion import likelihood
+from ddpm_jax.diffusion import objectives
 from ddpm_jax.diffusion import predictions
+from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import variances
+from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
+
+# Keys that are read whatever the name of their section: by `attach` of
+# conditioning.py, and by the evaluation.
+READ_ELSEWHERE = ('data.captions', 'data.split')
 
 
 def reverse(config: ConfigDict, variance: str) -> dict[str, Any]:
@@ -64,6 +73,45 @@ def warn_of_signal(config: ConfigDict) -> None:
     )
 
 
+def check_used(
+  config: ConfigDict, said: Collection[str], changes: Collection[str] = ()
+) -> None:
+  """Refuses keys that the function chosen by name does not take, others do.
+
+  Args:
+    config: the recipe.
+    said: the keys that the user sets now. A run that was saved with others is
+      not refused for them.
+    changes: those of them that are on the command line.
+
+  Raises:
+    UserError: naming the first such key that is not at its default.
+  """
+  registries: dict[str, dict[str, Callable]] = {
+    'data': registry.known(sources),
+    'schedule': registry.known(schedules, 'T'),
+    'model': {name: file.build for name, file in networks().items()},
+    'loss': registry.known(objectives, 'model_fn'),
+    'sampler': registry.known(samplers, 'x_t'),
+  }
+  default = recipe.defaults()
+  default['sampler.variance'] = config.model.variance
+  for section, members in registries.items():
+    keys, name = config[section], config[section].name
+    if name not in members:
+      continue  # is refused by those who call it
+    for key in registry.unused(members, name, keys):
+      full = f'{section}.{key}'
+      if full not in said or full in READ_ELSEWHERE or full not in default:
+        continue
+      if keys[key] != default[full]:
+        mend = f'set config.{full}={default[full]}'
+        raise errors.UserError(
+          f'config.{full}={keys[key]} is not used by config.{section}.name='
+          f'{name}: {"leave it out" if full in changes else mend}'
+        )
+
+
 def networks() -> dict[str, Any]:
   """The files of models/ that build a network, by name."""
   files = {
@@ -85,8 +133,9 @@ def model(config: ConfigDict) -> nn.Module:
   channels = config.data.channels
   if variances.is_learned(config.model.variance):
     channels *= 2
+  size = recipe.image_size(config)
   network = registry.call(
-    known[name].build, config.model, recipe.image_size(config), channels
+    known[name].build, config.model, size, channels, of='model'
   )
   return conditioning.wrap(config, network)
 
@@ -98,7 +147,7 @@ def schedule(config: ConfigDict) -> schedules.Schedule:
     UserError: if there is none of the name, or the prediction does not fit it.
   """
   function = registry.named(schedules, config.schedule.name, 'T', 'schedule')
-  table = registry.call(function, config.schedule)
+  table = registry.call(function, config.schedule, of='schedule')
   if not config.schedule.zero_terminal_snr:
     return table
   if config.model.predict == 'eps':
@@ -106,14 +155,16 @@ def schedule(config: ConfigDict) -> schedules.Schedule:
       'config.schedule.zero_terminal_snr leaves nothing of x_0 in x_T, so that '
       'ε does not tell x_0 there: set config.model.predict to v or x0'
     )
-  return registry.call(schedules.zero_terminal_snr, {}, table)
+  of = 'schedule.zero_terminal_snr'
+  return registry.call(schedules.zero_terminal_snr, {}, table, of=of)
 
 
 def source(config: ConfigDict, split: str = '') -> Any:
   """The data set, or another split of it; see `data/sources.py`."""
   function = registry.named(sources, config.data.name, None, 'data set')
   data = dict(config.data) | {'image_size': recipe.image_size(config)}
-  made = registry.call(function, data | ({'split': split} if split else {}))
+  data |= {'split': split} if split else {}
+  made = registry.call(function, data, of='data')
   return conditioning.attach(config, made)
 
 
@@ -146,6 +197,41 @@ def mesh(
   return parallel.make_mesh(
     *(wanted.data, wanted.fsdp, wanted.spatial), local=local, devices=devices
   )
+
+
+def fit_devices(config: ConfigDict, *, trains: bool) -> ConfigDict:
+  """A saved recipe, on the devices here if those that it names do not fit.
+
+  What a run says of devices was right for the machine that it was begun on.
+
+  Args:
+    config: of the run; not changed.
+    trains: whether the devices must share `batch_size` evenly. If those here
+      cannot, as many are used as can.
+  """
+
+  def share(parts: int) -> bool:
+    return not trains or config.batch_size % (parts * config.accumulate) == 0
+
+  try:
+    if share(parallel.parts(mesh(config))):
+      return config
+  except errors.UserError:
+    pass  # not these devices
+  here, was = len(jax.devices()), config.parallel
+  several = jax.process_count() > 1  # which must use all
+  used = here
+  if not several:
+    used = max((n for n in range(1, here + 1) if share(n)), default=here)
+  logs.say(
+    f'this run was begun on other devices (parallel.data={was.data}, '
+    f'fsdp={was.fsdp}, spatial={was.spatial}): using {used} of the {here} here'
+  )
+  fitted = config.copy_and_resolve_references()
+  fitted.parallel.update(data=-1 if used == here else used, fsdp=1, spatial=1)
+  if several:
+    fitted.parallel.engine = 'jit'  # pmap is for one process
+  return fitted.lock()
 
 
 def stream(seed: int, use: str) -> jax.Array:

@@ -337,8 +337,13 @@ def mistake(*args):
     (['--config=configs/lsun.py:bedrom'], "did you mean 'bedroom'"),
     (['--mode=sampel'], "did you mean 'sample'"),
     (['--confg=configs/digits.py'], "did you mean '--config'"),
-    (['--num_samples=0'], 'not positive'),
+    (['--num_samples=0'], '--num_samples=0 must be at least 1'),
     (['--num_samples=ten'], 'ten'),
+    (['--seed=-1'], '--seed=-1 must be at least 0 and at most 4294967295'),
+    (['--mode=evaluate', '--step=-1'], '--step=-1 must be at least 0'),
+    (['--mode=decompress', '--bytes=-1'], '--bytes=-1 must be at least 0'),
+    (['--mode=edit', '--strength=nan'], '--strength=nan must be above 0'),
+    (['--mode=edit', '--strength=much'], 'much'),
     ([], 'holds no run: name one'),
     ([f'--config={DIGITS}', '--config.modle.channels=8'], 'model.channels'),
     ([f'--config={DIGITS}', '--config.steps=many'], 'not of type int'),
@@ -353,7 +358,32 @@ def mistake(*args):
     ([f'--config={DIGITS}', '--config.loss.t=uniformly'], "'uniform'"),
     ([f'--config={DIGITS}', '--config.loss.name=simpel'], "'simple'"),
     ([f'--config={DIGITS}', '--config.sampler.name=sample'], 'ancestral'),
-    ([f'--config={DIGITS}', '--config.sampler.steps=2000'], '2000'),
+    (
+      [f'--config={DIGITS}', '--config.sampler.steps=2000'],
+      'config.sampler.steps=2000: ',
+    ),
+    (
+      [
+        *(f'--config={DIGITS}', '--config.schedule.T=1'),
+        *(
+          '--config.schedule.zero_terminal_snr=true',
+          '--config.model.predict=v',
+        ),
+      ],
+      'config.schedule.zero_terminal_snr: ',
+    ),
+    (
+      [f'--config={DIGITS}', '--config.optimizer.ema=2'],
+      'config.optimizer.ema=2 must be at least 0 and below 1',
+    ),
+    (
+      [
+        *(f'--config={DIGITS}', '--config.schedule.name=cosine'),
+        '--config.schedule.beta_1=0.1',
+      ],
+      'config.schedule.beta_1=0.1 is not used by config.schedule.name=cosine: '
+      'leave it out',
+    ),
     ([f'--config={DIGITS}', '--config.sampler.variance=small'], 'beta_tilde'),
     ([f'--config={DIGITS}', '--config.checkpoint.every=0'], 'checkpoint.every'),
     ([f'--config={DIGITS}', '--config.model.predict=epsilon'], "'eps'"),
@@ -409,6 +439,8 @@ def test_a_workdir_that_cannot_be_written(monkeypatch, tmp_path):
 
 
 def test_another_recipe_under_an_existing_workdir(begun):
+  # Damaged or not, it is a checkpoint of a run.
+  (begun / 'checkpoints' / '40.damaged-1').mkdir(parents=True)
   message = mistake(f'--workdir={begun}', '--config.model.channels=64')
   assert 'model.channels (32 -> 64)' in message
   message = mistake(f'--workdir={begun}', '--seed=7')
