@@ -52,8 +52,9 @@ def load() -> tuple[Any, Weights]:
     UserError: if a package that it needs is not installed.
   """
   tokenizers = errors.optional('tokenizers', what=WHAT, install=INSTALL)
-  tokenizer = tokenizers.Tokenizer.from_file(str(folder() / 'tokenizer.json'))
-  return tokenizer, safetensors.numpy.load_file(folder() / 'model.safetensors')
+  path = folder()
+  tokenizer = tokenizers.Tokenizer.from_file(str(path / 'tokenizer.json'))
+  return tokenizer, safetensors.numpy.load_file(path / 'model.safetensors')
 
 
 def encode(texts: Sequence[str], length: int) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import checks
 from ddpm_jax import errors
+from ddpm_jax import ranges
 from ddpm_jax import recipe
 from ddpm_jax.diffusion import codec
 from ddpm_jax.jobs import compress
