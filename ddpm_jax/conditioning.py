@@ -11,12 +11,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import errors
+from ddpm_jax import recipe
 from ddpm_jax.data import captions
 from ddpm_jax.data import store
 from ddpm_jax.diffusion import guidance
 from ddpm_jax.diffusion import process
 from ddpm_jax.interop import minilm
 from ddpm_jax.models import condition as encoders
+from ddpm_jax.models import layers
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import workdir
 
@@ -46,6 +48,8 @@ def check(config: ConfigDict) -> None:
     raise errors.UserError(
       f'config.condition.width={c.width} must be a multiple of 4, its heads'
     )
+  if c.name in ('text', 'minilm'):
+    _check_heads(config)
   if s.guidance != 1 and not c.name:
     raise errors.UserError(
       f'config.sampler.guidance={s.guidance} is for a network with a '
@@ -56,6 +60,21 @@ def check(config: ConfigDict) -> None:
     raise errors.UserError(
       f'config.sampler.guidance_interval={(low, high)} is not (low, high)'
     )
+
+
+def _check_heads(config: ConfigDict) -> None:
+  """Refuses levels that look at a text, but not with whole heads."""
+  model, heads = config.model, layers.CrossAttention.heads
+  side, last = min(recipe.image_size(config)), len(model.multipliers) - 1
+  for level, multiplier in enumerate(model.multipliers):
+    attends = side // model.patch // 2**level in model.attention
+    channels = model.channels * multiplier
+    if channels % heads and (attends or level == last):
+      raise errors.UserError(
+        f'level {level} has {channels} channels (config.model.channels='
+        f'{model.channels} times {multiplier} of config.model.multipliers), '
+        f'which must be a multiple of {heads}, its heads for a text'
+      )
 
 
 def encoder(config: ConfigDict) -> Any:

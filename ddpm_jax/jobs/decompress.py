@@ -47,6 +47,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   config = config.copy_and_resolve_references()
   config.codec.update(header['codec'])
   with of_file(path):
+    ranges.check(recipe.flatten(config))
     read, whole = bitstream.read(
       data, compress.rules(config, header['squares'])
     )
