@@ -30,9 +30,9 @@ from ddpm_jax.diffusion import variances
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
 
-# Keys that are read whatever the name of their section: by `attach` of
-# conditioning.py, and by the evaluation.
-READ_ELSEWHERE = ('data.captions', 'data.split')
+# Keys that are read whatever the name of their section is: by conditioning.py,
+# by the evaluation, and as names themselves.
+READ_ELSEWHERE = ('data.captions', 'data.names', 'data.split', 'loss.t')
 
 
 def reverse(config: ConfigDict, variance: str) -> dict[str, Any]:
@@ -220,12 +220,13 @@ def fit_devices(config: ConfigDict, *, trains: bool) -> ConfigDict:
     pass  # not these devices
   here, was = len(jax.devices()), config.parallel
   several = jax.process_count() > 1  # which must use all
-  used = here
-  if not several:
-    used = max((n for n in range(1, here + 1) if share(n)), default=here)
+  used = max((n for n in range(1, here + 1) if share(n)), default=0)
+  if not used or (several and used < here):
+    return config  # is refused by those who train
   logs.say(
-    f'this run was begun on other devices (parallel.data={was.data}, '
-    f'fsdp={was.fsdp}, spatial={was.spatial}): using {used} of the {here} here'
+    f'the devices of this run (config.parallel.data={was.data}, fsdp='
+    f'{was.fsdp}, spatial={was.spatial}) do not fit here: using {used} of '
+    f'{here} device(s)'
   )
   fitted = config.copy_and_resolve_references()
   fitted.parallel.update(data=-1 if used == here else used, fsdp=1, spatial=1)

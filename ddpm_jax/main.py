@@ -355,13 +355,10 @@ def config_of(args: argparse.Namespace) -> Any:
     said -= {'sampler.variance'}
   build.check_used(config, said, args.changes)
   args.parallel = recipe.to_json(config)['parallel']
-  if args.config or args.mode in OTHER_DEVICES or says_devices(args.changes):
+  says_devices = any(key.startswith('parallel.') for key in args.changes)
+  if args.config or says_devices or args.mode in OTHER_DEVICES:
     return config
   return build.fit_devices(config, trains=args.mode in ('train', 'benchmark'))
-
-
-def says_devices(changes: dict[str, str]) -> bool:
-  return any(key.startswith('parallel.') for key in changes)
 
 
 def main() -> NoReturn:

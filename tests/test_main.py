@@ -463,10 +463,10 @@ def test_a_run_of_other_devices_takes_those_here(begun, capfd):
   here, kept = resolved('--mode=sample')
   assert (here.data, here.fsdp, here.spatial) == (-1, 1, 1)
   assert kept == ELSEWHERE
-  assert 'using 8 of the 8 here' in capfd.readouterr().err
+  assert 'using 8 of 8 device(s)' in capfd.readouterr().err
   # As many as share the batch evenly, to train.
   assert resolved('--mode=train', '--config.batch_size=12')[0].data == 6
-  assert 'using 6 of the 8 here' in capfd.readouterr().err
+  assert 'using 6 of 8 device(s)' in capfd.readouterr().err
   # What is said now is meant.
   assert resolved('--mode=sample', '--config.parallel.data=2')[0].fsdp == 16
   assert capfd.readouterr().err == ''
