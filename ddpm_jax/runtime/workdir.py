@@ -43,12 +43,13 @@ def create(path: pathlib.Path) -> None:
 
 
 def check_run(path: pathlib.Path | None) -> None:
-  """Refuses a folder that is not there, or none.
+  """Refuses a folder that holds no run, or none.
 
   Raises:
     UserError: naming the newest runs, if there are any under runs/.
   """
-  if path is not None and path.is_dir():
+  parts = 'config.json', 'checkpoints'
+  if path is not None and any((path / part).exists() for part in parts):
     return
   what = 'name a run' if path is None else f'no run in {path}: name one'
   newest = sorted(
