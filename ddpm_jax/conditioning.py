@@ -48,7 +48,7 @@ def check(config: ConfigDict) -> None:
     raise errors.UserError(
       f'config.condition.width={c.width} must be a multiple of 4, its heads'
     )
-  if c.name in ('text', 'minilm'):
+  if c.name in ('text', 'minilm') and recipe.image_size(config):
     _check_heads(config)
   if s.guidance != 1 and not c.name:
     raise errors.UserError(
