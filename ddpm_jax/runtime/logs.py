@@ -39,7 +39,7 @@ def writer(workdir: pathlib.Path, start: int) -> Iterator[Callable]:
 
   Lines of later steps, left by a run that was killed, are taken out: the log of
   an interrupted run is that of one that was not. TensorBoard events are written
-  where tensorboardX is installed (`pip install 'ddpm_jax[tensorboard]'`).
+  where tensorboardX is installed (`pip install -e '.[tensorboard]'`).
   """
   if not processes.leads():
     yield lambda step, values: None
