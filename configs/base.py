@@ -67,8 +67,8 @@ def get_config() -> ConfigDict:
 
   c.schedule = ConfigDict()
   # A function of ddpm_jax/diffusion/schedules.py: linear | cosine | quad | su
-  # | const | sqrt | scaled_linear | sqrt_linear | warmup10 | warmup50 | jsd (not
-  # with eps).
+  # | const | sqrt | scaled_linear | sqrt_linear | warmup10 | warmup50 | jsd
+  # (not with eps).
   c.schedule.name = 'linear'
   c.schedule.T = 1000
   c.schedule.beta_1 = 1e-4  # of linear and those like it

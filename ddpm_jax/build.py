@@ -3,6 +3,8 @@
 import importlib
 import logging
 import pkgutil
+from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +22,17 @@ from ddpm_jax import recipe
 from ddpm_jax import registry
 from ddpm_jax.data import sources
 from ddpm_jax.diffusion import likelihood
+from ddpm_jax.diffusion import objectives
 from ddpm_jax.diffusion import predictions
+from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import variances
+from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
+
+# Keys that are read whatever the name of their section is: by conditioning.py,
+# by the evaluation, and as names themselves.
+READ_ELSEWHERE = ('data.captions', 'data.names', 'data.split', 'loss.t')
 
 
 def reverse(config: ConfigDict, variance: str) -> dict[str, Any]:
@@ -67,6 +76,45 @@ def warn_of_signal(config: ConfigDict) -> None:
     )
 
 
+def check_used(
+  config: ConfigDict, said: Collection[str], changes: Collection[str] = ()
+) -> None:
+  """Refuses keys that the function chosen by name does not take, others do.
+
+  Args:
+    config: the recipe.
+    said: the keys that the user sets now. A run that was saved with others is
+      not refused for them.
+    changes: those of them that are on the command line.
+
+  Raises:
+    UserError: naming the first such key that is not at its default.
+  """
+  registries: dict[str, dict[str, Callable]] = {
+    'data': registry.known(sources),
+    'schedule': registry.known(schedules, 'T'),
+    'model': {name: file.build for name, file in networks().items()},
+    'loss': registry.known(objectives, 'model_fn'),
+    'sampler': registry.known(samplers, 'x_t'),
+  }
+  default = recipe.defaults()
+  default['sampler.variance'] = config.model.variance
+  for section, members in registries.items():
+    keys, name = config[section], config[section].name
+    if name not in members:
+      continue  # is refused by those who call it
+    for key in registry.unused(members, name, keys):
+      full = f'{section}.{key}'
+      if full not in said or full in READ_ELSEWHERE or full not in default:
+        continue
+      if keys[key] != default[full]:
+        mend = f'set config.{full}={default[full]}'
+        raise errors.UserError(
+          f'config.{full}={keys[key]} is not used by config.{section}.name='
+          f'{name}: {"leave it out" if full in changes else mend}'
+        )
+
+
 def networks() -> dict[str, Any]:
   """The files of models/ that build a network, by name."""
   files = {
@@ -88,8 +136,9 @@ def model(config: ConfigDict) -> nn.Module:
   channels = config.data.channels
   if variances.is_learned(config.model.variance):
     channels *= 2
+  size = recipe.image_size(config)
   network = registry.call(
-    known[name].build, config.model, recipe.image_size(config), channels
+    known[name].build, config.model, size, channels, of='model'
   )
   return conditioning.wrap(config, network)
 
@@ -102,9 +151,10 @@ def schedule(config: ConfigDict) -> schedules.Schedule:
   """
   c = config.schedule
   function = registry.named(schedules, c.name, 'T', 'schedule')
-  table = registry.call(function, c)
+  table = registry.call(function, c, of='schedule')
   if c.zero_terminal_snr:
-    table = registry.call(schedules.zero_terminal_snr, {}, table)
+    of = 'schedule.zero_terminal_snr'
+    table = registry.call(schedules.zero_terminal_snr, {}, table, of=of)
   if schedules.ends_in_noise(table) and config.model.predict == 'eps':
     key = 'zero_terminal_snr' if c.zero_terminal_snr else f'name={c.name}'
     raise errors.UserError(
@@ -118,7 +168,8 @@ def source(config: ConfigDict, split: str = '') -> Any:
   """The data set, or another split of it; see `data/sources.py`."""
   function = registry.named(sources, config.data.name, None, 'data set')
   data = dict(config.data) | {'image_size': recipe.image_size(config)}
-  made = registry.call(function, data | ({'split': split} if split else {}))
+  data |= {'split': split} if split else {}
+  made = registry.call(function, data, of='data')
   return conditioning.attach(config, made)
 
 
@@ -151,6 +202,42 @@ def mesh(
   return parallel.make_mesh(
     *(wanted.data, wanted.fsdp, wanted.spatial), local=local, devices=devices
   )
+
+
+def fit_devices(config: ConfigDict, *, trains: bool) -> ConfigDict:
+  """A saved recipe, on the devices here if those that it names do not fit.
+
+  What a run says of devices was right for the machine that it was begun on.
+
+  Args:
+    config: of the run; not changed.
+    trains: whether the devices must share `batch_size` evenly. If those here
+      cannot, as many are used as can.
+  """
+
+  def share(parts: int) -> bool:
+    return not trains or config.batch_size % (parts * config.accumulate) == 0
+
+  try:
+    if share(parallel.parts(mesh(config))):
+      return config
+  except errors.UserError:
+    pass  # not these devices
+  here, was = len(jax.devices()), config.parallel
+  several = jax.process_count() > 1  # which must use all
+  used = max((n for n in range(1, here + 1) if share(n)), default=0)
+  if not used or (several and used < here):
+    return config  # is refused by those who train
+  logs.say(
+    f'the devices of this run (config.parallel.data={was.data}, fsdp='
+    f'{was.fsdp}, spatial={was.spatial}) do not fit here: using {used} of '
+    f'{here} device(s)'
+  )
+  fitted = config.copy_and_resolve_references()
+  fitted.parallel.update(data=-1 if used == here else used, fsdp=1, spatial=1)
+  if several:
+    fitted.parallel.engine = 'jit'  # pmap is for one process
+  return fitted.lock()
 
 
 def stream(seed: int, use: str) -> jax.Array:

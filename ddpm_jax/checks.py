@@ -6,38 +6,21 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import conditioning
 from ddpm_jax import errors
+from ddpm_jax import ranges
 from ddpm_jax import recipe
 from ddpm_jax import registry
 from ddpm_jax.data import sources
 from ddpm_jax.diffusion import variances
-
-POSITIVE = (
-  'steps',
-  'batch_size',
-  'accumulate',
-  'model.blocks',
-  'schedule.T',
-  'sampler.batch_size',
-  'codec.steps',
-  'codec.batch_size',
-  'evaluate.batch_size',
-  'checkpoint.every',
-  'checkpoint.keep',
-  'log.every',
-)
 
 
 def basics(config: ConfigDict) -> None:
   """Refuses what would only come to light after seconds or hours.
 
   Raises:
-    UserError: for a number that must be positive, an unknown data set, or
-      channels that are neither gray nor RGB.
+    UserError: for a value of another type or out of range, an unknown data
+      set, or channels that are neither gray nor RGB.
   """
-  flat = recipe.flatten(config)
-  for key in POSITIVE:
-    if flat[key] < 1:
-      raise errors.UserError(f'config.{key}={flat[key]} must be at least 1')
+  ranges.check(recipe.flatten(config))
   registry.named(sources, config.data.name, None, 'data set')
   conditioning.check(config)
   if not recipe.image_size(config) and config.data.flip:
@@ -112,7 +95,7 @@ def spatial(config: ConfigDict) -> None:
 def sampler(
   config: ConfigDict, options: Container[str], *, ends_in_noise: bool
 ) -> None:
-  """Refuses what a sampler with these options cannot do, or would not look at.
+  """Refuses what a sampler with these options cannot do.
 
   Args:
     config: the recipe.
@@ -123,12 +106,6 @@ def sampler(
     UserError: with the reason.
   """
   c, T = config.sampler, config.schedule.T
-  if not 0 <= c.eta <= 1:
-    raise errors.UserError(f'config.sampler.eta={c.eta} must be in 0..1')
-  if c.eta and 'eta' not in options:
-    raise errors.UserError(
-      f'config.sampler.eta={c.eta} is of ddim; {c.name} has none'
-    )
   if ends_in_noise and c.spacing in ('leading', 'quad') and c.steps < T:
     raise errors.UserError(
       f'config.sampler.spacing={c.spacing} does not begin at T, where this '

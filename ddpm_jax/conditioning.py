@@ -11,16 +11,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import errors
+from ddpm_jax import recipe
 from ddpm_jax.data import captions
 from ddpm_jax.data import store
 from ddpm_jax.diffusion import guidance
 from ddpm_jax.diffusion import process
 from ddpm_jax.interop import minilm
 from ddpm_jax.models import condition as encoders
+from ddpm_jax.models import layers
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import workdir
-
-KINDS = ('label', 'text', 'minilm')
 
 
 def check(config: ConfigDict) -> None:
@@ -30,8 +30,6 @@ def check(config: ConfigDict) -> None:
     UserError: with the reason.
   """
   c, s = config.condition, config.sampler
-  if c.name and c.name not in KINDS:
-    raise errors.unknown('condition', c.name, KINDS)
   if c.name and config.model.name != 'unet':
     raise errors.UserError(
       f'config.model.name={config.model.name} takes no condition; unet does'
@@ -40,19 +38,22 @@ def check(config: ConfigDict) -> None:
     raise errors.UserError(
       'config.condition.classes: say how many classes there are'
     )
-  for key in ('length', 'width', 'depth'):
-    if c[key] < 1:
-      raise errors.UserError(f'config.condition.{key}={c[key]} is not positive')
+  if c.name == 'minilm' and not 3 <= c.length <= minilm.LONGEST:
+    raise errors.UserError(
+      f'config.condition.length={c.length} must be in 3..{minilm.LONGEST} for '
+      'config.condition.name=minilm, two of which say where a text begins and '
+      'ends'
+    )
   if c.width % 4:
     raise errors.UserError(
       f'config.condition.width={c.width} must be a multiple of 4, its heads'
     )
-  if not 0 <= c.drop < 1:
-    raise errors.UserError(f'config.condition.drop={c.drop} is not in 0..1')
-  if s.guidance < 0 or (s.guidance != 1 and not c.name):
+  if c.name in ('text', 'minilm') and recipe.image_size(config):
+    _check_heads(config)
+  if s.guidance != 1 and not c.name:
     raise errors.UserError(
       f'config.sampler.guidance={s.guidance} is for a network with a '
-      'condition, and at least 0; 1 is the condition as it is'
+      'condition; 1 is the condition as it is'
     )
   if c.name and c.drop == 0 and s.guidance != 1:
     raise errors.UserError(
@@ -60,15 +61,26 @@ def check(config: ConfigDict) -> None:
       'condition, which config.condition.drop=0 does not train: set '
       'config.sampler.guidance=1, or train with config.condition.drop=0.1'
     )
-  low_high = tuple(s.guidance_interval)
-  if len(low_high) != 2 or not 0 <= low_high[0] <= low_high[1] <= 1:
+  low, high = s.guidance_interval
+  if low > high:
     raise errors.UserError(
-      f'config.sampler.guidance_interval={low_high} is not (low, high) in 0..1'
+      f'config.sampler.guidance_interval={(low, high)} is not (low, high)'
     )
-  if not 0 <= s.guidance_rescale <= 1:
-    raise errors.UserError(
-      f'config.sampler.guidance_rescale={s.guidance_rescale} is not in 0..1'
-    )
+
+
+def _check_heads(config: ConfigDict) -> None:
+  """Refuses levels that look at a text, but not with whole heads."""
+  model, heads = config.model, layers.CrossAttention.heads
+  side, last = min(recipe.image_size(config)), len(model.multipliers) - 1
+  for level, multiplier in enumerate(model.multipliers):
+    attends = side // model.patch // 2**level in model.attention
+    channels = model.channels * multiplier
+    if channels % heads and (attends or level == last):
+      raise errors.UserError(
+        f'level {level} has {channels} channels (config.model.channels='
+        f'{model.channels} times {multiplier} of config.model.multipliers), '
+        f'which must be a multiple of {heads}, its heads for a text'
+      )
 
 
 def encoder(config: ConfigDict) -> Any:

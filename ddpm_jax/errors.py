@@ -2,10 +2,15 @@
 
 import difflib
 import errno
+import importlib
+import importlib.util
 import math
+import pathlib
 from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
+
+SHORT = 12  # names that are listed in full
 
 
 class UserError(ValueError):
@@ -16,12 +21,57 @@ class UserError(ValueError):
   """
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-  """The error for a name that is not one of `known`, naming the nearest."""
+def unknown(
+  kind: str, name: str, known: Iterable[str], *, others: str = ''
+) -> UserError:
+  """The error for a name that is not one of `known`, naming the nearest.
+
+  A short list is given in full. Of a long one the nearest three are named, and
+  `others` says where the rest are listed.
+  """
   known = sorted(known)
   close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   hint = f'did you mean {close[0]!r}? ' if close else ''
-  return UserError(f'unknown {kind} {name!r}; {hint}known: {", ".join(known)}')
+  if len(known) <= SHORT:
+    listed = f'known: {", ".join(x or repr(x) for x in known)}'
+  else:
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0)
+    listed = f'nearest: {", ".join(nearest)}' + (others and f'; {others}')
+  return UserError(f'unknown {kind} {name!r}; {hint}{listed}')
+
+
+def find_optional(name: str, *, what: str, install: str) -> pathlib.Path:
+  """The file of an optional package, which is not imported.
+
+  Args:
+    name: of its module, such as 'tokenizers'.
+    what: needs it, to begin the message with.
+    install: the command that installs it.
+
+  Raises:
+    UserError: if it is not installed.
+  """
+  spec = importlib.util.find_spec(name)
+  if spec is None or spec.origin is None:
+    raise UserError(f'{what} needs the package {name}: {install}')
+  return pathlib.Path(spec.origin)
+
+
+def optional(name: str, *, what: str, install: str) -> Any:
+  """The module of an optional package, imported; see `find_optional`.
+
+  Raises:
+    UserError: if it is not installed, or is and cannot be imported.
+  """
+  find_optional(name, what=what, install=install)
+  try:
+    return importlib.import_module(name)
+  except Exception as e:  # A broken package may raise anything.
+    reason = ' '.join(str(e).split())
+    raise UserError(
+      f'{what} needs the package {name}, which is installed but fails to '
+      f'import ({type(e).__name__}: {reason:.200})'
+    ) from e
 
 
 class RunError(RuntimeError):

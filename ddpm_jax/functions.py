@@ -132,7 +132,7 @@ def reverse_process(config: ConfigDict) -> Reverse:
   table = build.schedule(config)
   spacing = registry.named(spacings, c.spacing, 'steps', 'spacing')
   strided = {'steps': c.steps, 'spacing': spacing}
-  short = registry.call(schedules.stride, strided, table)
+  short = registry.call(schedules.stride, strided, table, of='sampler')
   names = inspect.signature(step).parameters
   options = {**c, **build.reverse(config, c.variance)}
   options = {k: v for k, v in options.items() if k in names}
@@ -291,17 +291,13 @@ def codec(config: ConfigDict, seed: int) -> Codec:
     UserError: for a number that it cannot do with.
   """
   c, network, table = config.codec, build.model(config), build.schedule(config)
-  if not 1 <= c.log2_candidates <= 24:
+  if c.group_bits > c.log2_candidates:
     raise errors.UserError(
-      f'config.codec.log2_candidates={c.log2_candidates} is not in 1..24'
-    )
-  if not 0 < c.group_bits <= c.log2_candidates:
-    raise errors.UserError(
-      f'config.codec.group_bits={c.group_bits} is not above 0 and at most '
+      f'config.codec.group_bits={c.group_bits} must be at most '
       f'config.codec.log2_candidates={c.log2_candidates}'
     )
   predict = build.reverse(config, config.model.variance)['predict']
-  short = registry.call(codec_parts.jumps, c, table)
+  short = registry.call(codec_parts.jumps, c, table, of='codec')
   rules = codec_parts.Rules(c.log2_candidates, c.group_bits)
 
   def model_fn(params: Any) -> process.ModelFn:

@@ -6,10 +6,12 @@ import logging
 import pathlib
 import pkgutil
 import sys
+from typing import Any
 from typing import NoReturn
 
 from ddpm_jax import errors
 from ddpm_jax import jobs
+from ddpm_jax import ranges
 from ddpm_jax.runtime import machine
 
 DESCRIPTION = """\
@@ -48,6 +50,16 @@ ONLY = {
   'to': ['edit'],
   'topology': ['plan'],
 }
+
+# The modes that work on a run, in --workdir. (evaluate: but for --images)
+OF_A_RUN = (
+  *('compress', 'decompress', 'edit', 'evaluate', 'few_steps', 'figures'),
+  *('sample', 'score'),
+)
+# Those that take one device, or devices that are not here.
+OTHER_DEVICES = ('compress', 'decompress', 'plan')
+# Those that read config.sampler.variance whatever the sampler: the bound does.
+OF_THE_BOUND = ('evaluate', 'figures')
 
 
 class Parser(argparse.ArgumentParser):
@@ -289,12 +301,12 @@ def run(argv: list[str]) -> None:
   args, others = parser().parse_known_args(flags)
   if others:
     known = [f'--{name}' for name in vars(args)]
-    raise errors.unknown('flag', others[0].partition('=')[0], known)
+    flag = others[0].partition('=')[0]
+    raise errors.unknown('flag', flag, known, others='--help lists them all')
   modes = [job.name for job in pkgutil.iter_modules(jobs.__path__)]
   if args.mode not in modes:
     raise errors.unknown('mode', args.mode, modes)
-  if args.num_samples is not None and args.num_samples < 1:
-    raise errors.UserError(f'--num_samples={args.num_samples} is not positive')
+  ranges.check_flags(vars(args))
   for name, only in ONLY.items():
     if getattr(args, name) is not None and args.mode not in only:
       raise errors.UserError(f'--{name} is for --mode={" or ".join(only)}')
@@ -308,9 +320,11 @@ def run(argv: list[str]) -> None:
   if args.mode == 'train' and args.output:
     raise errors.UserError('--output is for images: training has --workdir')
   # JAX and the rest take seconds to import; --help and mistakes need none.
-  from ddpm_jax import recipe
   from ddpm_jax.runtime import processes
+  from ddpm_jax.runtime import workdir
 
+  if args.mode in OF_A_RUN and not (args.mode == 'evaluate' and args.images):
+    workdir.check_run(args.workdir)
   machine.keep_compiled()
   args.changes = changes
   job = importlib.import_module(f'ddpm_jax.jobs.{args.mode}')
@@ -322,10 +336,29 @@ def run(argv: list[str]) -> None:
   ):
     if not getattr(job, 'many_processes', False):
       processes.only_one(f'--mode={args.mode}')
-    config = None
-    if getattr(job, 'needs_config', True):
-      config = recipe.resolve(args.config, args.workdir, changes)
-    job.run(config, args)
+    needs_config = getattr(job, 'needs_config', True)
+    job.run(config_of(args) if needs_config else None, args)
+
+
+def config_of(args: argparse.Namespace) -> Any:
+  """The recipe, refused if it holds what nothing would read.
+
+  On a run that was begun on other devices it is fitted to those here; what the
+  run says of them stays in `args.parallel`.
+  """
+  from ddpm_jax import build
+  from ddpm_jax import recipe
+
+  config = recipe.resolve(args.config, args.workdir, args.changes)
+  said = set(recipe.flatten(config) if args.config else args.changes)
+  if args.mode in OF_THE_BOUND:
+    said -= {'sampler.variance'}
+  build.check_used(config, said, args.changes)
+  args.parallel = recipe.to_json(config)['parallel']
+  says_devices = any(key.startswith('parallel.') for key in args.changes)
+  if args.config or says_devices or args.mode in OTHER_DEVICES:
+    return config
+  return build.fit_devices(config, trains=args.mode in ('train', 'benchmark'))
 
 
 def main() -> NoReturn:

@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ddpm_jax import errors
+from ddpm_jax import ranges
 from ddpm_jax.runtime import workdir
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
@@ -31,7 +32,8 @@ def resolve(
 
   Raises:
     UserError: if there is none, it is wrong, or it is not the one that the
-      workdir was begun with.
+      workdir was begun with. A run without a checkpoint may be begun again
+      with another.
   """
   saved = workdir.read_config(folder) if folder else None
   begun = from_json(saved) if saved else None
@@ -43,7 +45,8 @@ def resolve(
     where = f'{folder} holds no run' if folder else 'no recipe'
     raise errors.UserError(f'{where}: name one, as --config=configs/digits.py')
   override(config, changes)
-  if begun:
+  ranges.check(flatten(config))
+  if folder and begun and workdir.has_checkpoint(folder):
     check_same(config, begun, folder)
   return config
 
@@ -109,7 +112,10 @@ def override(config: ConfigDict, changes: dict[str, str]) -> None:
     flat = flatten(config)
     if key not in flat:
       raise errors.unknown(
-        'key', f'config.{key}', [f'config.{k}' for k in flat]
+        'key',
+        f'config.{key}',
+        [f'config.{k}' for k in flat],
+        others='configs/base.py explains them all',
       )
     value = text if isinstance(flat[key], str) else _parse(text)
     try:
@@ -161,19 +167,29 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
   A key that came later has the value of configs/base.py, which changes nothing.
   """
   config = ConfigDict(_tuples(values))
+  for key, value in defaults().items():
+    *sections, name = key.split('.')
+    at = config
+    for section in sections:
+      if section not in at:
+        at[section] = ConfigDict()
+      at = at[section]
+      if not isinstance(at, ConfigDict):
+        raise errors.UserError(
+          f'config.json is damaged: {section} is no section of keys'
+        )
+    if name not in at:
+      at[name] = value
+  return config.lock()
+
+
+def defaults() -> dict[str, Any]:
+  """The flattened configs/base.py; {} where configs/ is not here."""
   with contextlib.suppress(ImportError), _importing_configs():
     from configs import base
 
-    for key, value in flatten(base.get_config()).items():
-      *sections, name = key.split('.')
-      at = config
-      for section in sections:
-        if section not in at:
-          at[section] = ConfigDict()
-        at = at[section]
-      if name not in at:
-        at[name] = value
-  return config.lock()
+    return flatten(base.get_config())
+  return {}
 
 
 def check_same(config: ConfigDict, begun: ConfigDict, where: Any) -> None:
@@ -198,21 +214,20 @@ def check_same(config: ConfigDict, begun: ConfigDict, where: Any) -> None:
     )
 
 
-def image_size(config: ConfigDict) -> tuple[int, ...]:
-  """(height, width) in pixels, or () where the data are points.
+def is_another(config: ConfigDict, folder: pathlib.Path) -> bool:
+  """Whether the workdir was begun with another recipe; see `check_same`."""
+  saved = workdir.read_config(folder)
+  try:
+    check_same(config, from_json(saved) if saved else config, folder)
+  except errors.UserError:
+    return True
+  return False
 
-  Raises:
-    UserError: if the recipe says something else.
-  """
+
+def image_size(config: ConfigDict) -> tuple[int, ...]:
+  """(height, width) in pixels, or () where the data are points."""
   size = config.data.image_size
-  pair = size if isinstance(size, tuple) else (size, size)
-  whole = all(isinstance(n, int) and n > 0 for n in pair)
-  if len(pair) not in (0, 2) or not whole:
-    raise errors.UserError(
-      f'config.data.image_size={size!r} is not a side, such as 32, or '
-      '(height, width)'
-    )
-  return pair
+  return size if isinstance(size, tuple) else (size, size)
 
 
 def shape(config: ConfigDict) -> tuple[int, ...]:

@@ -187,7 +187,7 @@ def test_images_of_another_shape_are_refused(sent, trained, tmp_path):
     (['--mode=sample', '--bytes=3'], 'is for --mode=decompress'),
     (
       ['--mode=compress', '--images=a.png', '--output=a'],
-      'log2_candidates=40 is not in',
+      'log2_candidates=40 must be at least 1 and at most 24',
     ),
   ],
 )

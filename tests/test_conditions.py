@@ -435,6 +435,8 @@ def test_without_guidance_an_image_is_drawn_as_told():
     (dict(condition__drop=1), 'drop'),
     (dict(condition__width=6), 'multiple of 4'),
     (dict(condition__length=0), 'length'),
+    (dict(condition__name='minilm', condition__length=600), r'in 3\.\.512'),
+    (dict(model__channels=6, model__groups=2), 'multiple of 4, its heads'),
     (dict(condition__length=8), 'length=8'),
     (dict(sampler__guidance=-1), 'guidance'),
     (dict(sampler__guidance_interval=(0.9, 0.1)), 'interval'),

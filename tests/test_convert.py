@@ -448,7 +448,7 @@ def test_a_name_on_the_hub_needs_the_hub(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
   for name, told in (
-    ('google/ddpm-cifar10-32', r'pip install .ddpm_jax\[hub\]'),
+    ('google/ddpm-cifar10-32', r'huggingface_hub: pip install -e .\.\[hub\]'),
     ('/no/such/folder', 'no such folder or file'),
   ):
     with pytest.raises(errors.UserError, match=told):

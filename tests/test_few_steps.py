@@ -429,8 +429,6 @@ def test_a_sampler_draws_from_a_run(name, tiny_run, tmp_path):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'sampler.eta': '0.5'}, 'ancestral has none'),
-    ({'sampler.eta': '1.5', 'sampler.name': 'ddim'}, r'0\.\.1'),
     ({'sampler.spacing': 'cubic'}, 'quadratic'),
     ({'schedule.zero_terminal_snr': 'true'}, 'predict to v or x0'),
     (

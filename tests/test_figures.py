@@ -338,7 +338,7 @@ def test_words_leave_every_pixel_as_it_is(channels):
     ([], 'forward, generation, gradients'),
     (['--figure=foward'], "did you mean 'forward'"),
     (['--figure=named'], 'unknown figure'),
-    (['--figure=forward', '--num_samples=0'], 'not positive'),
+    (['--figure=forward', '--num_samples=0'], 'at least 1'),
     (['--figure=schedules', '--num_samples=3'], '--num_samples'),
     (['--figure=forward', '--output=here'], r'\.png'),
     (['--figure=forward', '--mode=sample'], '--mode=figures'),

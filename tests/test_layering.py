@@ -17,6 +17,7 @@ LAYERS = [
   ['conditioning'],
   ['recipe', 'registry'],
   ['diffusion', 'models', 'data', 'metrics', 'interop', 'runtime'],
+  ['ranges'],
   ['errors'],
 ]
 INSIDE = {  # Rooms whose files have an order of their own.

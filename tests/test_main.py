@@ -1,6 +1,7 @@
 """The program as a user runs it: real processes, real signals, real files."""
 
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -27,6 +28,7 @@ from ddpm_jax.runtime import parallel
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = conftest.DIGITS
 TINY = conftest.TINY
+ELSEWHERE = {'engine': 'jit', 'data': 2, 'fsdp': 16, 'spatial': 1}
 
 
 @pytest.fixture
@@ -337,8 +339,13 @@ def mistake(*args):
     (['--config=configs/lsun.py:bedrom'], "did you mean 'bedroom'"),
     (['--mode=sampel'], "did you mean 'sample'"),
     (['--confg=configs/digits.py'], "did you mean '--config'"),
-    (['--num_samples=0'], 'not positive'),
+    (['--num_samples=0'], '--num_samples=0 must be at least 1'),
     (['--num_samples=ten'], 'ten'),
+    (['--seed=-1'], '--seed=-1 must be at least 0 and at most 4294967295'),
+    (['--mode=evaluate', '--step=-1'], '--step=-1 must be at least 0'),
+    (['--mode=decompress', '--bytes=-1'], '--bytes=-1 must be at least 0'),
+    (['--mode=edit', '--strength=nan'], '--strength=nan must be above 0'),
+    (['--mode=edit', '--strength=much'], 'much'),
     ([], 'holds no run: name one'),
     ([f'--config={DIGITS}', '--config.modle.channels=8'], 'model.channels'),
     ([f'--config={DIGITS}', '--config.steps=many'], 'not of type int'),
@@ -353,7 +360,32 @@ def mistake(*args):
     ([f'--config={DIGITS}', '--config.loss.t=uniformly'], "'uniform'"),
     ([f'--config={DIGITS}', '--config.loss.name=simpel'], "'simple'"),
     ([f'--config={DIGITS}', '--config.sampler.name=sample'], 'ancestral'),
-    ([f'--config={DIGITS}', '--config.sampler.steps=2000'], '2000'),
+    (
+      [f'--config={DIGITS}', '--config.sampler.steps=2000'],
+      'config.sampler.steps=2000: ',
+    ),
+    (
+      [
+        *(f'--config={DIGITS}', '--config.schedule.T=1'),
+        *(
+          '--config.schedule.zero_terminal_snr=true',
+          '--config.model.predict=v',
+        ),
+      ],
+      'config.schedule.zero_terminal_snr: ',
+    ),
+    (
+      [f'--config={DIGITS}', '--config.optimizer.ema=2'],
+      'config.optimizer.ema=2 must be at least 0 and below 1',
+    ),
+    (
+      [
+        *(f'--config={DIGITS}', '--config.schedule.name=cosine'),
+        '--config.schedule.beta_1=0.1',
+      ],
+      'config.schedule.beta_1=0.1 is not used by config.schedule.name=cosine: '
+      'leave it out',
+    ),
     ([f'--config={DIGITS}', '--config.sampler.variance=small'], 'beta_tilde'),
     ([f'--config={DIGITS}', '--config.checkpoint.every=0'], 'checkpoint.every'),
     ([f'--config={DIGITS}', '--config.model.predict=epsilon'], "'eps'"),
@@ -409,10 +441,69 @@ def test_a_workdir_that_cannot_be_written(monkeypatch, tmp_path):
 
 
 def test_another_recipe_under_an_existing_workdir(begun):
+  # Damaged or not, it is a checkpoint of a run.
+  (begun / 'checkpoints' / '40.damaged-1').mkdir(parents=True)
   message = mistake(f'--workdir={begun}', '--config.model.channels=64')
   assert 'model.channels (32 -> 64)' in message
   message = mistake(f'--workdir={begun}', '--seed=7')
   assert 'seed (0 -> 7)' in message
+
+
+def test_a_run_of_other_devices_takes_those_here(begun, capfd):
+  file = begun / 'config.json'
+  config = json.loads(file.read_text())
+  file.write_text(json.dumps(config | {'parallel': ELSEWHERE}))
+
+  def resolved(mode, *changes):
+    flags, changes = main.split([f'--workdir={begun}', mode, *changes])
+    args = main.parser().parse_args(flags)
+    args.changes = changes
+    return main.config_of(args).parallel, args.parallel
+
+  here, kept = resolved('--mode=sample')
+  assert (here.data, here.fsdp, here.spatial) == (-1, 1, 1)
+  assert kept == ELSEWHERE
+  assert 'using 8 of 8 device(s)' in capfd.readouterr().err
+  # As many as share the batch evenly, to train.
+  assert resolved('--mode=train', '--config.batch_size=12')[0].data == 6
+  assert 'using 6 of 8 device(s)' in capfd.readouterr().err
+  # What is said now is meant.
+  assert resolved('--mode=sample', '--config.parallel.data=2')[0].fsdp == 16
+  assert capfd.readouterr().err == ''
+
+
+def test_a_run_without_a_checkpoint_is_begun_again(begun, capfd):
+  file = begun / 'config.json'
+  config = json.loads(file.read_text())
+  file.write_text(json.dumps(config | {'parallel': ELSEWHERE}))
+  (begun / 'metrics.jsonl').write_text('{"step": 1, "loss": 7}\n' * 3)
+  changes = [flag for flag in TINY if '--config=' not in flag]
+  main.run([f'--workdir={begun}', *changes, '--config.steps=1'])
+  err = capfd.readouterr().err
+  assert f'{begun} has no checkpoint: it is begun again' in err
+  saved = json.loads(file.read_text())
+  assert saved['model']['channels'] == 8
+  assert saved['parallel'] == ELSEWHERE  # the run's own
+  assert len(metrics(begun).splitlines()) == 1
+  assert 'model.channels (8 -> 16)' in mistake(
+    f'--workdir={begun}', '--config.model.channels=16'
+  )
+
+
+@pytest.mark.parametrize('mode', main.OF_A_RUN)
+def test_a_mode_of_a_run_asks_for_one(mode, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert mistake(f'--mode={mode}') == 'name a run: --workdir=runs/NAME'
+  for i, name in enumerate('abcd'):
+    workdir = tmp_path / 'runs' / name
+    workdir.mkdir(parents=True)
+    (workdir / 'config.json').write_text('{}')
+    os.utime(workdir / 'config.json', (i, i))
+  assert mistake(f'--mode={mode}').endswith('runs/d, runs/c, runs/b)')
+  for folder in ('runs/e', 'runs'):  # not there, and another
+    assert f'no run in {folder}:' in mistake(
+      f'--mode={mode}', f'--workdir={folder}'
+    )
 
 
 def test_a_checkpoint_of_another_recipe(tiny_run, tmp_path):

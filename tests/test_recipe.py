@@ -4,11 +4,15 @@ import pathlib
 
 import pytest
 
+from configs import ablation
 from configs import base
+from configs import lsun
+from ddpm_jax import build
 from ddpm_jax import checks
 from ddpm_jax import errors
 from ddpm_jax import functions
 from ddpm_jax import recipe
+from ddpm_jax.runtime import workdir
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 RECIPES = sorted(p.name for p in CONFIGS.glob('*.py'))
@@ -68,8 +72,6 @@ def test_every_recipe_opens_with_command_hardware_hours_and_score(name):
 
 
 def test_a_recipe_is_the_same_after_json(tmp_path):
-  from ddpm_jax.runtime import workdir
-
   c = overridden(data__image_size='(16, 24)')
   workdir.write_config(tmp_path, recipe.to_json(c))
   back = recipe.resolve(None, tmp_path, {})
@@ -113,3 +115,104 @@ def test_a_recipe_saved_before_a_key_was_there_is_as_it_was():
   again = recipe.from_json(saved)
   assert recipe.flatten(again) == recipe.flatten(c)
   recipe.check_same(c, again, 'here')
+
+
+def test_a_long_list_of_names_is_not_printed():
+  with pytest.raises(errors.UserError) as caught:
+    overridden(model__chanels='3')
+  message = str(caught.value)
+  assert message.count('config.') == 5  # the wrong one, the guess, three
+  assert 'configs/base.py' in message
+  assert 'known: a, b' in str(errors.unknown('x', 'c', ['b', 'a']))
+
+
+ROWS = [
+  *RECIPES,
+  *(f'ablation.py:{row}' for row in ablation.ROWS),
+  *(f'lsun.py:{category}' for category in lsun.STEPS),
+  *('swiss_roll.py:two_moons', 'swiss_roll.py:eight_gaussians'),
+]
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_every_recipe_sets_only_what_is_read_and_in_range(name):
+  c = recipe.resolve(str(CONFIGS / name), None, {})
+  build.check_used(c, recipe.flatten(c))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'key'),
+  [
+    ({'schedule.name': 'cosine', 'schedule.beta_1': '0.1'}, 'schedule.beta_1'),
+    ({'schedule.name': 'const', 'schedule.beta_1': '0.1'}, 'schedule.beta_1'),
+    ({'sampler.eta': '0.5'}, 'sampler.eta'),
+    (
+      {'sampler.name': 'ddim', 'sampler.variance': 'beta_tilde'},
+      'sampler.variance',
+    ),
+    ({'data.name': 'digits', 'data.path': 'here'}, 'data.path'),
+    ({'data.name': 'folder', 'data.tfds': 'mnist'}, 'data.tfds'),
+    ({'data.points': 'two_moons'}, 'data.points'),
+    ({'model.name': 'mlp', 'model.dropout': '0.2'}, 'model.dropout'),
+  ],
+)
+def test_a_key_that_is_set_and_not_read_is_refused(changes, key):
+  c = base.get_config()
+  recipe.override(c, changes)
+  with pytest.raises(errors.UserError) as caught:
+    build.check_used(c, changes, changes)
+  assert str(caught.value).startswith(f'config.{key}=')
+  assert str(caught.value).endswith(': leave it out')
+  with pytest.raises(errors.UserError, match=f'set config.{key}='):
+    build.check_used(c, recipe.flatten(c))  # of a file that was named
+  # A run that was saved with it is not refused, nor is the default.
+  build.check_used(c, changes.keys() - {key}, changes)
+  build.check_used(base.get_config(), changes, changes)
+
+
+def test_a_key_that_the_chosen_function_reads_is_not_refused():
+  for changes in (
+    {'sampler.name': 'ddim', 'sampler.eta': '0.5'},
+    {'sampler.variance': 'beta_tilde'},
+    {'schedule.beta_1': '0.1'},
+    {'data.name': 'points', 'data.points': 'two_moons'},
+    {'data.captions': 'classes', 'data.name': 'digits'},
+    {'model.variance': 'beta_tilde', 'sampler.name': 'ddim'},
+  ):
+    c = base.get_config()
+    recipe.override(c, changes)
+    build.check_used(c, recipe.flatten(c), changes)
+
+
+@pytest.fixture
+def begun(tmp_path):
+  workdir.write_config(tmp_path, recipe.to_json(base.get_config()))
+  return tmp_path
+
+
+def test_a_run_without_a_checkpoint_may_be_begun_again(begun):
+  other = {'model.channels': '64'}
+  c = recipe.resolve(None, begun, other)
+  assert recipe.is_another(c, begun)
+  assert not recipe.is_another(base.get_config(), begun)
+  assert not recipe.is_another(c, begun / 'new')
+  # What a save that was interrupted has left is no checkpoint.
+  checkpoints = begun / 'checkpoints'
+  (checkpoints / '40.orbax-checkpoint-tmp').mkdir(parents=True)
+  recipe.resolve(None, begun, other)
+  for name in ('0', '40.damaged-17'):  # 0: of a converted run
+    folder = checkpoints / name
+    folder.mkdir()
+    with pytest.raises(errors.UserError, match='another recipe'):
+      recipe.resolve(None, begun, other)
+    folder.rmdir()
+
+
+@pytest.mark.parametrize(
+  'text',
+  ['[1]', '"x"', '{"model": 3}', '{"batch_size": "4"}', '{"steps": NaN}'],
+)
+def test_a_saved_recipe_of_another_form_is_a_line_for_the_user(text, tmp_path):
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(errors.UserError, match=r'config\.'):
+    recipe.resolve(None, tmp_path, {})

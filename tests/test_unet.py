@@ -238,9 +238,6 @@ def test_attention_is_by_side_in_pixels():
     (dict(data__image_size='30'), '30x30 is not a multiple of 8'),
     (dict(data__image_size='(32, 36)'), '32x36 is not a multiple of 8'),
     (dict(model__channels='100'), 'groups=32 does not divide'),
-    (dict(model__dtype='float16'), 'float16'),
-    (dict(model__dropout='1.0'), 'dropout=1.0'),
-    (dict(model__dropout='-0.1'), 'dropout=-0.1'),
     (dict(model__name='unett'), "did you mean 'unet'"),
   ],
 )

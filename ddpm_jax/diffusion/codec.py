@@ -58,6 +58,8 @@ def jumps(schedule: schedules.Schedule, steps: int) -> schedules.Schedule:
     ValueError: if `steps` is not in 1..T-1.
   """
   T = schedule.T
+  if T < 2:
+    raise ValueError('the codec sends x_1 and needs a schedule.T of 2 or more')
   if not 1 <= steps < T:
     raise ValueError(f'codec.steps must be in 1..{T - 1}, got {steps}')
   return schedules.stride(schedule, steps + 1, geometric)

@@ -38,13 +38,11 @@ def locate(name: str) -> pathlib.Path:
     return path
   if not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
     raise errors.UserError(f'no such folder or file: {name}')
-  try:
-    import huggingface_hub
-  except ImportError:
-    raise errors.UserError(
-      f'no such folder: {name}; if it is a model of huggingface.co: '
-      "pip install 'ddpm_jax[hub]'"
-    ) from None
+  huggingface_hub = errors.optional(
+    'huggingface_hub',
+    what=f'no such folder: {name}; a model of huggingface.co',
+    install="pip install -e '.[hub]'",
+  )
   try:
     # Half a gigabyte of pickles only where there is nothing else.
     for weights in (SAFE, PICKLED):
@@ -107,13 +105,11 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
       return safetensors_numpy.load_file(path)
     except (safetensors.SafetensorError, OSError, TypeError, KeyError) as e:
       raise errors.UserError(f'{path} cannot be read: {e}') from None
-  try:
-    import torch
-  except ImportError:
-    raise errors.UserError(
-      f'{path} is a pickle, which could run code; torch reads it safely: pip '
-      'install torch, or find a .safetensors of it'
-    ) from None
+  torch = errors.optional(
+    'torch',
+    what=f'{path} is a pickle, which could run code; to read it safely one',
+    install='pip install torch, or find a .safetensors of it',
+  )
   try:
     found = torch.load(path, map_location='cpu', weights_only=True)
     return {name: x.float().numpy() for name, x in found.items()}

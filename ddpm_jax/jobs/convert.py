@@ -74,6 +74,7 @@ def take_in(args: argparse.Namespace) -> None:
     keys, weights, names = {}, path, diffusers.PYTORCH_DIFFUSION
   config = recipe_of(args, keys)
   checks.basics(config)
+  build.check_used(config, args.changes, args.changes)
   functions.loss_fn(config)
   functions.reverse_process(config)
   if config.model.name != 'unet' or config.condition.name:
@@ -154,6 +155,10 @@ def give_out(args: argparse.Namespace) -> None:
   """Writes the EMA weights of a run as diffusers does."""
   sample.check_workdir(args.workdir)
   config = recipe.resolve(args.config, args.workdir, args.changes)
+  if not args.config and not any(
+    k.startswith('parallel') for k in args.changes
+  ):
+    config = build.fit_devices(config, trains=False)
   checks.basics(config)
   functions.reverse_process(config)
   beta = np.asarray(build.schedule(config).beta[1:]).tolist()

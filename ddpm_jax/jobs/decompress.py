@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import checks
 from ddpm_jax import errors
+from ddpm_jax import ranges
 from ddpm_jax import recipe
 from ddpm_jax.diffusion import codec
 from ddpm_jax.jobs import compress
@@ -46,6 +47,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   config = config.copy_and_resolve_references()
   config.codec.update(header['codec'])
   with of_file(path):
+    ranges.check(recipe.flatten(config))
     read, whole = bitstream.read(
       data, compress.rules(config, header['squares'])
     )

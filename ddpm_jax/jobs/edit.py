@@ -69,8 +69,6 @@ def check_flags(args: argparse.Namespace) -> None:
     raise errors.UserError(
       '--strength is not for --mask, where all that is not kept is made anew'
     )
-  if args.strength is not None and not 0 < args.strength <= 1:
-    raise errors.UserError(f'--strength={args.strength} is not in 0..1')
   if args.to and args.num_samples < 2:
     raise errors.UserError('--to needs --num_samples of 2 or more: the ends')
 
@@ -142,7 +140,7 @@ def inpainted(
 ) -> tuple[Callable, str]:
   """What the mask (H, W, 1) is true of is made anew, the rest is kept."""
   p = functions.reverse_process(config)
-  times = registry.call(editing.jumps, config.edit, p.schedule.T)
+  times = registry.call(editing.jumps, config.edit, p.schedule.T, of='edit')
   step = editing.inpaint(p.step, x0, jnp.asarray(mask))
 
   def draw(params: Any, rows: Any) -> functions.Drawn:

@@ -197,9 +197,11 @@ def plot(result: dict[str, Any]) -> np.ndarray:
   panels = []
   for key, words in keys.items():
     rows = result['samplers'].items()
+    # With T of 5 or less all but the first have no row.
     curves = {
       title: (np.array(row['evaluations']), np.array(row[key]))
       for title, row in rows
+      if row['evaluations']
     }
     low = min(y.min() for _, y in curves.values())
     panels += [

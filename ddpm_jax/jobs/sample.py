@@ -113,10 +113,7 @@ def read_prompts(path: pathlib.Path) -> list[str]:
 
 
 def check_workdir(folder: pathlib.Path | None) -> None:
-  if folder is None or not folder.is_dir():
-    raise errors.UserError(
-      f'no run in {folder}: name one, as --workdir=runs/NAME'
-    )
+  workdir.check_run(folder)
 
 
 def restore_ema(

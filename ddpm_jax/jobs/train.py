@@ -56,10 +56,14 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   source = build.source(config)
   told = conditioning.of_data(config, source, args.num_samples)
   pictures = functools.partial(pictures, told=told)
+  # A run keeps its own devices, where it has moved to others.
+  saved = recipe.to_json(config) | {'parallel': args.parallel}
+  if recipe.is_another(config, folder):
+    logs.say(f'{folder} has no checkpoint: it is begun again, with this recipe')
   if processes.leads():
-    workdir.write_config(folder, recipe.to_json(config))
+    workdir.write_config(folder, saved)
   if several:
-    workdir.wait_for_config(folder, recipe.to_json(config))
+    workdir.wait_for_config(folder, saved)
   many = f' of {jax.process_count()} processes' if several else ''
   logs.say(
     f'{len(source)} images, {mesh.size} device(s){many}, workdir {folder}'

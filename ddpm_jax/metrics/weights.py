@@ -83,12 +83,11 @@ def _safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _pth(path: pathlib.Path) -> dict[str, np.ndarray]:
-  try:
-    import torch
-  except ImportError:
-    raise errors.UserError(
-      f'{path} is a pickle of torch, which is not installed here; where it is, '
-      f'run {CONVERT} and name the inception.safetensors that this makes'
-    ) from None
+  torch = errors.optional(
+    'torch',
+    what=f'{path} is a pickle; to read it one',
+    install=f'pip install torch, or run {CONVERT} where it is installed, and '
+    'name the inception.safetensors that this makes',
+  )
   state = torch.load(path, map_location='cpu', weights_only=True)
   return {name: x.numpy() for name, x in state.items()}

@@ -51,6 +51,7 @@ def build(
   """
   if image_size != ():
     raise ValueError(
-      'model.name=mlp is for points (data.image_size=()); images take unet'
+      'config.model.name=mlp is for points (config.data.image_size=()); '
+      'images take unet'
     )
   return MLP(image_channels, channels, blocks)

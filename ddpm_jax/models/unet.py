@@ -159,29 +159,24 @@ def build(
   them has attention after every block. The other keys are those of `UNet`.
 
   Raises:
-    ValueError: if the image cannot be halved so often, `groups` does not divide
-      the channels, `dropout` is no rate, or `dtype` is unknown.
+    ValueError: if the image cannot be halved so often, or `groups` does not
+      divide the channels.
   """
   if len(image_size) != 2:
-    raise ValueError('model.name=unet is for images; points take mlp')
-  if patch < 1:
-    raise ValueError(f'model.patch={patch} must be at least 1')
+    raise ValueError('config.model.name=unet is for images; points take mlp')
   factor = patch * 2 ** (len(multipliers) - 1)
   if any(side % factor for side in image_size):
     raise ValueError(
       f'image size {image_size[0]}x{image_size[1]} is not a multiple of '
-      f'{factor}, which {len(multipliers)} levels of model.patch={patch} need; '
-      'change data.image_size, or give model.multipliers fewer entries'
+      f'{factor}, which {len(multipliers)} levels of config.model.patch='
+      f'{patch} need; change config.data.image_size, or give '
+      'config.model.multipliers fewer entries'
     )
   if any(channels * m % groups for m in multipliers):
     raise ValueError(
-      f'model.groups={groups} does not divide the channels '
+      f'config.model.groups={groups} does not divide the channels '
       f'{[channels * m for m in multipliers]} of every level'
     )
-  if not 0 <= dropout < 1:
-    raise ValueError(f'model.dropout={dropout} is not in 0..1, without 1')
-  if dtype not in ('float32', 'bfloat16'):
-    raise ValueError(f'model.dtype={dtype!r} is not float32 or bfloat16')
   sides = [
     min(image_size) // patch // 2**level for level in range(len(multipliers))
   ]

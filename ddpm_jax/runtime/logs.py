@@ -1,6 +1,7 @@
 """What a run says of itself: metrics.jsonl, TensorBoard, the progress bar."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import tqdm
 
+from ddpm_jax import errors
 from ddpm_jax.runtime import processes
 
 
@@ -37,7 +39,7 @@ def writer(workdir: pathlib.Path, start: int) -> Iterator[Callable]:
 
   Lines of later steps, left by a run that was killed, are taken out: the log of
   an interrupted run is that of one that was not. TensorBoard events are written
-  where tensorboardX is installed (`pip install 'ddpm_jax[tensorboard]'`).
+  where tensorboardX is installed (`pip install -e '.[tensorboard]'`).
   """
   if not processes.leads():
     yield lambda step, values: None
@@ -62,11 +64,14 @@ def writer(workdir: pathlib.Path, start: int) -> Iterator[Callable]:
 
 @contextlib.contextmanager
 def _tensorboard(workdir: pathlib.Path, start: int) -> Iterator:
-  try:
-    import tensorboardX
-  except ImportError:
+  if not importlib.util.find_spec('tensorboardX'):
     yield _Silent()
     return
+  tensorboardX = errors.optional(
+    'tensorboardX',
+    what='the log for TensorBoard',
+    install="pip install -e '.[tensorboard]'",
+  )
   folder = str(workdir / 'tensorboard')
   with tensorboardX.SummaryWriter(folder, purge_step=start + 1) as board:
     yield board

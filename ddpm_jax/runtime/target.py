@@ -5,7 +5,6 @@ v5e:4x4    TPU: v4, v5e, v5p, v6e, by the shape of the slice in chips
 h100:2x8   GPU: hosts x GPUs of each
 """
 
-import importlib.util
 import math
 import os
 import re
@@ -119,10 +118,11 @@ def _cpu(n: int) -> list[Any]:
 
 
 def _tpu(name: str, kind: str, sides: list[int]) -> list[Any]:
-  if not importlib.util.find_spec('libtpu'):
-    raise errors.UserError(
-      f"--topology={name} needs the TPU's compiler: pip install -e '.[plan]'"
-    )
+  errors.find_optional(
+    'libtpu',
+    what=f'--topology={name}',
+    install="pip install -e '.[plan]'",
+  )
   options: dict[str, Any] = {}
   if kind == 'v4':
     options['chip_config_name'] = 'megacore'  # a chip is one device
@@ -143,11 +143,11 @@ def _tpu(name: str, kind: str, sides: list[int]) -> list[Any]:
 
 
 def _cuda(name: str, sides: list[int], described: str) -> list[Any]:
-  if not importlib.util.find_spec('jax_cuda13_plugin'):
-    raise errors.UserError(
-      f'--topology={name} needs the compiler for CUDA: '
-      "pip install -e '.[plan-cuda]'"
-    )
+  errors.find_optional(
+    'jax_cuda13_plugin',
+    what=f'--topology={name}',
+    install="pip install -e '.[plan-cuda]'",
+  )
   hosts, each = sides
   found = topologies.get_topology_desc(
     '', 'cuda', topology=f'1x{hosts}x{each}', target_config=described

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import tempfile
 import time
 from typing import Any
@@ -41,6 +42,34 @@ def create(path: pathlib.Path) -> None:
     raise errors.UserError(f'cannot write into {path}: {e.strerror}') from None
 
 
+def check_run(path: pathlib.Path | None) -> None:
+  """Refuses a folder that holds no run, or none.
+
+  Raises:
+    UserError: naming the newest runs, if there are any under runs/.
+  """
+  parts = 'config.json', 'checkpoints'
+  if path is not None and any((path / part).exists() for part in parts):
+    return
+  what = 'name a run' if path is None else f'no run in {path}: name one'
+  newest = sorted(
+    pathlib.Path('runs').glob('*/config.json'),
+    key=lambda file: file.stat().st_mtime,
+    reverse=True,
+  )
+  listed = ', '.join(str(file.parent) for file in newest[:3])
+  hint = f' (the newest: {listed})' if listed else ''
+  raise errors.UserError(f'{what}: --workdir=runs/NAME{hint}')
+
+
+def has_checkpoint(path: pathlib.Path) -> bool:
+  """Whether the run has saved a checkpoint, be it damaged."""
+  return any(
+    re.fullmatch(r'\d+(\.damaged-.*)?', folder.name)
+    for folder in (path / 'checkpoints').glob('*')
+  )
+
+
 def read_config(path: pathlib.Path) -> dict[str, Any] | None:
   """The resolved recipe of the run, or None if none has begun here.
 
@@ -51,9 +80,12 @@ def read_config(path: pathlib.Path) -> dict[str, Any] | None:
   if not file.is_file():
     return None
   try:
-    return json.loads(file.read_text())
+    found = json.loads(file.read_text())
   except ValueError as e:
     raise errors.UserError(f'{file} is damaged: {e}') from None
+  if not isinstance(found, dict):
+    raise errors.UserError(f'{file} is damaged: it holds no recipe')
+  return found
 
 
 def write_config(path: pathlib.Path, config: dict[str, Any]) -> None:

@@ -1,0 +1,250 @@
+"""The type and the range of every key of a recipe, and of numeric flags."""
+
+import math
+import sys
+from collections.abc import Collection
+from collections.abc import Mapping
+from typing import Any
+from typing import NamedTuple
+
+from ddpm_jax import errors
+
+TYPES = {int: 'an integer', float: 'a number', bool: 'true or false', str: ''}
+
+
+class Range(NamedTuple):
+  """What a key may be: one value, or a tuple of such values.
+
+  Attributes:
+    kind: int, float, bool or str; an integer is a float too.
+    low: of a number, its least value; or, with `open_low`, a bound below it.
+    high: the largest; or, with `open_high`, a bound above it.
+    also: numbers outside of the bounds that mean something.
+    lengths: those of a tuple; None for a key that is not a tuple.
+    alone: whether one value may stand for a tuple.
+    choices: of a string; () for any.
+    like: an example of a tuple, for messages.
+  """
+
+  kind: type
+  low: float = -math.inf
+  high: float = math.inf
+  open_low: bool = False
+  open_high: bool = False
+  also: tuple[float, ...] = ()
+  lengths: Collection[int] | None = None
+  alone: bool = False
+  choices: tuple[str, ...] = ()
+  like: str = ''
+
+  def holds(self, value: Any) -> bool:
+    """Whether a key may be `value`."""
+    if self.lengths is None or (self.alone and not isinstance(value, tuple)):
+      return self._is_one(value)
+    if not isinstance(value, tuple | list) or len(value) not in self.lengths:
+      return False
+    return all(self._is_one(x) for x in value)
+
+  def is_of_kind(self, value: Any) -> bool:
+    if self.kind in (bool, str):
+      return isinstance(value, self.kind)
+    kinds = int if self.kind is int else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+  def _is_one(self, value: Any) -> bool:
+    if not self.is_of_kind(value):
+      return False
+    if self.kind is str:
+      return not self.choices or value in self.choices
+    if self.kind is bool or value in self.also:
+      return True
+    above = value > self.low if self.open_low else value >= self.low
+    below = value < self.high if self.open_high else value <= self.high
+    return above and below and math.isfinite(value)
+
+  def describe(self, value: Any) -> str:
+    """What `value` must be, after 'must be'."""
+    if self.lengths is not None:
+      return f'like {self.like}'
+    if self.kind in (bool, str):
+      return TYPES[self.kind] or 'a string'
+    bounds = self._bounds()
+    named = not bounds or not self.is_of_kind(value)
+    parts = [TYPES[self.kind], *bounds] if named else bounds
+    return f'{parts[0]}, {parts[1]}' if len(parts) == 2 else parts[0]
+
+  def _bounds(self) -> list[str]:
+    parts = []
+    if self.low > -math.inf:
+      words = 'above' if self.open_low else 'at least'
+      parts.append(f'{words} {written(self.low)}')
+    if self.high < math.inf:
+      words = 'below' if self.open_high else 'at most'
+      parts.append(f'{words} {written(self.high)}')
+    or_also = ''.join(f', or {written(x)}' for x in self.also)
+    return [' and '.join(parts) + or_also] if parts else []
+
+
+def written(value: Any) -> str:
+  """A value as one writes it: 2 for 2.0, text without quotes."""
+  if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+    return str(int(value))
+  return str(value)
+
+
+NATURAL = Range(int, 0)
+POSITIVE = Range(int, 1)
+ABOVE_0 = Range(float, 0, open_low=True)
+SHARE = Range(float, 0, 1)  # both ends may be
+BELOW_1 = Range(float, 0, 1, open_high=True)
+INSIDE = Range(float, 0, 1, open_low=True, open_high=True)
+SEED = Range(int, 0, 2**32 - 1)
+FLAG = Range(bool)
+TEXT = Range(str)
+ANY, SOME = range(sys.maxsize), range(1, sys.maxsize)
+TEXTS = Range(str, lengths=ANY, like="('one', 'two'): a tuple of strings")
+
+KEYS = {
+  'seed': SEED,
+  'steps': POSITIVE,
+  'batch_size': POSITIVE,
+  'accumulate': POSITIVE,
+  'data.name': TEXT,
+  'data.tfds': TEXT,
+  'data.path': TEXT,
+  'data.split': TEXT,
+  'data.points': TEXT,
+  'data.image_size': POSITIVE._replace(
+    lengths=(0, 2),
+    alone=True,
+    like='32, or (32, 48): sides in pixels, or () for points',
+  ),
+  'data.channels': POSITIVE,
+  'data.captions': TEXT,
+  'data.templates': TEXTS,
+  'data.names': TEXTS,
+  'data.flip': FLAG,
+  'data.max_unreadable': NATURAL,
+  'data.max_value': NATURAL,
+  'model.name': TEXT,
+  'model.predict': TEXT,
+  'model.variance': TEXT,
+  # The embedding of the time has half as many frequencies, at least two.
+  'model.channels': Range(int, 4),
+  'model.multipliers': POSITIVE._replace(
+    lengths=SOME, like='(1, 2, 2): one positive integer or more'
+  ),
+  'model.blocks': POSITIVE,
+  'model.attention': POSITIVE._replace(
+    lengths=ANY, like='(16, 8): positive integers, or () for none'
+  ),
+  'model.groups': POSITIVE,
+  'model.dropout': BELOW_1,
+  'model.dtype': Range(str, choices=('float32', 'bfloat16')),
+  'model.remat': FLAG,
+  'model.patch': POSITIVE,
+  'condition.name': Range(str, choices=('', 'label', 'text', 'minilm')),
+  'condition.drop': BELOW_1,
+  'condition.classes': NATURAL,
+  'condition.length': POSITIVE,
+  'condition.width': POSITIVE,
+  'condition.depth': POSITIVE,
+  'schedule.name': TEXT,
+  'schedule.T': POSITIVE,
+  'schedule.beta_1': INSIDE,
+  'schedule.beta_T': INSIDE,
+  'schedule.zero_terminal_snr': FLAG,
+  'loss.name': TEXT,
+  'loss.t': TEXT,
+  'optimizer.learning_rate': ABOVE_0,
+  'optimizer.warmup': NATURAL,
+  'optimizer.beta_1': BELOW_1,
+  'optimizer.beta_2': BELOW_1,
+  'optimizer.eps': ABOVE_0,
+  'optimizer.clip': ABOVE_0,
+  'optimizer.ema': BELOW_1,
+  'sampler.name': TEXT,
+  'sampler.steps': POSITIVE,
+  'sampler.spacing': TEXT,
+  'sampler.eta': SHARE,
+  'sampler.variance': TEXT,
+  'sampler.clip': FLAG,
+  'sampler.guidance': Range(float, 0),
+  'sampler.guidance_interval': SHARE._replace(
+    lengths=(2,), like='(0, 1): (low, high) of t / T, both in 0..1'
+  ),
+  'sampler.guidance_rescale': SHARE,
+  'sampler.batch_size': POSITIVE,
+  'sampler.weights': Range(str, choices=('ema', 'raw')),
+  'edit.jump': POSITIVE,
+  'edit.resample': POSITIVE,
+  'codec.steps': POSITIVE,
+  'codec.log2_candidates': Range(int, 1, 24),
+  'codec.group_bits': Range(float, 0, 24, open_low=True),
+  'codec.batch_size': POSITIVE,
+  'evaluate.split': TEXT,
+  'evaluate.images': NATURAL,
+  'evaluate.draws': NATURAL,
+  'evaluate.batch_size': POSITIVE,
+  'evaluate.weights': Range(str, choices=('ema', 'raw')),
+  'evaluate.resize': TEXT,
+  'evaluate.neighbours': POSITIVE,
+  'evaluate.cache': TEXT,
+  'parallel.engine': Range(str, choices=('jit', 'pmap')),
+  'parallel.data': POSITIVE._replace(also=(-1,)),
+  'parallel.fsdp': POSITIVE,
+  'parallel.spatial': POSITIVE,
+  'checkpoint.every': POSITIVE,
+  'checkpoint.keep': POSITIVE,
+  'checkpoint.keep_every': NATURAL,
+  'log.every': POSITIVE,
+  'log.pictures_every': NATURAL,
+}
+FLAGS = {
+  'bytes': NATURAL,
+  'num_processes': POSITIVE,
+  'num_samples': POSITIVE,
+  'peer_timeout': POSITIVE,
+  'process_id': NATURAL,
+  'seed': SEED,
+  'start_timeout': POSITIVE,
+  'step': NATURAL,
+  'stopped_code': Range(int, 0, 255),
+  'strength': Range(float, 0, 1, open_low=True),
+}
+
+
+def check(flat: Mapping[str, Any]) -> None:
+  """Refuses a recipe with a value of another type or out of range.
+
+  Args:
+    flat: a flattened recipe, such as {'model.channels': 128, ...}. A key of a
+      user's own may be anything.
+
+  Raises:
+    UserError: naming the first such key.
+  """
+  for key, value in flat.items():
+    if key in KEYS:
+      _check(f'config.{key}', value, KEYS[key])
+
+
+def check_flags(flags: Mapping[str, Any]) -> None:
+  """The same of the flags of the command line; None is one not given.
+
+  Raises:
+    UserError: naming the first such flag.
+  """
+  for name, allowed in FLAGS.items():
+    if flags.get(name) is not None:
+      _check(f'--{name}', flags[name], allowed)
+
+
+def _check(name: str, value: Any, allowed: Range) -> None:
+  if allowed.holds(value):
+    return
+  if allowed.choices and isinstance(value, str):
+    raise errors.unknown(name, value, allowed.choices)
+  raise errors.UserError(
+    f'{name}={written(value)} must be {allowed.describe(value)}'
+  )
