@@ -50,13 +50,23 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   # What may be refused comes first, then what takes long.
   checks.basics(config)
   mesh = build.mesh(config)
+  rough = conditioning.provisional(config)
+  functions.train_step(rough, parallel.parts(mesh))
+  picture_maker(rough, mesh, folder, args.num_samples)
+  workdir.check(folder)
+  source = build.source(config, folder=folder)
+  config = conditioning.settled(config, source)
   step_fn = functions.train_step(config, parallel.parts(mesh))
   pictures = picture_maker(config, mesh, folder, args.num_samples)
   workdir.create(folder)
-  source = build.source(config)
   told = conditioning.of_data(config, source, args.num_samples)
   pictures = functools.partial(pictures, told=told)
   if processes.leads():
+    if not (
+      checkpoint.steps(folder / 'checkpoints')
+      or workdir.keeps_no_classes(folder)
+    ):
+      workdir.write_classes(folder, source.class_names)
     workdir.write_config(folder, recipe.to_json(config))
   if several:
     workdir.wait_for_config(folder, recipe.to_json(config))
@@ -64,6 +74,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   logs.say(
     f'{len(source)} images, {mesh.size} device(s){many}, workdir {folder}'
   )
+  if source.class_names:
+    logs.say(f'classes: {conditioning.listed(source.class_names)}')
   build.warn_of_signal(config)
 
   with contextlib.ExitStack() as stack:
