@@ -2,9 +2,11 @@
 
 import json
 import logging
+import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -12,11 +14,15 @@ from PIL import Image
 from PIL import features
 from sklearn import datasets
 
+from configs import digits
 from ddpm_jax import errors
 from ddpm_jax.data import decode
+from ddpm_jax.data import given
 from ddpm_jax.data import listing
 from ddpm_jax.data import sources
 from ddpm_jax.data import store
+from ddpm_jax.jobs import compress
+from ddpm_jax.jobs import edit
 
 
 def everything(source):
@@ -70,16 +76,16 @@ def test_importing_sources_imports_nothing_heavy():
 
 
 def test_digits_are_those_of_sklearn():
-  digits = datasets.load_digits()
+  original = datasets.load_digits()
   batch = everything(sources.digits(image_size=(8, 8), channels=1))
   assert batch['image'].shape == (1797, 8, 8, 1)
   assert batch['image'].dtype == np.uint8
   assert batch['label'].dtype == np.int32
   # Half a gray level of 255 is a thirtieth of one of 16.
   np.testing.assert_allclose(
-    batch['image'][..., 0] * (16 / 255), digits.images, atol=0.5 * 16 / 255
+    batch['image'][..., 0] * (16 / 255), original.images, atol=0.5 * 16 / 255
   )
-  np.testing.assert_array_equal(batch['label'], digits.target)
+  np.testing.assert_array_equal(batch['label'], original.target)
 
 
 def test_digits_of_another_size_are_refused():
@@ -212,6 +218,26 @@ def test_the_value_that_is_white_can_be_set(tmp_path, caplog):
   assert any('2000 is above 1500' in line for line in caplog.messages)
 
 
+@pytest.mark.parametrize('max_value', [0, 4095, 2047])
+def test_one_image_is_scaled_by_the_same_rule(tmp_path, max_value):
+  deep(tmp_path, 4095)
+  file = tmp_path / '000.png'
+  c = digits.get_config()
+  c.data.update(image_size=(4, 2), max_value=max_value)
+  reads = [
+    lambda: compress.read(file, c)[0],
+    lambda: compress.read(tmp_path, c)[0],
+    lambda: edit.fitted(file, decode.upright(file), (4, 2, 1), max_value),
+    lambda: everything(given.load(tmp_path, max_value)[0])['image'][0],
+  ]
+  for read in reads:
+    if max_value == 2047:
+      with pytest.raises(errors.UserError, match=r'above 2047|0 images are un'):
+        read()
+    else:
+      assert np.asarray(read())[0].ravel().tolist() == [0, 255]
+
+
 def test_16_bits_among_8_that_were_not_looked_at_are_reported(
   tmp_path, monkeypatch, caplog
 ):
@@ -234,6 +260,35 @@ def test_16_bit_arrays_are_scaled_by_what_they_hold(caplog):
   with pytest.raises(ValueError, match='above 1023'):
     decode.fit_array(array, array.shape, 1023)
   assert len(caplog.messages) == 1
+
+
+def png_of_16_bits(rgb):
+  """Pillow cannot write these."""
+
+  def chunk(kind, data):
+    code = kind + data
+    return struct.pack('>I', len(data)) + code + zlib.crc32(code).to_bytes(4)
+
+  rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in rgb)
+  head = struct.pack('>IIBBBBB', *rgb.shape[1::-1], 16, 2, 0, 0, 0)
+  return (
+    b'\x89PNG\r\n\x1a\n'
+    + chunk(b'IHDR', head)
+    + chunk(b'IDAT', zlib.compress(rows))
+    + chunk(b'IEND', b'')
+  )
+
+
+@pytest.mark.parametrize('largest', [4095, 65535])
+def test_colours_of_fewer_than_16_bits_are_said_to_be_dark(
+  tmp_path, largest, caplog
+):
+  rgb = np.full((8, 8, 3), largest, np.uint16)
+  (tmp_path / 'a.png').write_bytes(png_of_16_bits(rgb))
+  image = everything(folder(tmp_path))['image']
+  assert np.all(image == largest >> 8)
+  assert len(caplog.messages) == (largest == 4095)
+  assert all('15 of 255' in line for line in caplog.messages)
 
 
 def test_floats_and_negative_pixels_are_refused(tmp_path, caplog):
@@ -421,10 +476,28 @@ def test_metadata_without_labels_leaves_them_to_the_sub_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
+  'line', ['{"file_name": "clip.mp4", "label": [1]}', '{"label": 1}', '{}']
+)
+def test_metadata_of_other_files_are_ignored_with_a_warning(
+  tmp_path, line, caplog
+):
+  save(tmp_path / 'cat/a.png')
+  (tmp_path / 'metadata.jsonl').write_text(line)
+  source = folder(tmp_path)
+  assert source.class_names == ('cat',)
+  assert everything(source)['label'].tolist() == [0]
+  (said,) = caplog.messages
+  assert 'metadata.jsonl:1: no image' in said
+
+
+@pytest.mark.parametrize(
   ('line', 'message'),
   [
-    ('{"file_name": "b.png", "label": 1}', r":1: no image 'b.png'"),
-    ('{"label": 1}', 'file_name'),
+    (
+      '{"file_name": "a.png", "label": 1}\n{"file_name": "b.png", "label": 1}',
+      r":2: no image 'b.png'",
+    ),
+    ('{"label": 1}\n{"file_name": "a.png"}', ':1: .*file_name'),
     ('{"file_name": ', ':1: not JSON'),
     ('[1]', 'not a JSON object'),
     ('{"file_name": "a.png", "label": 1.5}', 'label 1.5; use an integer'),

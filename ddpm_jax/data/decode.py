@@ -54,12 +54,25 @@ def probe(largest: Callable[[int], int | None], n: int) -> int:
 def probe_files(paths: Sequence[str]) -> int:
   """The `max_value` of image files; see `probe`."""
 
+  colours = [0]
+
   def largest(i: int) -> int | None:
     with Image.open(paths[i]) as image:
-      # Only gray images of 16 bits need be decoded.
-      return _largest(upright(paths[i])) if _is_16_bits(image) else None
+      # Only images of 16 bits need be decoded.
+      if _is_16_bits(image):
+        return _largest(upright(paths[i]))
+      if image.tile and ';16' in str(image.tile[0].args):
+        colours.append(int(np.asarray(image.convert('RGB')).max()))
+    return None
 
-  return probe(largest, len(paths))
+  found = probe(largest, len(paths))
+  if 0 < max(colours) < 64:
+    logging.getLogger(__name__).warning(
+      'colour images of 16 bits: Pillow keeps the upper 8, and the largest '
+      'value of these is %d of 255; if they use fewer bits, save them with 8',
+      max(colours),
+    )
+  return found
 
 
 def probe_image(image: Image.Image) -> int:

@@ -1,6 +1,7 @@
 """The image files of a folder, and their labels."""
 
 import json
+import logging
 import os
 import posixpath
 import re
@@ -99,15 +100,13 @@ def _from_metadata(
   path: str, names: list[str], class_order: Callable[[str], Any]
 ) -> Labels:
   given: dict[str, Any] = dict.fromkeys(names)
-  kinds = set()
+  kinds, foreign = set(), None
   for where, entry in lines(path):
     value = entry.get('label')
     name = posixpath.normpath(str(entry.get('file_name')))
     if name not in given:
-      raise errors.UserError(
-        f'{where}: no image {name!r} beside it; each line needs the '
-        '"file_name" of one'
-      )
+      foreign = foreign or (where, name)
+      continue
     number = type(value) is int and 0 <= value < MOST_CLASSES
     if not (number or isinstance(value, str | None)):
       raise errors.UserError(
@@ -116,6 +115,17 @@ def _from_metadata(
       )
     given[name] = value
     kinds.add(type(value))
+  if foreign and kinds:
+    raise errors.UserError(
+      f'{foreign[0]}: no image {foreign[1]!r} beside it; each line needs the '
+      '"file_name" of one'
+    )
+  if foreign:
+    logging.getLogger(__name__).warning(
+      '%s: no image %r beside it, and no line names another: the file is '
+      'ignored',
+      *foreign,
+    )
   if {int, str} <= kinds:
     raise errors.UserError(f'{path}: labels are integers and strings; use one')
   values = list(given.values())
