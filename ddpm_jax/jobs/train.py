@@ -52,15 +52,15 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   mesh = build.mesh(config)
   rough = conditioning.provisional(config)
   functions.train_step(rough, parallel.parts(mesh))
-  picture_maker(rough, mesh, folder, args.num_samples)
+  functions.reverse_process(rough)
   workdir.check(folder)
   source = build.source(config, folder=folder)
   config = conditioning.settled(config, source)
   step_fn = functions.train_step(config, parallel.parts(mesh))
   pictures = picture_maker(config, mesh, folder, args.num_samples)
-  workdir.create(folder)
   told = conditioning.of_data(config, source, args.num_samples)
   pictures = functools.partial(pictures, told=told)
+  workdir.create(folder)
   if processes.leads():
     if not (
       checkpoint.steps(folder / 'checkpoints')
