@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
   c.data.path = (
     ''  # folder of images | .npz or .npy | TFDS folder ('': its own)
   )
-  c.data.split = 'train'  # for `tfds`
+  c.data.split = 'train'  # for `tfds`; the others have no splits
   c.data.points = 'swiss_roll'  # | two_moons | eight_gaussians, for `points`
   # Side, or (height, width), in pixels; () for points. Of any type.
   c.data.image_size = FieldReference(32, field_type=object)
@@ -34,6 +34,9 @@ def get_config() -> ConfigDict:
   c.data.names = ()  # of the classes, in captions; (): those of the data
   c.data.flip = True  # mirror half of the images, left to right
   c.data.max_unreadable = 10  # image files that may be broken before we stop
+  # Of 16-bit images, the value that is white: 4095 for 12 bits. 0: the smallest
+  # of 8, 10, 12, 14 and 16 bits that holds the largest value of the data.
+  c.data.max_value = 0
 
   c.model = ConfigDict()
   c.model.name = 'unet'  # a file of ddpm_jax/models
@@ -60,7 +63,7 @@ def get_config() -> ConfigDict:
   # trained along) | minilm (by a frozen one).
   c.condition.name = ''
   c.condition.drop = 0.1  # share of examples that are told nothing, in training
-  c.condition.classes = 0  # of label
+  c.condition.classes = 0  # of label; 0: as many as the data have
   c.condition.length = 64  # most bytes of a text; word pieces of minilm: 16 do
   c.condition.width = 128  # of the encoder's states
   c.condition.depth = 2  # layers of the encoder of text
@@ -131,7 +134,7 @@ def get_config() -> ConfigDict:
   c.codec.batch_size = 64  # images at a time, on one device
 
   c.evaluate = ConfigDict()
-  c.evaluate.split = ''  # of the data; '': the one that was trained on
+  c.evaluate.split = ''  # for `tfds`; '': the one that was trained on
   c.evaluate.images = 0  # how many of them; 0: all
   c.evaluate.draws = 0  # times t an image; 0: all T of them
   c.evaluate.batch_size = 256  # images at a time, over all devices

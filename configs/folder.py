@@ -1,4 +1,4 @@
-"""Your own images: a folder of PNG, JPEG or WebP files of any size.
+"""Your own images: a folder of PNG, JPEG, WebP, AVIF or PPM files.
 
   python -m ddpm_jax.main --config=configs/folder.py --config.data.path=FOLDER
 

@@ -1,7 +1,9 @@
 """From a recipe to objects: the only place where names become functions."""
 
 import importlib
+import inspect
 import logging
+import pathlib
 import pkgutil
 from collections.abc import Callable
 from collections.abc import Collection
@@ -21,14 +23,17 @@ from ddpm_jax import models
 from ddpm_jax import recipe
 from ddpm_jax import registry
 from ddpm_jax.data import sources
+from ddpm_jax.data import store
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import objectives
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import variances
+from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import workdir
 
 # Keys that are read whatever the name of their section is: by conditioning.py,
 # by the evaluation, and as names themselves.
@@ -164,13 +169,99 @@ def schedule(config: ConfigDict) -> schedules.Schedule:
   return table
 
 
-def source(config: ConfigDict, split: str = '') -> Any:
-  """The data set, or another split of it; see `data/sources.py`."""
+def source(
+  config: ConfigDict, split: str = '', folder: pathlib.Path | None = None
+) -> Any:
+  """The data set, or another split of it; see `data/sources.py`.
+
+  Args:
+    config: the recipe.
+    split: '': that of the recipe.
+    folder: of the run whose classes it shall have, in their order.
+
+  Raises:
+    UserError: the data are missing or do not fit, or have no splits and one is
+      named.
+  """
   function = registry.named(sources, config.data.name, None, 'data set')
+  if not _takes(function, 'split'):
+    _refuse_split(config, 'data.split', config.data.split, 'train')
   data = dict(config.data) | {'image_size': recipe.image_size(config)}
   data |= {'split': split} if split else {}
+  if (
+    folder
+    and _takes(function, 'class_order')
+    and workdir.keeps_no_classes(folder)
+  ):
+    data |= {'class_order': str}  # that of runs which saved no names
   made = registry.call(function, data, of='data')
+  if folder and checkpoint.steps(folder / 'checkpoints'):
+    made = _as_saved(config, made, folder)
   return conditioning.attach(config, made)
+
+
+def _as_saved(
+  config: ConfigDict, made: store.Source, folder: pathlib.Path
+) -> store.Source:
+  """The source with its classes in the order that the run has saved."""
+  names = workdir.read_classes(folder)
+  if names is None or names == made.class_names:
+    return made
+  if sorted(names) == sorted(made.class_names) and len(set(names)) == len(
+    names
+  ):
+    return store.relabelled(made, names)
+  if conditioning.reads_classes(config):
+    raise other_classes(made.class_names, names, folder)
+  return made
+
+
+def other_classes(
+  here: Sequence[str], saved: Sequence[str], folder: pathlib.Path
+) -> errors.UserError:
+  """The error for data whose classes are not those of the run."""
+  new = [f'{name!r} is new' for name in here if name not in saved]
+  gone = [f'{name!r} is missing' for name in saved if name not in here]
+  return errors.UserError(
+    f'the classes of the data are not those of {folder}/classes.json '
+    f'({", ".join([*new[:2], *gone[:2]])}): give it the data that it was begun '
+    'with, or name another --workdir'
+  )
+
+
+def split_to_evaluate(config: ConfigDict) -> str:
+  """The name of the split to evaluate on; 'all' for data without splits.
+
+  Raises:
+    UserError: the data have no splits, and one is named.
+  """
+  function = registry.named(sources, config.data.name, None, 'data set')
+  if _takes(function, 'split'):
+    return config.evaluate.split or config.data.split
+  _refuse_split(config, 'evaluate.split', config.evaluate.split, '')
+  return 'all'
+
+
+def source_to_evaluate(
+  config: ConfigDict, folder: pathlib.Path | None = None
+) -> tuple[store.Source, str]:
+  """The images to evaluate on, and the name of their split; see `source`."""
+  name = split_to_evaluate(config)
+  return source(config, config.evaluate.split, folder), name
+
+
+def _takes(function: Callable[..., Any], argument: str) -> bool:
+  return argument in inspect.signature(function).parameters
+
+
+def _refuse_split(
+  config: ConfigDict, key: str, value: str, default: str
+) -> None:
+  if value != default:
+    raise errors.UserError(
+      f'config.{key}={value}: the data set {config.data.name} has no splits; '
+      f"set config.{key}='{default}'"
+    )
 
 
 def mesh(

@@ -1,6 +1,7 @@
 """The condition of a recipe: its encoder, where it comes from, its guidance."""
 
 import hashlib
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,9 +35,9 @@ def check(config: ConfigDict) -> None:
     raise errors.UserError(
       f'config.model.name={config.model.name} takes no condition; unet does'
     )
-  if c.name == 'label' and c.classes < 1:
+  if c.classes < 0:
     raise errors.UserError(
-      'config.condition.classes: say how many classes there are'
+      f'config.condition.classes={c.classes} must be at least 0'
     )
   if c.name == 'minilm' and not 3 <= c.length <= minilm.LONGEST:
     raise errors.UserError(
@@ -84,9 +85,18 @@ def _check_heads(config: ConfigDict) -> None:
 
 
 def encoder(config: ConfigDict) -> Any:
-  """The linen module that reads the condition; None if there is none."""
+  """The linen module that reads the condition; None if there is none.
+
+  Raises:
+    UserError: if it is of classes, and it is not known how many.
+  """
   c = config.condition
   if c.name == 'label':
+    if not c.classes:
+      raise errors.UserError(
+        'config.condition.classes=0 is for training, where the data say how '
+        'many there are: set it'
+      )
     return encoders.Label(c.classes, c.width)
   if c.name == 'text':
     return encoders.Text(c.length, c.width, c.depth)
@@ -129,10 +139,15 @@ def attach(config: ConfigDict, source: store.Source) -> store.Source:
     UserError: if it has no such labels or captions.
   """
   c, data = config.condition, config.data
-  if c.name == 'label' and len(source.class_names) != c.classes:
+  if c.name == 'label' and not source.class_names:
+    raise errors.UserError(
+      f'the data set {data.name} has no classes here, and '
+      'config.condition.name=label needs them'
+    )
+  if c.name == 'label' and c.classes not in (0, len(source.class_names)):
     raise errors.UserError(
       f'the data have {len(source.class_names)} classes: set '
-      f'config.condition.classes to that, not {c.classes}'
+      f'config.condition.classes to that, not {c.classes}, or leave it out'
     )
   if c.name in ('', 'label'):
     return source
@@ -156,6 +171,42 @@ def attach(config: ConfigDict, source: store.Source) -> store.Source:
       'a feature of texts of a TFDS set'
     )
   return captions.attach(source, source.captions, 'id', encoded)
+
+
+def settled(config: ConfigDict, source: store.Source) -> ConfigDict:
+  """The recipe with what it leaves to the data; see `recipe.FROM_DATA`."""
+  found = {'data.max_value': source.max_value}
+  if config.condition.name == 'label':
+    found['condition.classes'] = len(source.class_names)
+  return _filled(config, found)
+
+
+def provisional(config: ConfigDict) -> ConfigDict:
+  """The recipe with some number of classes, before the data are read."""
+  return _filled(config, {'condition.classes': 1})
+
+
+def _filled(config: ConfigDict, found: dict[str, int]) -> ConfigDict:
+  config = config.copy_and_resolve_references()
+  flat = recipe.flatten(config)
+  config.update_from_flattened_dict(
+    {key: value for key, value in found.items() if not flat[key]}
+  )
+  return config.lock()
+
+
+def reads_classes(config: ConfigDict) -> bool:
+  """Whether the network is told the classes of the data, or texts of them."""
+  c, data = config.condition, config.data
+  return c.name == 'label' or (bool(c.name) and data.captions == 'classes')
+
+
+def listed(names: Sequence[str]) -> str:
+  """'0 cat, 1 dog, ...', cut to fit a line."""
+  if list(names) == [str(i) for i in range(len(names))]:
+    return f'0 to {len(names) - 1}'
+  every = ', '.join(f'{i} {name}' for i, name in enumerate(names))
+  return textwrap.shorten(every, 200, placeholder=' ...')
 
 
 def of_batch(
@@ -201,20 +252,34 @@ def of_data(config: ConfigDict, source: store.Source, count: int) -> Any:
   return of_batch(config, {'text': batch['text']})
 
 
-def class_number(config: ConfigDict, name: str) -> int:
-  """Of a class by its number, or by its name if it is in `config.data.names`.
+def class_number(
+  config: ConfigDict, name: str, saved: Sequence[str] = ()
+) -> int:
+  """Of a class by its name, or else by its number.
+
+  Its name is in `config.data.names` or among those `saved` with the run.
 
   Raises:
     UserError: if there is none.
   """
-  classes, names = config.condition.classes, list(config.data.names)
-  if name in names[:classes]:
-    return names.index(name)
+  classes = config.condition.classes
+  for names in (list(config.data.names)[:classes], list(saved)):
+    if name in names:
+      return names.index(name)
   if not name.isdecimal() or int(name) >= classes:
+    known = config.data.names or saved or [str(i) for i in range(classes)]
     raise errors.UserError(
-      f'--label={name}: there are {classes} classes, 0 to {classes - 1}'
+      f'--label={name}: there are {classes} classes, {listed(known)}'
     )
   return int(name)
+
+
+def class_title(
+  config: ConfigDict, number: int, saved: Sequence[str] = ()
+) -> str:
+  """What to call a class: its name if it is known, or else its number."""
+  names = config.data.names or saved
+  return names[number] if number < len(names) else str(number)
 
 
 def model_fn(

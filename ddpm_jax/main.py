@@ -117,8 +117,8 @@ def parser() -> Parser:
     '--label',
     action='append',
     metavar='CLASS',
-    help='the class, a number, for a model of classes; may be repeated '
-    '(default: all take turns)',
+    help='the class, for a model of classes: a name of `classes.json` in '
+    '--workdir, or else a number; may be repeated (default: all take turns)',
   )
   p.add_argument(
     '--guidance',

@@ -23,6 +23,8 @@ FREE = (
   *('steps', 'sampler', 'edit', 'codec', 'evaluate'),
   *('parallel', 'checkpoint', 'log'),
 )
+# Keys whose 0 leaves them to the data; a run that has begun keeps what it was.
+FROM_DATA = ('condition.classes', 'data.max_value')
 
 
 def resolve(
@@ -47,8 +49,17 @@ def resolve(
   override(config, changes)
   ranges.check(flatten(config))
   if folder and begun and workdir.has_checkpoint(folder):
+    keep_found(config, begun)
     check_same(config, begun, folder)
   return config
+
+
+def keep_found(config: ConfigDict, begun: ConfigDict) -> None:
+  """Sets what is left to the data to what a run has found in them."""
+  here, there = flatten(config), flatten(begun)
+  config.update_from_flattened_dict(
+    {key: there[key] for key in FROM_DATA if not here[key]}
+  )
 
 
 def load(spec: str) -> ConfigDict:
@@ -202,6 +213,9 @@ def check_same(config: ConfigDict, begun: ConfigDict, where: Any) -> None:
   here, there = flatten(config), flatten(begun)
   if not there.get('data.path'):
     there['data.path'] = here.get('data.path')
+  for key in FROM_DATA:
+    if not (here.get(key) and there.get(key)):
+      there[key] = here.get(key)
   changed = [
     f'{key} ({there.get(key, "absent")!r} -> {here.get(key, "absent")!r})'
     for key in here | there

@@ -95,7 +95,7 @@ def test_exactly_so_many_images_are_drawn_and_scored(undisturbed, tmp_path):
     'weights': 'EMA',
     'sampler': 'ancestral',
     'sampler_steps': 4,
-    'reference': 'digits train, 5 images',
+    'reference': 'digits all, 5 images',
     'resize': 'tensorflow',
   }.items():
     assert entry[key] == value
@@ -223,7 +223,7 @@ def test_images_made_elsewhere_and_statistics_that_do_not_fit(
   shutil.copy(npz, data)
   first = scores_of(npz, data, weights, tmp_path)
   assert first['samples'] == 5
-  size = np.load(tmp_path / 'data_train_5_24x32.npz')['sigma'].trace()
+  size = np.load(tmp_path / 'data_all_5_24x32.npz')['sigma'].trace()
   # A rounding of what they vary by.
   assert first['scores']['FID@5'] < 1e-6 * size
   assert first['scores']['precision'] == first['scores']['recall'] == 1
@@ -235,7 +235,7 @@ def test_images_made_elsewhere_and_statistics_that_do_not_fit(
   other = '--config.evaluate.resize=pytorch_fid'
   with pytest.raises(errors.UserError, match=r"resize \('tensorflow' there"):
     scores_of(npz, data, weights, tmp_path, other)
-  named = tmp_path / 'data_train_5_24x32.npz'
+  named = tmp_path / 'data_all_5_24x32.npz'
   with pytest.raises(errors.UserError, match=r"resize \('tensorflow' there"):
     scores_of(npz, data, weights, tmp_path, other, f'--reference={named}')
   mu, sigma = (np.load(named)[name] for name in ('mu', 'sigma'))

@@ -2,19 +2,27 @@
 
 import json
 import logging
+import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL import features
 from sklearn import datasets
 
+from configs import digits
 from ddpm_jax import errors
 from ddpm_jax.data import decode
+from ddpm_jax.data import given
+from ddpm_jax.data import listing
 from ddpm_jax.data import sources
 from ddpm_jax.data import store
+from ddpm_jax.jobs import compress
+from ddpm_jax.jobs import edit
 
 
 def everything(source):
@@ -68,16 +76,16 @@ def test_importing_sources_imports_nothing_heavy():
 
 
 def test_digits_are_those_of_sklearn():
-  digits = datasets.load_digits()
+  original = datasets.load_digits()
   batch = everything(sources.digits(image_size=(8, 8), channels=1))
   assert batch['image'].shape == (1797, 8, 8, 1)
   assert batch['image'].dtype == np.uint8
   assert batch['label'].dtype == np.int32
   # Half a gray level of 255 is a thirtieth of one of 16.
   np.testing.assert_allclose(
-    batch['image'][..., 0] * (16 / 255), digits.images, atol=0.5 * 16 / 255
+    batch['image'][..., 0] * (16 / 255), original.images, atol=0.5 * 16 / 255
   )
-  np.testing.assert_array_equal(batch['label'], digits.target)
+  np.testing.assert_array_equal(batch['label'], original.target)
 
 
 def test_digits_of_another_size_are_refused():
@@ -103,6 +111,19 @@ def test_jpeg_is_close(tmp_path):
   save(tmp_path / 'a.JPG', pixels, quality=95)
   image = everything(folder(tmp_path))['image'][0]
   np.testing.assert_allclose(image.astype(int), pixels.astype(int), atol=4)
+
+
+@pytest.mark.parametrize(
+  'name', ['a.avif', 'a.ppm', 'a.pnm', 'a.jpe', 'a.JFIF']
+)
+def test_what_Pillow_reads_is_found(tmp_path, name):
+  if name.endswith('avif') and not features.check('avif'):
+    pytest.skip('this Pillow has no AVIF')
+  pixels = np.full((8, 8, 3), (200, 100, 50), np.uint8)
+  form = {'jpe': 'JPEG', 'JFIF': 'JPEG'}.get(name.partition('.')[2])
+  save(tmp_path / name, pixels, format=form)
+  image = everything(folder(tmp_path))['image'][0]
+  np.testing.assert_allclose(image.astype(int), pixels.astype(int), atol=6)
 
 
 def test_gif_gives_its_first_frame(tmp_path):
@@ -133,6 +154,159 @@ def test_16_bit_gray_keeps_its_range(tmp_path):
     Image.fromarray(gray).save(tmp_path / name)
   for image in everything(folder(tmp_path, channels=1))['image'][..., 0]:
     np.testing.assert_array_equal(image, np.round(gray / 257))
+
+
+@pytest.mark.parametrize(
+  ('largest', 'bits'),
+  [(200, 8), (256, 10), (1023, 10), (4095, 12), (4096, 14), (65535, 16)],
+)
+def test_16_bit_gray_uses_the_bits_that_hold_its_largest_value(
+  tmp_path, largest, bits, caplog, when
+):
+  gray = np.linspace(0, largest, 64).round().reshape(8, 8)
+  Image.fromarray(gray.astype(np.uint16)).save(tmp_path / 'a.png')
+  # Mode I, and dark: scaled as the others are, not by its own values.
+  Image.fromarray((gray // 8).astype(np.int32)).save(tmp_path / 'b.tif')
+  save(tmp_path / 'c.png', noise(8, 8))
+  source = folder(tmp_path, channels=1)
+  images = everything(source)['image'][..., 0]
+  scale = 255 / (2**bits - 1)
+  np.testing.assert_array_equal(images[0], np.round(gray * scale))
+  np.testing.assert_array_equal(images[1], np.round(gray // 8 * scale))
+  np.testing.assert_array_equal(images[2], noise(8, 8))
+  assert source.max_value == 2**bits - 1
+  assert caplog.messages == [
+    f'16-bit images: largest value {largest}, taken as {bits} bits '
+    f'(0..{2**bits - 1}); --config.data.max_value sets another'
+  ]
+
+
+def deep(path, *largest):
+  """Images of 16 bits, image i with this largest value."""
+  for i, value in enumerate(largest):
+    gray = np.array([[0, value]], np.uint16).repeat(4, 0)
+    Image.fromarray(gray).save(path / f'{i:03d}.png')
+
+
+def deep_folder(path, **options):
+  return sources.folder(
+    path=str(path),
+    image_size=(4, 2),
+    channels=1,
+    **{'max_unreadable': 1, **options},
+  )
+
+
+def test_a_value_above_the_assumed_bits_is_reported_not_wrapped(
+  tmp_path, monkeypatch, caplog
+):
+  monkeypatch.setattr(decode, 'PROBED', 2)  # the first and the last
+  deep(tmp_path, 4095, 4096, 100)
+  images = everything(deep_folder(tmp_path))['image']
+  assert images[:, 0, 1, 0].tolist() == [255, round(100 * 255 / 4095)]
+  assert '001.png (its largest value 4096 is above 4095' in caplog.messages[1]
+  assert 'config.data.max_value' in caplog.messages[1]
+
+
+def test_the_value_that_is_white_can_be_set(tmp_path, caplog):
+  deep(tmp_path, 1000, 2000)
+  source = deep_folder(tmp_path, max_value=4000)
+  assert everything(source)['image'][:, 0, 1, 0].tolist() == [64, 128]
+  assert not caplog.messages
+  with pytest.raises(errors.UserError, match='more than 0 images'):
+    deep_folder(tmp_path, max_value=1500, max_unreadable=0)
+  assert any('2000 is above 1500' in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize('max_value', [0, 4095, 2047])
+def test_one_image_is_scaled_by_the_same_rule(tmp_path, max_value):
+  deep(tmp_path, 4095)
+  file = tmp_path / '000.png'
+  c = digits.get_config()
+  c.data.update(image_size=(4, 2), max_value=max_value)
+  reads = [
+    lambda: compress.read(file, c)[0],
+    lambda: compress.read(tmp_path, c)[0],
+    lambda: edit.fitted(file, decode.upright(file), (4, 2, 1), max_value),
+    lambda: everything(given.load(tmp_path, max_value)[0])['image'][0],
+  ]
+  for read in reads:
+    if max_value == 2047:
+      with pytest.raises(errors.UserError, match=r'above 2047|0 images are un'):
+        read()
+    else:
+      assert np.asarray(read())[0].ravel().tolist() == [0, 255]
+
+
+def test_16_bits_among_8_that_were_not_looked_at_are_reported(
+  tmp_path, monkeypatch, caplog
+):
+  monkeypatch.setattr(decode, 'PROBED', 2)
+  deep(tmp_path, 0, 4095, 0)
+  for name in ('000', '002'):
+    save(tmp_path / f'{name}.png', noise(4, 2))
+  assert len(deep_folder(tmp_path)) == 2
+  (line,) = caplog.messages
+  assert '001.png (it has 16 bits' in line
+
+
+def test_16_bit_arrays_are_scaled_by_what_they_hold(caplog):
+  array = np.array([[0, 1000, 4095]], np.uint16)[..., None]
+  most = decode.probe_arrays(lambda i: array // (2 - i), 2)
+  assert most == 4095
+  got = decode.fit_array(array, array.shape, most)
+  assert got.ravel().tolist() == [0, 62, 255]
+  assert decode.probe_arrays(lambda i: array.astype(np.uint8), 2) == 0
+  with pytest.raises(ValueError, match='above 1023'):
+    decode.fit_array(array, array.shape, 1023)
+  assert len(caplog.messages) == 1
+
+
+def png_of_16_bits(rgb):
+  """Pillow cannot write these."""
+
+  def chunk(kind, data):
+    code = kind + data
+    return struct.pack('>I', len(data)) + code + zlib.crc32(code).to_bytes(4)
+
+  rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in rgb)
+  head = struct.pack('>IIBBBBB', *rgb.shape[1::-1], 16, 2, 0, 0, 0)
+  return (
+    b'\x89PNG\r\n\x1a\n'
+    + chunk(b'IHDR', head)
+    + chunk(b'IDAT', zlib.compress(rows))
+    + chunk(b'IEND', b'')
+  )
+
+
+@pytest.mark.parametrize('largest', [4095, 65535])
+def test_colours_of_fewer_than_16_bits_are_said_to_be_dark(
+  tmp_path, largest, caplog
+):
+  rgb = np.full((8, 8, 3), largest, np.uint16)
+  (tmp_path / 'a.png').write_bytes(png_of_16_bits(rgb))
+  image = everything(folder(tmp_path))['image']
+  assert np.all(image == largest >> 8)
+  assert len(caplog.messages) == (largest == 4095)
+  assert all('15 of 255' in line for line in caplog.messages)
+
+
+def test_floats_and_negative_pixels_are_refused(tmp_path, caplog):
+  Image.fromarray(np.ones((4, 2), np.float32)).save(tmp_path / 'a.tif')
+  Image.fromarray(np.full((4, 2), -1, np.int32)).save(tmp_path / 'b.tif')
+  with pytest.raises(errors.UserError, match='none of the 2 images'):
+    deep_folder(tmp_path, max_unreadable=2)
+  assert any('floats' in line for line in caplog.messages)
+  assert any('more than 16 bits' in line for line in caplog.messages)
+
+
+def test_a_PGM_of_12_bits_names_its_range_itself(tmp_path, caplog):
+  # Dark: no pixel is near 4095.
+  gray = np.array([[0, 819], [1638, 0]], '>u2')
+  (tmp_path / 'a.pgm').write_bytes(b'P5 2 2 4095\n' + gray.tobytes())
+  image = everything(folder(tmp_path, size=(2, 2), channels=1))['image'][0]
+  assert image.ravel().tolist() == [0, 51, 102, 0]
+  assert not caplog.messages
 
 
 def test_what_is_transparent_is_white(tmp_path):
@@ -218,6 +392,44 @@ def test_a_strip_is_no_trouble():
 # Folders: labels.
 
 
+def test_numbers_in_names_of_classes_are_compared_as_numbers(tmp_path):
+  for name in [*map(str, range(12)), 'img10', 'img2', 'a', '007', '7']:
+    save(tmp_path / name / 'x.png')
+  source = folder(tmp_path)
+  assert source.class_names == (
+    *('0', '1', '2', '3', '4', '5', '6', '007', '7', '8', '9', '10', '11'),
+    *('a', 'img2', 'img10'),
+  )
+  names = [name.split('/')[0] for name in listing.find(str(tmp_path))]
+  labels = everything(source)['label']
+  assert [source.class_names[label] for label in labels] == names
+
+
+def test_names_of_classes_in_metadata_are_sorted_likewise(tmp_path):
+  save(tmp_path / 'a.png')
+  save(tmp_path / 'b.png')
+  (tmp_path / 'metadata.jsonl').write_text(
+    '{"file_name": "a.png", "label": "10"}\n'
+    '{"file_name": "b.png", "label": "9"}'
+  )
+  source = folder(tmp_path)
+  assert source.class_names == ('9', '10')
+  assert everything(source)['label'].tolist() == [1, 0]
+
+
+def test_classes_can_be_numbered_in_an_order_of_before(tmp_path):
+  for name in ('2', '10', '1'):
+    save(tmp_path / name / 'x.png')
+  save(tmp_path / 'none.png')
+  source = folder(tmp_path)
+  old = store.relabelled(source, ('10', '2', '1'))
+  assert old.class_names == ('10', '2', '1')
+  assert source.class_names == ('1', '2', '10')
+  # Files: 1/x, 10/x, 2/x, none.
+  assert everything(source)['label'].tolist() == [0, 2, 1, -1]
+  assert everything(old)['label'].tolist() == [2, 0, 1, -1]
+
+
 def test_sub_folders_are_classes_in_alphabetical_order(tmp_path, when):
   for name in ('dog/b.png', 'cat/deep/a.png', 'cat/c.PNG', 'ant/d.jpeg'):
     save(tmp_path / name)
@@ -264,10 +476,28 @@ def test_metadata_without_labels_leaves_them_to_the_sub_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
+  'line', ['{"file_name": "clip.mp4", "label": [1]}', '{"label": 1}', '{}']
+)
+def test_metadata_of_other_files_are_ignored_with_a_warning(
+  tmp_path, line, caplog
+):
+  save(tmp_path / 'cat/a.png')
+  (tmp_path / 'metadata.jsonl').write_text(line)
+  source = folder(tmp_path)
+  assert source.class_names == ('cat',)
+  assert everything(source)['label'].tolist() == [0]
+  (said,) = caplog.messages
+  assert 'metadata.jsonl:1: no image' in said
+
+
+@pytest.mark.parametrize(
   ('line', 'message'),
   [
-    ('{"file_name": "b.png", "label": 1}', r":1: no image 'b.png'"),
-    ('{"label": 1}', 'file_name'),
+    (
+      '{"file_name": "a.png", "label": 1}\n{"file_name": "b.png", "label": 1}',
+      r":2: no image 'b.png'",
+    ),
+    ('{"label": 1}\n{"file_name": "a.png"}', ':1: .*file_name'),
     ('{"file_name": ', ':1: not JSON'),
     ('[1]', 'not a JSON object'),
     ('{"file_name": "a.png", "label": 1.5}', 'label 1.5; use an integer'),

@@ -15,8 +15,12 @@ from ddpm_jax.data import listing
 from ddpm_jax.data import store
 
 
-def load(path: pathlib.Path) -> tuple[store.Source, decode.Shape]:
+def load(
+  path: pathlib.Path, max_value: int = 0
+) -> tuple[store.Source, decode.Shape]:
   """The images of a folder, or of an .npz or .npy; and their one shape.
+
+  `max_value` is that of images of 16 bits, 0: from the images.
 
   Raises:
     UserError: there are none, they are not uint8, gray or RGB, or not all of
@@ -26,7 +30,7 @@ def load(path: pathlib.Path) -> tuple[store.Source, decode.Shape]:
     raise errors.UserError(
       f'--images={path} is not there; name a folder of images, or an .npz'
     )
-  return (_folder if path.is_dir() else _array)(path)
+  return _folder(path, max_value) if path.is_dir() else _array(path)
 
 
 def _array(path: pathlib.Path) -> tuple[store.Source, decode.Shape]:
@@ -39,7 +43,9 @@ def _array(path: pathlib.Path) -> tuple[store.Source, decode.Shape]:
   return store.from_arrays(images, labels), (H, W, C)
 
 
-def _folder(path: pathlib.Path) -> tuple[store.Source, decode.Shape]:
+def _folder(
+  path: pathlib.Path, max_value: int
+) -> tuple[store.Source, decode.Shape]:
   names = listing.find(str(path))
   files = [os.path.join(path, name) for name in names]
   shape = _header(files[0])
@@ -52,11 +58,13 @@ def _folder(path: pathlib.Path) -> tuple[store.Source, decode.Shape]:
         'of one size'
       )
 
+  largest = max_value or decode.probe_files(files)
+
   def gather(indices: np.ndarray) -> store.Batch:
     images = np.empty((len(indices), *shape), np.uint8)
     for row, i in enumerate(indices.tolist()):
       with _named(files[i]):
-        images[row] = decode.read(files[i], shape)
+        images[row] = decode.read(files[i], shape, largest)
     return {'image': images, 'label': np.full(len(indices), -1, np.int32)}
 
   return store.Source(len(names), gather), shape
@@ -67,7 +75,7 @@ def _header(file: str) -> decode.Shape:
   with _named(file), Image.open(file) as image:
     turned = image.getexif().get(0x0112, 1) >= 5  # by a quarter, when shown
     W, H = image.size[::-1] if turned else image.size
-    return H, W, 1 if image.mode in ('1', 'L', 'I;16') else 3
+    return H, W, 1 if image.mode in ('1', 'L') or image.mode[0] == 'I' else 3
 
 
 @contextlib.contextmanager

@@ -1,18 +1,25 @@
 """The image files of a folder, and their labels."""
 
 import json
+import logging
 import os
 import posixpath
+import re
+from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from PIL import features
 
 from ddpm_jax import errors
 
 SUFFIXES = (
-  '.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff',
-)  # fmt: skip
+  *('.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.webp', '.bmp', '.gif'),
+  *('.tif', '.tiff', '.ppm', '.pgm', '.pnm'),
+  # Pillow can be built without it.
+  *(('.avif',) if features.check('avif') else ()),
+)
 
 # More are not classes but, say, the numbers of the images.
 MOST_CLASSES = 1_000_000
@@ -49,19 +56,29 @@ def find(folder: str) -> list[str]:
   return sorted(names)
 
 
-def label(folder: str, names: list[str]) -> Labels:
+def natural(name: str) -> Any:
+  """A key to sort by that compares digits as numbers: img2 before img10."""
+  parts: list[Any] = re.split('([0-9]+)', name)
+  parts[1::2] = map(int, parts[1::2])
+  return parts, name  # the name itself decides between 1 and 01
+
+
+def label(
+  folder: str, names: list[str], class_order: Callable[[str], Any] = natural
+) -> Labels:
   """Labels of the images `names` of `folder`; -1 where there is none.
 
   `metadata.jsonl` in `folder` gives them, a line {"file_name": ..., "label":
-  integer or string} an image; else the first-level sub-folders do.
+  integer or string} an image; else the first-level sub-folders do. Classes that
+  have names are numbered in the order of the key `class_order`.
   """
   path = os.path.join(folder, 'metadata.jsonl')
   if os.path.isfile(path):
-    labels = _from_metadata(path, names)
+    labels = _from_metadata(path, names, class_order)
     if (labels[0] >= 0).any():
       return labels
   classes = [name.split('/')[0] if '/' in name else None for name in names]
-  return _number(classes)
+  return _number(classes, class_order)
 
 
 def class_names(labels: np.ndarray) -> tuple[str, ...]:
@@ -69,24 +86,27 @@ def class_names(labels: np.ndarray) -> tuple[str, ...]:
   return tuple(str(i) for i in range(int(labels.max(initial=-1)) + 1))
 
 
-def _number(classes: list[str | None]) -> Labels:
-  """Classes by name, numbered in the order of the alphabet."""
-  known = tuple(sorted({c for c in classes if c is not None}))
+def _number(
+  classes: list[str | None], class_order: Callable[[str], Any]
+) -> Labels:
+  """Classes by name, numbered in order."""
+  there = {c for c in classes if c is not None}
+  known = tuple(sorted(there, key=class_order))
   number: dict[str | None, int] = {c: i for i, c in enumerate(known)}
   return np.array([number.get(c, -1) for c in classes], np.int32), known
 
 
-def _from_metadata(path: str, names: list[str]) -> Labels:
+def _from_metadata(
+  path: str, names: list[str], class_order: Callable[[str], Any]
+) -> Labels:
   given: dict[str, Any] = dict.fromkeys(names)
-  kinds = set()
+  kinds, foreign = set(), None
   for where, entry in lines(path):
     value = entry.get('label')
     name = posixpath.normpath(str(entry.get('file_name')))
     if name not in given:
-      raise errors.UserError(
-        f'{where}: no image {name!r} beside it; each line needs the '
-        '"file_name" of one'
-      )
+      foreign = foreign or (where, name)
+      continue
     number = type(value) is int and 0 <= value < MOST_CLASSES
     if not (number or isinstance(value, str | None)):
       raise errors.UserError(
@@ -95,11 +115,22 @@ def _from_metadata(path: str, names: list[str]) -> Labels:
       )
     given[name] = value
     kinds.add(type(value))
+  if foreign and kinds:
+    raise errors.UserError(
+      f'{foreign[0]}: no image {foreign[1]!r} beside it; each line needs the '
+      '"file_name" of one'
+    )
+  if foreign:
+    logging.getLogger(__name__).warning(
+      '%s: no image %r beside it, and no line names another: the file is '
+      'ignored',
+      *foreign,
+    )
   if {int, str} <= kinds:
     raise errors.UserError(f'{path}: labels are integers and strings; use one')
   values = list(given.values())
   if str in kinds:
-    return _number(values)
+    return _number(values, class_order)
   labels = np.array([-1 if v is None else v for v in values], np.int32)
   return labels, class_names(labels)
 

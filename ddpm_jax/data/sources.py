@@ -1,13 +1,16 @@
 """The sources of data by name: `config.data.name` is a function here.
 
 A source is called with those of these keywords that it has: path, tfds, split,
-points, captions, image_size = (H, W), channels (1: gray, 3: RGB) and
-max_unreadable. It returns a `store.Source`, and raises UserError for what is
-missing or does not fit.
+points, captions, image_size = (H, W), channels (1: gray, 3: RGB),
+max_unreadable and max_value (of images of 16 bits; 0: from the data). It
+returns a `store.Source`, and raises UserError for what is missing or does not
+fit.
 """
 
 import dataclasses
 import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -64,25 +67,30 @@ def folder(
   image_size: tuple[int, int],
   channels: int,
   max_unreadable: int,
+  max_value: int = 0,
   captions: str = '',
+  class_order: Callable[[str], Any] = listing.natural,
 ) -> store.Source:
   """Image files under `path`, of any size and mode.
 
   Their classes are the first-level sub-folders, or in `metadata.jsonl`; so are
-  captions, if they are asked for as 'file', or in `captions.csv`.
+  captions, if they are asked for as 'file', or in `captions.csv`. Names of
+  classes are sorted by the key `class_order`.
   """
   path = os.path.expanduser(path)
   names = listing.find(path)
-  labels, class_names = listing.label(path, names)
+  labels, class_names = listing.label(path, names, class_order)
   texts = caption_files.of_folder(path, names) if captions == 'file' else []
   shape = (*image_size, channels)
+  files = [os.path.join(path, name) for name in names]
+  largest = max_value or decode.probe_files(files)
 
   def read(i: int) -> tuple[np.ndarray, int]:
-    return decode.read(os.path.join(path, names[i]), shape), int(labels[i])
+    return decode.read(files[i], shape, largest), int(labels[i])
 
-  files = store.Files(len(names), read, names.__getitem__, class_names)
-  made = store.from_files(files, shape, max_unreadable)
-  return dataclasses.replace(made, captions=tuple(texts))
+  found = store.Files(len(names), read, names.__getitem__, class_names)
+  made = store.from_files(found, shape, max_unreadable)
+  return dataclasses.replace(made, captions=tuple(texts), max_value=largest)
 
 
 def tfds(
@@ -93,6 +101,7 @@ def tfds(
   image_size: tuple[int, int],
   channels: int,
   max_unreadable: int,
+  max_value: int = 0,
   captions: str = '',
 ) -> store.Source:
   """A TensorFlow data set prepared as ArrayRecord; no TensorFlow is needed.
@@ -108,15 +117,18 @@ def tfds(
   if captions not in ('', 'classes'):
     texts = records.texts(tfds, path, split, captions)
   shape = (*image_size, channels)
+  largest = max_value or decode.probe_arrays(
+    lambda i: data[i]['image'], len(data)
+  )
 
   def read(i: int) -> tuple[np.ndarray, int]:
     example = data[i]
     label = int(example['label']) if class_names else -1
-    return decode.fit_array(example['image'], shape), label
+    return decode.fit_array(example['image'], shape, largest), label
 
   files = store.Files(len(data), read, lambda i: f'{tfds}[{i}]', class_names)
   made = store.from_files(files, shape, max_unreadable)
-  return dataclasses.replace(made, captions=tuple(texts))
+  return dataclasses.replace(made, captions=tuple(texts), max_value=largest)
 
 
 def points(

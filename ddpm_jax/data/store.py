@@ -32,12 +32,15 @@ class Source:
     what was listed, unreadable ones included. Points are float32 (b, 2).
   class_names: what the labels 0, 1, ... are called; () without labels.
   captions: those of each id; () without captions.
+  max_value: the value of the files that became 255, where images have 16 bits;
+    else 0.
   """
 
   length: int
   gather: Callable[[np.ndarray], Batch]
   class_names: tuple[str, ...] = ()
   captions: tuple[tuple[str, ...], ...] = ()
+  max_value: int = 0
 
   def __len__(self) -> int:
     return self.length
@@ -74,6 +77,19 @@ def from_arrays(
     }
 
   return Source(len(labels), gather, class_names)
+
+
+def relabelled(source: Source, names: tuple[str, ...]) -> Source:
+  """The source with its classes numbered as in `names`, which has them all."""
+  number = {name: i for i, name in enumerate(names)}
+  # The last is that of -1, no label.
+  new = np.array([*(number[x] for x in source.class_names), -1], np.int32)
+
+  def gather(indices: np.ndarray) -> Batch:
+    batch = source.gather(indices)
+    return {**batch, 'label': new[batch['label']]}
+
+  return dataclasses.replace(source, gather=gather, class_names=names)
 
 
 def from_files(

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import checks
+from ddpm_jax import conditioning
 from ddpm_jax import errors
 from ddpm_jax import functions
 from ddpm_jax import recipe
@@ -53,8 +54,10 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     workdir.create(args.profile)
   checks.basics(config)
   mesh = build.mesh(config)
-  functions.train_step(config, parallel.parts(mesh))  # refuses what cannot be
+  # Refuses what cannot be.
+  functions.train_step(conditioning.provisional(config), parallel.parts(mesh))
   source = data(config)
+  config = conditioning.settled(config, source)
   with scratch(args.workdir) as folder:
     bench = Bench(config, mesh, source, folder)
     results = dict(bench.everything())

@@ -57,9 +57,9 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     )
   if args.output.is_dir():
     raise errors.UserError(f'--output={args.output} is a folder: name a file')
-  workdir.create(args.output.parent)
   checks.basics(config)
   x0 = read(args.images, config)
+  workdir.create(args.output.parent)
   seed = config.seed if args.seed is None else args.seed
   mesh = parallel.make_mesh(1)
   step, params = sample.restore_ema(config, mesh, args.workdir)
@@ -92,15 +92,19 @@ def read(path: pathlib.Path, config: ConfigDict) -> np.ndarray:
   if path.suffix in ('.npz', '.npy'):
     source = sources.arrays(path=str(path), **options)
   elif path.is_dir():
-    source = sources.folder(path=str(path), max_unreadable=0, **options)
+    options |= {'max_unreadable': 0, 'max_value': config.data.max_value}
+    source = sources.folder(path=str(path), **options)
   else:
-    return _one(path, (H, W, C))[None]
+    return _one(path, (H, W, C), config.data.max_value)[None]
   return source.gather(np.arange(len(source)))['image']
 
 
-def _one(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
+def _one(
+  path: pathlib.Path, shape: tuple[int, int, int], max_value: int
+) -> np.ndarray:
   try:
-    return decode.read(str(path), shape)
+    image = decode.upright(str(path))
+    return decode.fit(image, shape, max_value or decode.probe_image(image))
   except Exception as e:  # Pillow's are of many types
     reason = ' '.join(str(e).split())
     raise errors.UserError(f'--images={path} cannot be read: {reason}') from e

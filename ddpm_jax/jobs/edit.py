@@ -83,7 +83,8 @@ def editor(
   height, width, channels = recipe.shape(config)
   shape = height, width, channels
   image = opened('image', args.image)
-  x0 = pixels.to_float(fitted(args.image, image, shape))
+  most = config.data.max_value
+  x0 = pixels.to_float(fitted(args.image, image, shape, most))
   if args.mask:
     mask = opened('mask', args.mask)
     if mask.size != image.size:
@@ -91,7 +92,9 @@ def editor(
         f'--mask={args.mask} is {written(mask)}, and --image={args.image} '
         f'{written(image)}: they must be of one size'
       )
-    anew = decode.fit(mask, (height, width, 1)) > 127
+    # Of a mask the larger half is white, whatever the model's images are.
+    white = decode.probe_image(mask)
+    anew = decode.fit(mask, (height, width, 1), white) > 127
     if anew.all() or not anew.any():
       raise errors.UserError(
         f'--mask={args.mask} is all {"white" if anew.all() else "black"}: '
@@ -100,7 +103,7 @@ def editor(
     return inpainted(config, seed, x0, anew)
   strength = 0.5 if args.strength is None else args.strength
   if args.to:
-    other = fitted(args.to, opened('to', args.to), shape)
+    other = fitted(args.to, opened('to', args.to), shape, most)
     other = pixels.to_float(other)
     return between(config, seed, x0, other, strength, args.num_samples)
   return varied(config, seed, x0, strength)
@@ -117,7 +120,7 @@ def opened(flag: str, path: pathlib.Path) -> Image.Image:
 
 
 def fitted(
-  path: pathlib.Path, image: Image.Image, shape: decode.Shape
+  path: pathlib.Path, image: Image.Image, shape: decode.Shape, max_value: int
 ) -> jax.Array:
   height, width, _ = shape
   if image.size != (width, height):
@@ -126,7 +129,8 @@ def fitted(
       f'{width}x{height}, in the middle'
     )
   try:
-    return jnp.asarray(decode.fit(image, shape))
+    max_value = max_value or decode.probe_image(image)
+    return jnp.asarray(decode.fit(image, shape, max_value))
   except ValueError as e:
     raise errors.UserError(f'{path}: {e}') from e
 

@@ -92,9 +92,10 @@ def asked(
     return [], None
   rows: Any
   if labels:
-    rows = np.array(
-      [conditioning.class_number(config, x) for x in labels], np.int32
-    )
+    saved = workdir.read_classes(args.workdir) or ()
+    numbers = [conditioning.class_number(config, x, saved) for x in labels]
+    labels = [conditioning.class_title(config, n, saved) for n in numbers]
+    rows = np.array(numbers, np.int32)
   else:
     rows = conditioning.encode(config, prompts)
   each = jax.tree.map(lambda x: np.repeat(x, args.num_samples, axis=0), rows)

@@ -15,6 +15,7 @@ from ddpm_jax.metrics import classifier as classifiers
 from ddpm_jax.metrics import small
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import workdir as workdirs
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
@@ -57,6 +58,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
       ),
       'score',
     ),
+    'class_names': workdirs.read_classes(args.workdir) or [],
     'step': step,
     'seed': seed,
     'sampler': config.sampler.name,
@@ -76,12 +78,15 @@ def judge(
   Raises:
     UserError: if the data have no labels.
   """
-  source = build.source(config)
+  source = build.source(config, folder=workdir)
   if not source.class_names:
     raise errors.UserError(
       f'the data set {config.data.name} has no labels, which the small-data '
       'score needs for its classifier'
     )
+  saved = workdirs.read_classes(workdir)
+  if saved and saved != source.class_names:
+    raise build.other_classes(source.class_names, saved, workdir)
   data = source.gather(np.arange(len(source)))
   path = workdir / 'classifier.npz'
   if path.exists():

@@ -50,17 +50,27 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   # What may be refused comes first, then what takes long.
   checks.basics(config)
   mesh = build.mesh(config)
+  rough = conditioning.provisional(config)
+  functions.train_step(rough, parallel.parts(mesh))
+  functions.reverse_process(rough)
+  workdir.check(folder)
+  source = build.source(config, folder=folder)
+  config = conditioning.settled(config, source)
   step_fn = functions.train_step(config, parallel.parts(mesh))
   pictures = picture_maker(config, mesh, folder, args.num_samples)
-  workdir.create(folder)
-  source = build.source(config)
   told = conditioning.of_data(config, source, args.num_samples)
   pictures = functools.partial(pictures, told=told)
+  workdir.create(folder)
   # A run keeps its own devices, where it has moved to others.
   saved = recipe.to_json(config) | {'parallel': args.parallel}
   if recipe.is_another(config, folder):
     logs.say(f'{folder} has no checkpoint: it is begun again, with this recipe')
   if processes.leads():
+    if not (
+      checkpoint.steps(folder / 'checkpoints')
+      or workdir.keeps_no_classes(folder)
+    ):
+      workdir.write_classes(folder, source.class_names)
     workdir.write_config(folder, saved)
   if several:
     workdir.wait_for_config(folder, saved)
@@ -68,6 +78,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   logs.say(
     f'{len(source)} images, {mesh.size} device(s){many}, workdir {folder}'
   )
+  if source.class_names:
+    logs.say(f'classes: {conditioning.listed(source.class_names)}')
   build.warn_of_signal(config)
 
   with contextlib.ExitStack() as stack:

@@ -150,10 +150,11 @@ def table(score: dict[str, Any]) -> str:
     f'it gets {score["classifier_accuracy"]:.1%} of held-out images right',
   )
   held_out = score.get('held_out_class_share')
+  names = score.get('class_names') or range(len(score['class_share']))
   for i, share in enumerate(score['class_share']):
     rows.append(
       (
-        f'share of class {i}',
+        f'share of class {names[i]}',
         f'{share:.1%}',
         '-' if held_out is None else f'{held_out[i]:.1%}',
         f'real: {score["real_class_share"][i]:.1%}',

@@ -1,4 +1,6 @@
-"""The folder of a run: config.json, metrics.jsonl, checkpoints/, pictures."""
+"""The folder of a run: config.json, classes.json, metrics.jsonl, checkpoints/,
+pictures.
+"""
 
 import datetime
 import json
@@ -7,6 +9,7 @@ import pathlib
 import re
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from ddpm_jax import errors
@@ -24,15 +27,30 @@ def cache() -> pathlib.Path:
   return pathlib.Path(home).expanduser() / 'ddpm_jax'
 
 
+def check(path: pathlib.Path) -> None:
+  """Refuses a folder that `create` would refuse, and makes nothing.
+
+  Raises:
+    UserError: if it is a file, or cannot be written.
+  """
+  here = path.absolute()
+  _try(path, next(p for p in (here, *here.parents) if os.path.lexists(p)))
+
+
 def create(path: pathlib.Path) -> None:
   """Makes the folder, if need be, and tries to write into it.
 
   Raises:
     UserError: if it is a file, or cannot be written.
   """
+  _try(path, path)
+
+
+def _try(path: pathlib.Path, there: pathlib.Path) -> None:
+  """Makes the folder `there`, and tries to write into it, for `path`."""
   try:
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path):
+    there.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=there):
       pass
   except (FileExistsError, NotADirectoryError):
     raise errors.UserError(
@@ -76,22 +94,51 @@ def read_config(path: pathlib.Path) -> dict[str, Any] | None:
   Raises:
     UserError: if config.json is damaged.
   """
-  file = path / 'config.json'
+  return _read(path / 'config.json', dict, 'no recipe')
+
+
+def write_config(path: pathlib.Path, config: dict[str, Any]) -> None:
+  _write(path / 'config.json', config)
+
+
+def read_classes(path: pathlib.Path) -> tuple[str, ...] | None:
+  """The names of the classes 0, 1, ... of the run, or None if none are saved.
+
+  Raises:
+    UserError: if classes.json is damaged.
+  """
+  names = _read(path / 'classes.json', list, 'no names of classes')
+  return None if names is None else tuple(map(str, names))
+
+
+def write_classes(path: pathlib.Path, names: Sequence[str]) -> None:
+  _write(path / 'classes.json', list(names))
+
+
+def keeps_no_classes(path: pathlib.Path) -> bool:
+  """Whether a run was begun here before there was a classes.json."""
+  # In this order: a run that begins writes classes.json first.
+  begun = any((path / name).exists() for name in ('config.json', 'checkpoints'))
+  return begun and not (path / 'classes.json').exists()
+
+
+def _read(file: pathlib.Path, kind: type, otherwise: str) -> Any:
+  """The JSON of a file, None if there is none; refused where not of `kind`."""
   if not file.is_file():
     return None
   try:
     found = json.loads(file.read_text())
   except ValueError as e:
     raise errors.UserError(f'{file} is damaged: {e}') from None
-  if not isinstance(found, dict):
-    raise errors.UserError(f'{file} is damaged: it holds no recipe')
+  if not isinstance(found, kind):
+    raise errors.UserError(f'{file} is damaged: it holds {otherwise}')
   return found
 
 
-def write_config(path: pathlib.Path, config: dict[str, Any]) -> None:
-  part = path / '.config.json.part'
-  part.write_text(json.dumps(config, indent=2) + '\n')
-  os.replace(part, path / 'config.json')
+def _write(file: pathlib.Path, values: Any) -> None:
+  part = file.with_name(f'.{file.name}.part')
+  part.write_text(json.dumps(values, indent=2) + '\n')
+  os.replace(part, file)
 
 
 def wait_for_config(

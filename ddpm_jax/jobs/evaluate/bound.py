@@ -38,14 +38,14 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     raise errors.UserError('bits/dim are of images: points have no grays')
   mesh = build.mesh(config)
   seed = config.seed if args.seed is None else args.seed
-  split = config.evaluate.split or config.data.split
   kind, step, params = weights.restore(config, mesh, args)
-  source = build.source(config, split)
+  source, split = build.source_to_evaluate(config, args.workdir)
   count = min(len(source), config.evaluate.images or len(source))
   draws, T = config.evaluate.draws, config.schedule.T
+  times = f't = 1 and {draws} drawn' if draws else f'all {T}'
   logs.say(
-    f'evaluating the {kind} weights of step {step} on {count} images of '
-    f'{split}, {f"t = 1 and {draws} drawn" if draws else f"all {T}"} times each'
+    f'evaluating the {kind} weights of step {step} on {count} images (split: '
+    f'{split}), {times} times each'
   )
   bound = bound_of(config, mesh, params, source, count, seed)
   result = {
@@ -166,7 +166,7 @@ def table(result: dict[str, Any]) -> str:
       f'  L_0                {result["L_0"]:.4f}',
       f'rate, distortion     {result["rate"]:.4f}, {result["distortion"]:.4f}',
       f'RMSE at t = 1        {result["rmse"]:.3f} of 255',
-      f'{result["images"]} images of {result["split"]}, '
+      f'{result["images"]} images (split: {result["split"]}), '
       f'{result["times_an_image"]} times each ({how})',
     ]
   )

@@ -56,8 +56,7 @@ def from_data(
   Raises:
     UserError: what is kept was made of something else.
   """
-  split = config.evaluate.split or config.data.split
-  source = build.source(config, split)
+  source, split = build.source_to_evaluate(config)
   count = min(len(source), config.evaluate.images or len(source))
   if count < 2:
     raise errors.UserError('statistics of a data set need 2 images of it')

@@ -110,7 +110,7 @@ def of_images(config: ConfigDict, args: argparse.Namespace) -> None:
   """
   if args.step is not None:
     raise errors.UserError('--step is of a checkpoint, and --images has none')
-  source, shape = given.load(args.images)
+  source, shape = given.load(args.images, config.data.max_value)
   trained = check(config, args, len(source), shape)
   if args.output and args.output.suffix != '.json':
     raise errors.UserError(f'--output={args.output}: scores go into a .json')

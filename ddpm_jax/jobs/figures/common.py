@@ -75,7 +75,7 @@ def spread(T: int, n: int) -> list[int]:
 
 def real(config: ConfigDict, seed: int, count: int) -> np.ndarray:
   """Some images of the split to evaluate on, uint8; all if they are fewer."""
-  source = build.source(config, config.evaluate.split or config.data.split)
+  source, _ = build.source_to_evaluate(config)
   return source.gather(some(len(source), seed, count))['image']
 
 

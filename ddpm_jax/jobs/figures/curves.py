@@ -69,14 +69,13 @@ def rate_distortion(trained: common.Trained, count: int = 64) -> common.Drawn:
   """
   config = trained.config.copy_and_resolve_references()
   config.evaluate.draws = 0
-  split = config.evaluate.split or config.data.split
-  source = build.source(config, split)
+  source, split = build.source_to_evaluate(config, trained.workdir)
   count = min(count, len(source))
   bound = bounds.bound_of(
     config, trained.mesh, trained.params, source, count, trained.seed
   )
   rate, rmse = progress(bound)
-  print(table(rate, rmse, f'{count} images of {split}'))
+  print(table(rate, rmse, f'{count} images (split: {split})'))
   step, words = np.arange(1, len(rate) + 1), 'RMSE of 0..255'
   panels = [
     images.Panel('reverse step', words, {'': (step, rmse)}),
