@@ -126,6 +126,7 @@ def test_the_data_say_how_many_classes_there_are(tmp_path):
 def test_what_the_data_said_is_kept_by_the_run(tmp_path):
   began = config('x', condition__classes='3', data__max_value='4095')
   workdir.write_config(tmp_path, recipe.to_json(began))
+  (tmp_path / 'checkpoints' / '7').mkdir(parents=True)
   spec = pathlib.Path(folder_recipe.__file__)
   same = {'condition.name': 'label', 'data.path': 'x'}
   same |= {'data.image_size': '8', 'data.channels': '1'}
