@@ -85,6 +85,8 @@ def configured(unet, scheduler):
   """The whole recipe that follows from the fields."""
   config = recipe.shipped('base')
   config.update_from_flattened_dict(fields.to_recipe(unet, scheduler))
+  if unet.get('num_class_embeds'):
+    config.condition.classes = unet['num_class_embeds'] - 1
   return config
 
 
@@ -112,9 +114,14 @@ def imported(request):
 def test_outputs_are_those_of_diffusers(imported):
   name, _, config, params = imported
   expected = np.load(golden.FOLDER / name / 'expected.npz')
-  out = jax.jit(build.model(config).apply)(
-    {'params': params}, expected['x'], expected['t'] + 1
-  )
+  given = [expected['x'], expected['t'] + 1]
+  if name == 'label':
+    classes = config.condition.classes
+    # The last row is for no class.
+    labels = np.where(expected['labels'] == classes, -1, expected['labels'])
+    assert {*labels} == {-1, *range(classes)}
+    given.append(labels)
+  out = jax.jit(build.model(config).apply)({'params': params}, *given)
   scale = np.max(np.abs(expected['out']))
   # Sums of hundreds of float32 products, in another order.
   np.testing.assert_allclose(out, expected['out'], rtol=0, atol=1e-5 * scale)
@@ -163,6 +170,44 @@ def test_a_chain_of_1000_steps_is_that_of_diffusers():
   np.testing.assert_allclose(x_0, expected['chain'], rtol=0, atol=1e-3)
 
 
+def test_a_class_embedding_is_ours_and_the_dense_layer_after_it():
+  """Of width 8 here, and of 16 there."""
+  *_, config, _ = golden_model('label')
+  config = config.copy_and_resolve_references()
+  config.condition.width = 8
+  leaves, tree = jax.tree.flatten(abstract_params(config))
+  ours = jax.tree.unflatten(
+    tree, [golden.noise(i, x.shape) / 4 for i, x in enumerate(leaves)]
+  )
+  tensors = diffusers.from_params(ours, diffusers.DIFFUSERS)
+  assert tensors[diffusers.CLASSES].shape == (4, 16)
+  wide = config.copy_and_resolve_references()
+  wide.condition.width = 16
+  theirs = diffusers.to_params(
+    abstract_params(wide), tensors, diffusers.DIFFUSERS
+  )
+  x, label = golden.noise(0, (4, 8, 8, 1)), np.array([0, 1, 2, -1])
+  a, b = (
+    build.model(c).apply({'params': p}, x, np.full(4, 500), label)
+    for c, p in ((config, ours), (wide, theirs))
+  )
+  scale = np.max(np.abs(a))
+  assert np.min(np.std(a, axis=(1, 2, 3))) > 0.1 * scale
+  np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale)
+  # And the label says something.
+  assert (
+    np.max(
+      np.abs(
+        a[:1]
+        - build.model(config).apply(
+          {'params': ours}, x[:1], np.full(1, 500), label[1:2]
+        )
+      )
+    )
+    > 0.01 * scale
+  )
+
+
 def test_weights_come_back_bit_for_bit(imported):
   _, tensors, _, params = imported
   modern = {diffusers.modern(name): x for name, x in tensors.items()}
@@ -172,6 +217,9 @@ def test_weights_come_back_bit_for_bit(imported):
     np.testing.assert_array_equal(x, modern[name], strict=True)
 
 
+@pytest.mark.parametrize(
+  'imported', [*golden.MODELS.keys() - {'label'}], indirect=True
+)
 def test_pytorch_diffusion_has_other_names_for_the_same(imported):
   _, tensors, config, params = imported
   last = len(config.model.multipliers) - 1
@@ -249,6 +297,7 @@ def test_fields_written_and_read_again_are_the_same_recipe(name):
     ('block_out_channels', [128, 192, 256, 256]),
     ('block_out_channels', 128),
     ('center_input_sample', True),
+    ('class_embed_type', 'identity'),
     ('class_embed_type', 'timestep'),
     ('down_block_types', ['DownBlock2D'] * 3),
     ('down_block_types', ['SkipDownBlock2D'] * 4),
@@ -264,7 +313,7 @@ def test_fields_written_and_read_again_are_the_same_recipe(name):
     ('mid_block_type', None),
     ('norm_eps', 1e-5),
     ('norm_num_groups', None),
-    ('num_class_embeds', 10),
+    ('num_class_embeds', 0),
     ('out_channels', 6),
     ('resnet_time_scale_shift', 'scale_shift'),
     ('sample_size', None),
@@ -332,7 +381,9 @@ def test_a_learned_variance_needs_as_many_channels():
   ('key', 'value'),
   [
     ('model.name', 'mlp'),
+    ('condition.name', 'minilm'),
     ('condition.name', 'text'),
+    ('model.patch', 2),
     ('model.predict', 'mu'),
     ('sampler.variance', 'learned'),
     ('model.multipliers', (2, 2)),
@@ -342,6 +393,30 @@ def test_what_has_no_counterpart_is_not_written(key, value):
   keys = recipe.flatten(recipe.shipped('cifar')) | {key: value}
   with pytest.raises(errors.UserError, match=re.escape(f'config.{key}=')):
     fields.from_recipe(keys, [])
+
+
+@pytest.mark.parametrize('name', ['text', 'minilm'])
+def test_texts_are_not_written_as_they_need_cross_attention(name):
+  keys = recipe.flatten(recipe.shipped('cifar')) | {'condition.name': name}
+  with pytest.raises(errors.UserError) as caught:
+    fields.from_recipe(keys, [])
+  for told in ('no cross-attention', 'UNet2DConditionModel', "'label'"):
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(('drop', 'rows'), [(0.1, 11), (0.0, 10)])
+def test_classes_have_a_row_each_and_one_for_none_if_it_was_trained(drop, rows):
+  keys = recipe.flatten(recipe.shipped('cifar')) | {
+    'condition.name': 'label',
+    'condition.classes': 10,
+    'condition.drop': drop,
+  }
+  unet, scheduler = fields.from_recipe(keys, [])
+  assert unet['num_class_embeds'] == rows
+  assert unet['class_embed_type'] is None
+  keys = fields.to_recipe(unet, scheduler)
+  assert keys['condition.name'] == 'label'
+  assert keys['condition.width'] == 4 * 128
 
 
 def test_zero_terminal_snr_is_kept_both_ways():
@@ -500,6 +575,43 @@ def test_a_run_exported_and_imported_draws_the_same(converted, tmp_path):
     np.testing.assert_array_equal(a[name], b[name])
   index = json.loads((tmp_path / 'theirs' / 'model_index.json').read_text())
   assert index['_class_name'] == 'DDPMPipeline'
+
+
+@pytest.mark.parametrize(('classes', 'drop'), [(3, 0.1), (4, 0.0)])
+def test_a_model_with_classes_becomes_a_run_and_is_itself_again(
+  classes, drop, tmp_path, capfd
+):
+  theirs, run, again = golden.FOLDER / 'label', tmp_path / 'run', tmp_path / 'a'
+  convert(
+    *(f'--input={theirs}', f'--output={run}'),
+    f'--config.condition.classes={classes}',
+  )
+  assert recipe.resolve(None, run, {}).condition.drop == drop
+  told = 'guidance is not for it'
+  assert (told in capfd.readouterr().err) == (drop == 0)
+  convert(f'--workdir={run}', f'--output={again}')
+  a, b = (
+    safetensors_numpy.load_file(folder / files.SAFE[0])
+    for folder in (theirs, again)
+  )
+  assert a.keys() == b.keys()
+  for name, x in a.items():
+    np.testing.assert_array_equal(x, b[name])
+  assert files.read_model(again).unet['num_class_embeds'] == 4
+  advice = capfd.readouterr().err
+  assert f'labels = torch.arange({classes})' in advice
+  assert ('3 is no class' in advice) == ('guidance w' in advice) == (drop > 0)
+
+
+@pytest.mark.parametrize('classes', ['', '2', '5'])
+def test_what_the_last_class_embedding_means_has_to_be_said(classes, tmp_path):
+  given = [f'--config.condition.classes={classes}'] if classes else []
+  with pytest.raises(errors.UserError, match=r'num_class_embeds=4.*=4 .*=3 '):
+    convert(
+      *(f'--input={golden.FOLDER / "label"}', f'--output={tmp_path / "run"}'),
+      *given,
+    )
+  assert not (tmp_path / 'run').exists()
 
 
 def test_flags_that_do_not_go_together_are_told(tmp_path, converted):

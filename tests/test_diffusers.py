@@ -5,6 +5,7 @@
 Elsewhere `test_convert.py` holds us to what they answered.
 """
 
+import inspect
 import os
 import pathlib
 import pickle
@@ -33,6 +34,7 @@ from ddpm_jax.diffusion import spacings
 from ddpm_jax.diffusion import variances
 from ddpm_jax.interop import diffusers as interop
 from ddpm_jax.interop import fields
+from ddpm_jax.jobs import convert
 from ddpm_jax.jobs import sample
 
 torch = pytest.importorskip('torch')
@@ -114,6 +116,136 @@ def test_outputs_are_the_same_both_ways(name, tmp_path):
     # Its spacing is ours by now, and of fewer steps than T.
     if not key.startswith('_') and key != 'timestep_spacing':
       assert again.scheduler.config[key] == value, key
+
+
+LABELS = {**golden.MODELS['label'][0], 'block_out_channels': [16, 32]}
+
+
+def test_a_model_with_classes_is_the_same_both_ways(tmp_path):
+  model = golden.random_model({**LABELS, 'num_class_embeds': 11})
+  theirs, run, back = (tmp_path / x for x in ('theirs', 'run', 'back'))
+  diffusers.DDPMPipeline(model, diffusers.DDPMScheduler()).save_pretrained(
+    theirs
+  )
+  main.run(
+    [
+      *('--mode=convert', f'--input={theirs}', f'--output={run}'),
+      '--config.condition.classes=10',
+    ]
+  )
+  main.run(['--mode=convert', f'--workdir={run}', f'--output={back}'])
+  again = diffusers.DDPMPipeline.from_pretrained(back).unet
+  for name, p in model.state_dict().items():
+    assert torch.equal(again.state_dict()[name], p), name
+  config, params = ours(run)
+  same_for_all_classes(config, params, model)
+
+
+def same_for_all_classes(config, params, model):
+  """And for no class, at several t."""
+  classes = config.condition.classes
+  labels = np.tile(np.arange(classes + 1), 3)
+  t = np.repeat([0, 321, 999], classes + 1)
+  x = golden.noise(5, (1, *recipe.shape(config))).repeat(len(t), 0)
+  there = golden.answer(model, x, t, labels)
+  here = jax.jit(build.model(config).apply)(
+    {'params': params}, x, t + 1, np.where(labels == classes, -1, labels)
+  )
+  scale = np.max(np.abs(there))
+  difference = np.max(np.abs(here - there)) / scale
+  print(f'{classes} classes: {difference:.1e} of its scale')
+  assert difference < 1e-5
+  # They differ by more than that.
+  apart = there[: classes + 1] - there[:1]
+  assert np.min(np.max(np.abs(apart), axis=(1, 2, 3))[1:]) > 1e-3 * scale
+
+
+def random_label_run(workdir, **changes):
+  """A run told a class, its condition narrower than the time embedding."""
+  config = recipe.shipped('digits')
+  recipe.override(
+    config,
+    {
+      'condition.name': 'label',
+      'condition.classes': '10',
+      'condition.width': '12',
+      'model.channels': '16',
+      'parallel.data': '1',
+      **changes,
+    },
+  )
+  shapes = jax.eval_shape(lambda: functions.init_state(config)).params
+  leaves, tree = jax.tree.flatten(shapes)
+  spread = [np.prod(x.shape[:-1]) ** -0.5 for x in leaves]
+  params = jax.tree.unflatten(
+    tree,
+    [
+      golden.noise(i, x.shape) * np.float32(s)
+      for i, (x, s) in enumerate(zip(leaves, spread, strict=True))
+    ],
+  )
+  workdir.mkdir()
+  convert.save(config, build.mesh(config), params, workdir)
+  return config, params
+
+
+@pytest.mark.parametrize('variance', ['beta', 'learned_range'])
+def test_a_run_told_a_class_is_the_same_network_there(variance, tmp_path):
+  run, out = tmp_path / 'run', tmp_path / 'out'
+  config, params = random_label_run(run, **{'model.variance': variance})
+  main.run(['--mode=convert', f'--workdir={run}', f'--output={out}'])
+  unet = diffusers.DDPMPipeline.from_pretrained(out).unet
+  assert unet.config.num_class_embeds == 11
+  same_for_all_classes(config, params, unet.eval())
+  with pytest.raises(ValueError, match='class_labels should be provided'):
+    diffusers.DDPMPipeline.from_pretrained(out)(num_inference_steps=1)
+
+
+@pytest.mark.parametrize('guidance', [1.0, 3.0])
+@pytest.mark.parametrize('variance', ['beta', 'learned_range'])
+def test_the_advice_after_an_export_draws_each_class(
+  variance, guidance, tmp_path, monkeypatch
+):
+  run, out = tmp_path / 'run', tmp_path / 'out'
+  config, params = random_label_run(
+    run,
+    **{
+      'schedule.T': '20',
+      'model.variance': variance,
+      'sampler.guidance': str(guidance),
+    },
+  )
+  main.run(['--mode=convert', f'--workdir={run}', f'--output={out}'])
+  code = convert.advice(config, out)
+  if guidance != 1:
+    for line in ('none =', 'without =', 'out'):
+      assert f'  # {line}' in code
+      code = code.replace(f'  # {line}', f'  {line}')
+  seen = []
+  step = diffusers.DDPMScheduler.step
+
+  def spy(self, model_output, t, x):
+    seen.append([model_output.clone(), int(t), x.clone()])
+    return step(self, model_output, t, x)
+
+  monkeypatch.setattr(diffusers.DDPMScheduler, 'step', spy)
+  found = {'w': guidance}
+  try:
+    exec(code, found)
+  finally:
+    torch.set_grad_enabled(True)
+  images = found['images']
+  assert images.shape == (10, 1, 8, 8)
+  assert 0 <= images.min() < images.max() <= 1
+  assert [t for _, t, _ in seen] == [*range(19, -1, -1)]
+  p = functions.reverse_process(config)
+  model_fn = jax.jit(p.model_fn(params, np.arange(10)))
+  for i in (0, 10, 19):
+    there, t, x = seen[i]
+    x, there = (a.permute(0, 2, 3, 1).numpy() for a in (x, there))
+    here = model_fn(x, np.full(10, t + 1))
+    scale = np.max(np.abs(there))
+    np.testing.assert_allclose(here, there, rtol=0, atol=1e-5 * scale)
 
 
 def test_a_trained_run_is_the_same_network_there(tiny_run, tmp_path):
@@ -324,9 +456,34 @@ def test_a_step_from_a_zero_terminal_snr_is_the_same(prediction):
     np.testing.assert_allclose(here, there, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+  ('kind', 'defaults'),
+  [
+    ('UNet2DModel', fields.UNET_DEFAULTS),
+    ('DDPMScheduler', fields.SCHEDULER_DEFAULTS),
+  ],
+)
+def test_absent_fields_mean_what_the_installed_version_says(kind, defaults):
+  function = getattr(diffusers, kind).__init__
+  for field, parameter in inspect.signature(function).parameters.items():
+    if field != 'self':
+      assert defaults[field] == parameter.default, field
+
+
+def test_a_learned_variance_is_taken_for_a_variance_and_not_its_log():
+  """Why `learned` is not written."""
+  scheduler = diffusers.DDPMScheduler(variance_type='learned')
+  x, out = golden.noise(1, (1, 2, 2, 3)), golden.noise(2, (1, 2, 2, 6))
+  out[..., 3:] = 0.25
+  mean, moved = (golden.step(scheduler, out, x, 500, z) for z in (0.0, 1.0))
+  np.testing.assert_allclose(moved - mean, 0.5, rtol=1e-5)
+
+
 def test_golden_is_what_the_script_makes():
   for seed, (name, (unet, _)) in enumerate(golden.MODELS.items()):
     model = golden.random_model(unet, seed)
     expected = np.load(pathlib.Path(golden.FOLDER) / name / 'expected.npz')
-    here = golden.answer(model, expected['x'], expected['t'])
+    here = golden.answer(
+      model, expected['x'], expected['t'], expected.get('labels')
+    )
     np.testing.assert_allclose(here, expected['out'], rtol=0, atol=1e-5)

@@ -37,6 +37,7 @@ class Names(NamedTuple):
 
 DIFFUSERS = Names(
   parts={
+    'classes': 'class_embedding',
     'time_1': 'time_embedding.linear_1',
     'time_2': 'time_embedding.linear_2',
     'conv_in': 'conv_in',
@@ -95,6 +96,8 @@ PYTORCH_DIFFUSION = Names(
   up_attention='up.{level}.attn.{i}',
   upsample='up.{level}.upsample.conv',
 )
+# What is added to the time embedding, a row for each class.
+CLASSES = 'class_embedding.weight'
 # What diffusers called the parts of attention before version 0.15, and so in
 # the weights released by then.
 OLD_ATTENTION = {
@@ -126,6 +129,8 @@ def to_params(
 ) -> Any:
   """Our parameters, float32, from the tensors of another program.
 
+  An embedding of classes without a row for no class gets one of zeros.
+
   Args:
     abstract: the tree of parameters wanted, of anything with a shape.
     tensors: by name, of any float type.
@@ -136,6 +141,8 @@ def to_params(
       or without a place in the network.
   """
   tensors = {modern(name): x for name, x in tensors.items()}
+  if 'encoder' in abstract:
+    return _to_conditional(abstract, tensors, names)
   wanted = traverse_util.flatten_dict(abstract)
   levels = count_levels(wanted)
   theirs = {path: name(path, levels, names) for path in wanted}
@@ -161,11 +168,46 @@ def to_params(
 
 def from_params(params: Any, names: Names) -> dict[str, np.ndarray]:
   """The tensors of another program, by name, from our parameters."""
+  if 'encoder' in params:
+    params = _from_conditional(params)
   flat = traverse_util.flatten_dict(params)
   levels = count_levels(flat)
   return {
     name(path, levels, names): np.ascontiguousarray(_there(np.asarray(x), path))
     for path, x in flat.items()
+  }
+
+
+def _from_conditional(params: Any) -> Any:
+  """The U-Net's parameters, with the class embedding as one of its parts.
+
+  Our embedding and the dense layer after it are linear, so that one embedding
+  of the width of the time embedding does the same.
+  """
+  network = {**params['network']}
+  dense = network.pop('condition')
+  embedding = np.asarray(params['encoder']['Embed_0']['embedding'], np.float64)
+  rows = embedding @ np.asarray(dense['kernel']) + np.asarray(dense['bias'])
+  return {**network, 'classes': {'embedding': rows.astype(np.float32)}}
+
+
+def _to_conditional(
+  abstract: Any, tensors: Mapping[str, np.ndarray], names: Names
+) -> Any:
+  """The inverse of `_from_conditional`, with the identity as dense layer."""
+  network, embedding = {**abstract['network']}, abstract['encoder']['Embed_0']
+  del network['condition']
+  given = tensors.get(CLASSES, np.zeros(0))
+  rows, width = embedding['embedding'].shape
+  if given.shape[:1] == (rows - 1,):
+    none = np.zeros_like(given[:1])
+    tensors = {**tensors, CLASSES: np.concatenate([given, none])}
+  found = to_params({**network, 'classes': embedding}, tensors, names)
+  identity = np.eye(width, dtype=np.float32)
+  dense = {'kernel': identity, 'bias': np.zeros(width, np.float32)}
+  return {
+    'encoder': {'Embed_0': found.pop('classes')},
+    'network': {**found, 'condition': dense},
   }
 
 

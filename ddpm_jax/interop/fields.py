@@ -68,8 +68,7 @@ UNET: Fields = {
   'norm_eps': (1e-6,),
   'resnet_time_scale_shift': ('default',),
   'add_attention': (True,),  # in the middle
-  'class_embed_type': (None,),
-  'num_class_embeds': (None,),
+  'class_embed_type': (None,),  # nn.Embedding, or no classes
 }
 SCHEDULER_DEFAULTS: Fields = {
   '_class_name': 'DDPMScheduler',
@@ -157,7 +156,7 @@ def to_recipe(unet: Fields, scheduler: Fields) -> dict[str, Any]:
     'model.patch': 1,
     'model.groups': u['norm_num_groups'],
     'model.dropout': float(u['dropout']),
-    'condition.name': '',
+    **_condition(u),
     'schedule.name': SCHEDULES[s['beta_schedule']],
     'schedule.T': s['num_train_timesteps'],
     'schedule.beta_1': float(s['beta_start']),
@@ -208,6 +207,7 @@ def from_recipe(
     'norm_num_groups': keys['model.groups'],
     'attn_norm_num_groups': None,
     'dropout': keys['model.dropout'],
+    'num_class_embeds': _class_rows(keys),
   }
   scheduler = {
     '_class_name': 'DDPMScheduler',
@@ -233,12 +233,37 @@ def from_recipe(
   return unet, scheduler
 
 
+def _condition(u: Fields) -> dict[str, Any]:
+  """All but `condition.classes`: the last row may or may not be a class."""
+  if u['num_class_embeds'] is None:
+    return {'condition.name': ''}
+  # Their embedding becomes ours, and is as wide as the time embedding.
+  width = 4 * u['block_out_channels'][0]
+  return {'condition.name': 'label', 'condition.width': width}
+
+
+def _class_rows(keys: Fields) -> int | None:
+  """One for each class, and a last one for no class if that was trained."""
+  if not keys['condition.name']:
+    return None
+  return keys['condition.classes'] + (keys['condition.drop'] > 0)
+
+
 def _check_exportable(keys: Fields) -> None:
   for key, known, why in (
     ('model.name', ('unet',), 'diffusers has no such network'),
-    ('condition.name', ('',), 'a UNet2DModel is told nothing of the kind'),
-    ('model.patch', (1,), 'a UNet2DModel sees pixel by pixel'),
-    ('model.predict', PREDICTIONS.values(), 'a DDPMScheduler has no such'),
+    (
+      'condition.name',
+      ('', 'label'),
+      'a UNet2DModel knows classes, but has no cross-attention to a text; '
+      'UNet2DConditionModel, which has, is another network',
+    ),
+    ('model.patch', (1,), 'a UNet2DModel has no patches'),
+    (
+      'model.predict',
+      PREDICTIONS.values(),
+      'a DDPMScheduler has no such prediction_type',
+    ),
     (
       'sampler.variance',
       VARIANCES.values(),
@@ -253,7 +278,8 @@ def _check_exportable(keys: Fields) -> None:
   if keys['model.multipliers'][0] != 1:
     raise errors.UserError(
       f'config.model.multipliers={keys["model.multipliers"]} cannot be '
-      'written: those of a UNet2DModel begin with 1'
+      'written: the first level of a UNet2DModel is as wide as its first '
+      'convolution and its time embedding, so that they must begin with 1'
     )
 
 
@@ -292,6 +318,8 @@ def _check_kinds(u: Fields, s: Fields) -> None:
     'layers_per_block': positive(u['layers_per_block']),
     'norm_num_groups': positive(u['norm_num_groups']),
     'dropout': number(u['dropout']),
+    'num_class_embeds': u['num_class_embeds'] is None
+    or positive(u['num_class_embeds']),
     'num_train_timesteps': positive(s['num_train_timesteps']),
     'beta_start': number(s['beta_start']),
     'beta_end': number(s['beta_end']),

@@ -65,6 +65,7 @@ def take_in(args: argparse.Namespace) -> None:
     model = files.read_model(path)
     keys = fields.to_recipe(model.unet, model.scheduler)
     weights, names = model.weights, diffusers.DIFFUSERS
+    rows = model.unet.get('num_class_embeds')
   else:
     if not args.config:
       raise errors.UserError(
@@ -72,12 +73,15 @@ def take_in(args: argparse.Namespace) -> None:
         '--config=configs/cifar.py'
       )
     keys, weights, names = {}, path, diffusers.PYTORCH_DIFFUSION
+    rows = None
   config = recipe_of(args, keys)
+  if rows:
+    set_classes(config, args, rows)
   checks.basics(config)
   build.check_used(config, args.changes, args.changes)
   functions.loss_fn(config)
   functions.reverse_process(config)
-  if config.model.name != 'unet' or config.condition.name:
+  if config.model.name != 'unet' or (config.condition.name and not rows):
     raise errors.UserError(
       f'{path} is a U-Net without a condition, which {args.config} is not'
     )
@@ -127,6 +131,30 @@ def recipe_of(args: argparse.Namespace, keys: dict[str, Any]) -> ConfigDict:
   return config
 
 
+def set_classes(
+  config: ConfigDict, args: argparse.Namespace, rows: int
+) -> None:
+  """Checks `condition.classes` against the rows of a class embedding.
+
+  Raises:
+    UserError: if it does not say whether the last row is a class.
+  """
+  classes = config.condition.classes
+  if classes not in (rows - 1, rows):
+    raise errors.UserError(
+      f'{args.input} has num_class_embeds={rows}: set '
+      f'--config.condition.classes={rows} if each is a class, or '
+      f'={rows - 1} if the last one stands for no class, as in a model that '
+      '--mode=convert wrote'
+    )
+  if classes == rows and 'condition.drop' not in args.changes:
+    config.condition.drop = 0.0
+    logs.say(
+      'the model was trained without "no class": condition.drop=0, and '
+      'guidance is not for it'
+    )
+
+
 def save(
   config: ConfigDict,
   mesh: jax.sharding.Mesh,
@@ -167,10 +195,44 @@ def give_out(args: argparse.Namespace) -> None:
   workdir.create(args.output)
   step, params = sample.restore_ema(config, mesh, args.workdir)
   tensors = diffusers.from_params(jax.device_get(params), diffusers.DIFFUSERS)
+  rows = unet['num_class_embeds']
+  if rows:
+    tensors[diffusers.CLASSES] = tensors[diffusers.CLASSES][:rows]
   files.write_model(args.output, unet, scheduler, tensors)
   logs.say(f'the EMA weights of step {step}: {args.output}')
   logs.say('to draw from it, in Python:')
-  logs.say(
-    f'  diffusers.DDPMPipeline.from_pretrained({str(args.output)!r})('
-    f'num_inference_steps={config.schedule.T}).images[0]'
-  )
+  for line in advice(config, args.output).splitlines():
+    logs.say(f'  {line}')
+
+
+def advice(config: ConfigDict, folder: pathlib.Path) -> str:
+  """Python that draws from an exported model."""
+  pipeline = f'diffusers.DDPMPipeline.from_pretrained({str(folder)!r})'
+  if not config.condition.name:
+    return f'{pipeline}(num_inference_steps={config.schedule.T}).images[0]'
+  # DDPMPipeline gives its network no labels.
+  classes, drop = config.condition.classes, config.condition.drop
+  height, width, channels = recipe.shape(config)
+  # Guidance leaves the variance as it is.
+  learned = config.sampler.variance == 'learned_range'
+  part = f'[:, :{channels}]' if learned else ''
+  guided = f"""\
+  # With guidance w, also:
+  # none = torch.full_like(labels, {classes})
+  # without = unet(x, t, class_labels=none).sample
+  # out{part} += (w - 1) * (out - without){part}
+"""
+  return f"""\
+import diffusers, torch
+torch.set_grad_enabled(False)
+pipeline = {pipeline}
+unet, scheduler = pipeline.unet, pipeline.scheduler
+labels = torch.arange({classes})  # one an image\
+{f'; {classes} is no class' if drop else ''}
+x = torch.randn(len(labels), {channels}, {height}, {width})
+for t in scheduler.timesteps:
+  out = unet(x, t, class_labels=labels).sample
+{guided if drop else ''}\
+  x = scheduler.step(out, t, x).prev_sample
+images = (x / 2 + 0.5).clamp(0, 1)  # (N, C, H, W)
+"""

@@ -66,7 +66,22 @@ MODELS = {
       'clip_sample': False,
     },
   ),
+  'label': (
+    {
+      'sample_size': 8,
+      'in_channels': 1,
+      'out_channels': 1,
+      'block_out_channels': [4, 8],
+      'down_block_types': [PLAIN, PLAIN],
+      'layers_per_block': 1,
+      'norm_num_groups': 2,
+      'num_class_embeds': 4,  # three classes, and none
+    },
+    {'variance_type': 'fixed_large'},
+  ),
 }
+# Of the images that a model with classes is asked about, two of each.
+LABELS = (0, 1, 2, 3)
 PREDICTIONS = ('epsilon', 'sample', 'v_prediction')
 VARIANCES = ('fixed_small', 'fixed_large', 'learned_range')
 TIMES = (0, 1, 2, 20, 500, 999)  # of diffusers, from 0
@@ -101,12 +116,14 @@ def random_model(unet: dict, seed: int = 0):
   return model.eval()
 
 
-def answer(model, x: np.ndarray, t) -> np.ndarray:
+def answer(model, x: np.ndarray, t, labels=None) -> np.ndarray:
   """Of a network, NHWC; `t` from 0."""
   import torch
 
+  nchw = torch.tensor(x).permute(0, 3, 1, 2)
+  told = None if labels is None else torch.tensor(labels)
   with torch.no_grad():
-    out = model(torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(t)).sample
+    out = model(nchw, torch.tensor(t), class_labels=told).sample
   return out.permute(0, 2, 3, 1).numpy()
 
 
@@ -172,9 +189,15 @@ def main() -> None:
     size = unet['sample_size']
     sides = size if isinstance(size, list) else (size, size)
     T = scheduler.get('num_train_timesteps', 1000)
-    x = noise(seed, (2, *sides, unet.get('in_channels', 3)))
     t = [0, T * 3 // 5]
-    expected = {'x': x, 't': np.array(t), 'out': answer(model, x, t)}
+    labels = None
+    if 'num_class_embeds' in unet:
+      t, labels = t * len(LABELS), np.repeat(LABELS, len(t))
+    x = noise(seed, (len(t), *sides, unet.get('in_channels', 3)))
+    out = answer(model, x, t, labels)
+    expected = {'x': x, 't': np.array(t), 'out': out}
+    if labels is not None:
+      expected['labels'] = labels
     if name == 'rgb':
       expected['chain'] = chain(model, pipeline.scheduler, x, key=10)
     np.savez_compressed(FOLDER / name / 'expected.npz', **expected)
