@@ -31,13 +31,17 @@ def basics(config: ConfigDict) -> None:
   """Refuses what would only come to light after seconds or hours.
 
   Raises:
-    UserError: for a number that must be positive, an unknown data set, or
+    UserError: for a number that must be positive, unknown weights or data, or
       channels that are neither gray nor RGB.
   """
   flat = recipe.flatten(config)
   for key in POSITIVE:
     if flat[key] < 1:
       raise errors.UserError(f'config.{key}={flat[key]} must be at least 1')
+  for key, other in (('sampler', ()), ('evaluate', ('',))):
+    weights = config[key].weights
+    if weights not in ('ema', 'raw', *other):
+      raise errors.unknown(f'config.{key}.weights', weights, ('ema', 'raw'))
   registry.named(sources, config.data.name, None, 'data set')
   conditioning.check(config)
   if not recipe.image_size(config) and config.data.flip:

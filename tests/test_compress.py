@@ -43,7 +43,7 @@ def sent(tiny_run, tmp_path_factory):
 def trained(sent):
   """What the jobs work with: the recipe and the weights."""
   config = recipe.resolve(None, sent[0], dict(x[9:].split('=') for x in SMALL))
-  _, params = sample.restore_ema(config, parallel.make_mesh(1), sent[0])
+  *_, params = sample.restore(config, parallel.make_mesh(1), sent[0])
   return config, params
 
 
