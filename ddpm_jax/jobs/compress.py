@@ -125,7 +125,7 @@ def say_sizes(
   """Says how many images of what sizes are resized, if any are."""
   height, width, _ = shape
   others = collections.Counter(x for x in sizes if x != (width, height))
-  shown = others.most_common(3)
+  shown = others.most_common(3 if len(others) > 4 else 4)
   told = [f'{n} of {w}x{h}' for (w, h), n in shown]
   if len(others) > len(shown):
     more = others.total() - sum(n for _, n in shown)
