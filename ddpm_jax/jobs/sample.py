@@ -40,9 +40,9 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   seed = config.seed if args.seed is None else args.seed
   ending = '' if recipe.image_size(config) else '.npz'
   if args.output:
-    outputs.prepare(args.output)
     if ending and outputs.kind(args.output) != ending:
       raise errors.UserError(f'--output={args.output}: points go into an .npz')
+    outputs.prepare(args.output)
   checks.basics(config)
   wanted, told = asked(config, args)
   count = args.num_samples * max(len(wanted), 1)
@@ -190,10 +190,10 @@ def restore(
   *,
   key: str = 'sampler.weights',
 ) -> tuple[str, int, Any]:
-  """What to call the weights of a run ('EMA' or 'raw'), their step, and they.
+  """(name, step, weights) of the newest whole checkpoint, or of that at `step`.
 
-  Of the newest whole checkpoint, or at `step`. `key` is the key of the recipe
-  that says which weights. A warning says where the average cannot be good yet.
+  The name is 'EMA' or 'raw'. `key` is the key of the recipe that says which.
+  Warns where the average still holds too much of the initial weights.
   """
   checkpoints = folder / 'checkpoints'
   init = functools.partial(functions.init_state, config)
