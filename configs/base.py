@@ -116,6 +116,8 @@ def get_config() -> ConfigDict:
   c.sampler.guidance = 1.0
   c.sampler.guidance_interval = (0.0, 1.0)  # of t / T, where that counts
   c.sampler.guidance_rescale = 0.0  # to 1: the contrast of no guidance
+  # Of a checkpoint: ema (their running average) | raw (as they are trained).
+  c.sampler.weights = 'ema'
   c.sampler.batch_size = 256  # images at a time, over all devices
 
   c.edit = ConfigDict()  # of an image with a mask (RePaint)
@@ -138,7 +140,7 @@ def get_config() -> ConfigDict:
   c.evaluate.images = 0  # how many of them; 0: all
   c.evaluate.draws = 0  # times t an image; 0: all T of them
   c.evaluate.batch_size = 256  # images at a time, over all devices
-  c.evaluate.weights = 'ema'  # | raw: as trained, without averaging
+  c.evaluate.weights = ''  # ema | raw; '': those of sampler.weights
   # Of FID and the like: how images come to 299 x 299, tensorflow | pytorch_fid;
   # see ddpm_jax/metrics/inception.py.
   c.evaluate.resize = 'tensorflow'

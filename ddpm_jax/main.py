@@ -130,8 +130,8 @@ def parser() -> Parser:
     '--output',
     type=pathlib.Path,
     help='where images go: a folder (a PNG each), a .png (one grid) or an .npz '
-    '(uint8 NHWC, `images`); default: a folder in --workdir. Of convert: the '
-    'new folder',
+    '(uint8 NHWC, `images`); default: a folder in --workdir, named by the '
+    'settings. Of convert: the new folder',
   )
   p.add_argument(
     '--input',

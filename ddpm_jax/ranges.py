@@ -186,7 +186,7 @@ KEYS = {
   'evaluate.images': NATURAL,
   'evaluate.draws': NATURAL,
   'evaluate.batch_size': POSITIVE,
-  'evaluate.weights': Range(str, choices=('ema', 'raw')),
+  'evaluate.weights': Range(str, choices=('', 'ema', 'raw')),
   'evaluate.resize': TEXT,
   'evaluate.neighbours': POSITIVE,
   'evaluate.cache': TEXT,

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import ExifTags
 from PIL import Image
 
 from ddpm_jax import errors
@@ -43,7 +44,7 @@ def sent(tiny_run, tmp_path_factory):
 def trained(sent):
   """What the jobs work with: the recipe and the weights."""
   config = recipe.resolve(None, sent[0], dict(x[9:].split('=') for x in SMALL))
-  _, params = sample.restore_ema(config, parallel.make_mesh(1), sent[0])
+  *_, params = sample.restore(config, parallel.make_mesh(1), sent[0])
   return config, params
 
 
@@ -111,6 +112,55 @@ def test_an_image_a_folder_and_an_array_are_the_same(trained, tmp_path):
   np.save(tmp_path / 'a.npy', IMAGES[:1])
   for path in (tmp_path / 'a.png', tmp_path, tmp_path / 'a.npy'):
     np.testing.assert_array_equal(compress.read(path, config), IMAGES[:1])
+
+
+def test_what_is_resized_is_said(trained, tmp_path, capsys):
+  config, _ = trained
+
+  def said(path):
+    compress.read(path, config)
+    return capsys.readouterr().err
+
+  how = 'resized (shorter side, bicubic) and cut to 8x8, in the middle'
+  folder = tmp_path / 'many'
+  folder.mkdir()
+  sizes = [(8, 8), (9, 8), (9, 8), (20, 30), (7, 7), (6, 6), (5, 5)]
+  for i, size in enumerate(sizes):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6 if size == (20, 30) else 1
+    Image.new('L', size).save(folder / f'{i}.png', exif=exif)
+  one = folder / '3.png'  # lies on its side
+  assert said(one) == f'{one} is 30x20: {how}\n'
+  assert said(folder / '0.png') == ''
+  assert said(folder) == (
+    f'of the images of {folder}, 2 of 9x8, 1 of 30x20, 1 of 7x7, 2 of 2 other '
+    f'sizes: {how}\n'
+  )
+  for shape, told in (((4, 8, 8), ''), ((4, 5, 6), ', 4 of 6x5: ')):
+    np.save(tmp_path / 'a.npy', np.zeros(shape, np.uint8))
+    err = said(tmp_path / 'a.npy')
+    assert told in err
+    assert bool(told) == (how in err)
+
+
+def test_how_long_it_will_take_is_said_after_a_batch(trained, capsys):
+  class Program:
+    size, steps = 4, 6
+
+    def run(self, params, batch, *_):
+      return {'shown': np.zeros((1, self.size))}
+
+  config, params = trained
+  told = {'code': np.zeros((6, 4))}
+  for n, message in ((9, 'the first of 3 batches took '), (4, '')):
+    images = np.zeros((n, 8, 8, 1), np.uint8)
+    passed = compress.run_batches(
+      config, Program(), params, images, [], told, True
+    )
+    assert passed['shown'].shape == (1, n)
+    err = capsys.readouterr().err
+    assert message in err
+    assert bool(message) == (' s to go' in err)
 
 
 def test_damage_is_one_line_and_writes_nothing(sent, tmp_path):

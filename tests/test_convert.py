@@ -30,7 +30,7 @@ from ddpm_jax.diffusion import variances
 from ddpm_jax.interop import diffusers
 from ddpm_jax.interop import fields
 from ddpm_jax.interop import files
-from ddpm_jax.jobs import train
+from ddpm_jax.jobs.evaluate import record
 from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import parallel
 
@@ -653,7 +653,7 @@ def test_it_is_evaluated_and_goes_on_training(converted, tmp_path, capfd):
   data = f'--config.data.path={converted.parent / "data.npz"}'
   few = ['--config.evaluate.draws=2', '--config.evaluate.images=8']
   main.run(['--mode=evaluate', f'--workdir={run}', data, *few, *QUICK])
-  found = json.loads((run / 'evaluation.json').read_text())
+  (found,) = record.read(run)['bounds']
   assert found['step'] == 0
   assert 0 < found['bits_per_dim'] < 1000
   main.run(
@@ -662,7 +662,9 @@ def test_it_is_evaluated_and_goes_on_training(converted, tmp_path, capfd):
       *('--config.steps=2', '--config.log.every=1'),
     ]
   )
-  assert 'going on from step 0' in capfd.readouterr().err
+  said = capfd.readouterr().err
+  assert 'going on from step 0' in said
+  assert 'random weights' not in said  # an average of imported ones is good
   lines = (run / 'metrics.jsonl').read_text().splitlines()
   assert [json.loads(line)['step'] for line in lines] == [1, 2]
   assert checkpoint.steps(run / 'checkpoints') == [0, 2]
@@ -675,7 +677,7 @@ def test_it_begins_with_the_weights_and_nothing_else(converted):
   mesh = build.mesh(config)
   abstract = parallel.abstract_state(lambda: functions.init_state(config), mesh)
   saved = checkpoint.restore(
-    converted / 'checkpoints', train.trained(abstract), abstract.ema_params
+    converted / 'checkpoints', checkpoint.trained(abstract), abstract.ema_params
   )
   tensors = files.read_tensors(golden.FOLDER / 'rgb' / files.SAFE[0])
   params = diffusers.to_params(abstract.params, tensors, diffusers.DIFFUSERS)

@@ -87,7 +87,7 @@ SCHEDULERS = {
 def ours(workdir):
   """(recipe, weights) of a run."""
   config = recipe.resolve(None, workdir, {'parallel.data': '1'})
-  _, params = sample.restore_ema(config, build.mesh(config), workdir)
+  *_, params = sample.restore(config, build.mesh(config), workdir)
   return config, params
 
 

@@ -3,6 +3,7 @@ fit are refused.
 """
 
 import functools
+import json
 
 import gaussian
 import jax
@@ -14,6 +15,7 @@ from PIL import Image
 from configs import base
 from ddpm_jax import errors
 from ddpm_jax import main
+from ddpm_jax import recipe
 from ddpm_jax import registry
 from ddpm_jax.diffusion import editing
 from ddpm_jax.diffusion import pixels
@@ -217,6 +219,28 @@ def test_other_sizes_are_resized_and_said(files, edited, capsys, tmp_path):
   )
   known = drawn[:, :, :2]  # well away from the mask's resized edge
   np.testing.assert_array_equal(known, np.broadcast_to(known[0], known.shape))
+
+
+def test_edits_are_told_apart(tiny_run, tmp_path):
+  """By the names of their folders, and by what stands beside the images."""
+  config = recipe.resolve(None, tiny_run[0], {})
+  names, told = set(), []
+  for flags in (
+    ['--image=a.png'],
+    ['--image=a.png', '--strength=0.3'],
+    ['--image=b.png'],
+    ['--image=a.png', '--to=b.png'],
+    ['--image=a.png', '--mask=b.png'],
+  ):
+    args = main.parser().parse_args(
+      ['--mode=edit', f'--workdir={tiny_run[0]}', '--num_samples=3', *flags]
+    )
+    names.add(edit.edit_name(args))
+    told.append(edit.description(config, args, 'EMA', 200, []))
+  assert len(names) == len({json.dumps(x) for x in told}) == 5
+  assert told[0]['strength'] == 0.5
+  assert told[3]['order'] == 'image i is of λ = i / 2'
+  assert told[4]['edit'] == {'jump': 10, 'resample': 10}
 
 
 @pytest.mark.parametrize('spacing', registry.known(spacings).values())

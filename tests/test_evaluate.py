@@ -1,6 +1,5 @@
 """`--mode=evaluate`: the same numbers on any devices, and honest ones."""
 
-import json
 import shutil
 
 import numpy as np
@@ -8,17 +7,18 @@ import pytest
 
 from ddpm_jax import errors
 from ddpm_jax import main
+from ddpm_jax.jobs.evaluate import record
 
 
 @pytest.fixture
 def evaluate(tiny_run, tmp_path):
-  """Evaluates a small run that was trained: (evaluation.json, stdout)."""
+  """Evaluates a small run that was trained: the bound last added."""
   workdir = tmp_path / 'run'
   shutil.copytree(tiny_run[0], workdir)
 
   def evaluate(*args):
     main.run(['--mode=evaluate', f'--workdir={workdir}', *args])
-    return json.loads((workdir / 'evaluation.json').read_text())
+    return record.read(workdir)['bounds'][-1]
 
   return evaluate
 
@@ -81,8 +81,10 @@ def test_raw_weights_and_other_steps_are_other_weights(evaluate):
       ['--step=200'],
       ['--step=160'],
       ['--config.evaluate.weights=raw'],
+      ['--config.sampler.weights=raw'],
     )
   ]
+  assert found.pop() == found[-1]
   assert found[0] == found[1]
   assert [f['step'] for f in found] == [200, 200, 160, 200]
   assert [f['weights'] for f in found] == ['EMA', 'EMA', 'EMA', 'raw']

@@ -395,7 +395,7 @@ def weights(tiny_run):
   from ddpm_jax.jobs import sample
 
   config = recipe.resolve(None, tiny_run[0], {})
-  return sample.restore_ema(config, build.mesh(config), tiny_run[0])[1]
+  return sample.restore(config, build.mesh(config), tiny_run[0])[2]
 
 
 def test_a_step_that_looks_back_is_the_same_on_one_device_and_eight(
@@ -470,7 +470,7 @@ def test_the_table_of_a_run(tiny_run, tmp_path, monkeypatch, capsys):
   ways = {'heun': few_steps.WAYS['heun']}
   monkeypatch.setattr(few_steps, 'WAYS', ways)
   main.run(['--mode=few_steps', f'--workdir={workdir}', '--num_samples=20'])
-  result = json.loads((workdir / 'few_steps.json').read_text())
+  (result,) = json.loads((workdir / 'few_steps.json').read_text())['tables']
   assert set(result['samplers']) == set(ways)
   heun = result['samplers']['heun']
   assert heun['evaluations'] == [5]

@@ -55,7 +55,7 @@ def trained(tiny_run):
     changes = {k.replace('__', '.'): v for k, v in changes.items()}
     config = recipe.resolve(None, tiny_run[0], changes)
     mesh = build.mesh(config)
-    _, params = sample.restore_ema(config, mesh, tiny_run[0])
+    *_, params = sample.restore(config, mesh, tiny_run[0])
     return common.Trained(config, mesh, params, seed, tiny_run[0])
 
   return trained

@@ -37,7 +37,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['pixels', 'spacings', 'timesteps'],
   ],
   'runtime': [
-    ['profile', 'timing'],
+    ['outputs', 'profile', 'results', 'timing'],
     [
       'bitstream',
       'checkpoint',

@@ -20,8 +20,7 @@ from ddpm_jax import errors
 from ddpm_jax import functions
 from ddpm_jax import main
 from ddpm_jax import recipe
-from ddpm_jax.jobs import train
-from ddpm_jax.jobs.evaluate import weights as evaluated
+from ddpm_jax.jobs import sample
 from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import parallel
 
@@ -87,7 +86,7 @@ def weights(workdir):
   )
   saved = checkpoint.restore(
     workdir / 'checkpoints',
-    train.trained(state),
+    checkpoint.trained(state),
     state.ema_params,
   )
   return saved
@@ -205,9 +204,8 @@ def test_the_history_of_the_losses_is_resumed_too(tmp_path):
   assert metrics(whole) == metrics(parts)
   assert_equal(weights(whole), weights(parts))
   # The raw weights of such a run can be had, to evaluate them.
-  config = recipe.resolve(None, whole, {'evaluate.weights': 'raw'})
-  args = main.parser().parse_args([f'--workdir={whole}'])
-  kind, step, params = evaluated.restore(config, build.mesh(config), args)
+  config = recipe.resolve(None, whole, {'sampler.weights': 'raw'})
+  kind, step, params = sample.restore(config, build.mesh(config), whole)
   assert (kind, step) == ('raw', 9)
   jax.tree.map(
     np.testing.assert_array_equal, params, weights(whole).state['params']

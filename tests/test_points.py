@@ -47,7 +47,7 @@ def test_points_train_and_are_drawn_and_sampled(tmp_path, capsys):
     assert png.size[0] > 1000
   sample = ['--mode=sample', f'--workdir={workdir}', '--num_samples=13']
   main.run(sample)
-  points = np.load(workdir / 'samples_seed0.npz')['images']
+  points = np.load(workdir / 'samples_seed0_step30_ancestral40.npz')['images']
   assert points.shape == (13, 2)
   assert points.dtype == np.float32
   assert np.abs(points).max() > 1  # nothing is clipped

@@ -19,6 +19,7 @@ import pytest
 
 from ddpm_jax import errors
 from ddpm_jax import main
+from ddpm_jax.jobs.evaluate import record
 from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import processes
 
@@ -200,7 +201,7 @@ def test_two_evaluate_as_one_does(tiny_run, start, tmp_path):
       (code, out, err), other = ends(start(n, *common, f'--workdir={workdir}'))
       assert (code, other) == (0, (0, '', '')), err
       assert out.count('bits/dim') == 1
-    found.append(json.loads((workdir / 'evaluation.json').read_text()))
+    found.append(record.read(workdir)['bounds'][0])
   one, two = found
   assert two['bits_per_dim'] == pytest.approx(one['bits_per_dim'], rel=1e-5)
   assert two['L_t_by_t']['t'] == one['L_t_by_t']['t']

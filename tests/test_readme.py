@@ -96,6 +96,7 @@ def test_the_small_recipe_runs_as_it_says(tmp_path, monkeypatch, capfd):
   last = capfd.readouterr().err.strip().splitlines()[-1]
   flags, changes = parsed(last)
   main.run([*flags, '--num_samples=3'])
-  assert len(list((workdir / 'samples_seed0').glob('*.png'))) == 3
+  drawn = workdir / 'samples_seed0_step3_ancestral4'
+  assert len(list(drawn.glob('*.png'))) == 3
   with pytest.raises(errors.UserError, match='keys differ'):
     main.run([f'--workdir={workdir}', '--config.batch_size=8'])

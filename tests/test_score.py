@@ -8,6 +8,8 @@ import pytest
 
 from ddpm_jax import errors
 from ddpm_jax import main
+from ddpm_jax.jobs import score
+from ddpm_jax.jobs.evaluate import record
 
 
 @pytest.fixture
@@ -18,12 +20,12 @@ def workdir(tiny_run, tmp_path):
 
 
 def test_a_run_is_scored_and_compared(workdir, capsys):
-  score = ['--mode=score', f'--workdir={workdir}', '--num_samples=30']
-  main.run(score)
+  args = ['--mode=score', f'--workdir={workdir}', '--num_samples=30']
+  main.run(args)
   out = capsys.readouterr().out
   assert 'small-data score' in out
   assert 'FID' not in out
-  first = json.loads((workdir / 'score.json').read_text())
+  (first,) = score.read(workdir)
   assert first['fake_images'] == 30
   assert first['classifier_accuracy'] > 0.9
   assert sum(first['class_share']) == pytest.approx(1)
@@ -31,9 +33,10 @@ def test_a_run_is_scored_and_compared(workdir, capsys):
   assert first['frechet_distance'] > 2 * first['held_out_frechet_distance']
 
   made = (workdir / 'classifier.npz').stat().st_mtime_ns
-  main.run([*score, '--seed=1'])
+  main.run([*args, '--seed=1'])
   assert (workdir / 'classifier.npz').stat().st_mtime_ns == made
-  second = json.loads((workdir / 'score.json').read_text())
+  kept, second = score.read(workdir)
+  assert kept == first
   assert second['frechet_distance'] != first['frechet_distance']
 
   evaluate = ['--mode=evaluate', f'--workdir={workdir}']
@@ -42,12 +45,16 @@ def test_a_run_is_scored_and_compared(workdir, capsys):
   )
   capsys.readouterr()
   main.run(['--mode=compare', f'--workdir={workdir.parent}'])
-  table = capsys.readouterr().out.splitlines()
-  assert len(table) == 3
-  assert table[2].startswith('| tiny | ')
-  bits = json.loads((workdir / 'evaluation.json').read_text())
-  assert f'{bits["bits_per_dim"]:.3f}' in table[2]
-  assert f'{second["frechet_distance"]:.3f}' in table[2]
+  rows = [
+    line.strip('| ').split(' | ')
+    for line in capsys.readouterr().out.splitlines()
+    if line.startswith('| tiny |')
+  ]
+  (bound,) = record.read(workdir)['bounds']
+  assert rows[0][:7] == ['tiny', '200', 'digits', 'EMA', 'train', '8', '2']
+  assert f'{bound["bits_per_dim"]:.3f}' in rows[0]
+  for row, found in zip(rows[1:], (first, second), strict=True):
+    assert f'{found["frechet_distance"]:.3f}' in row
 
 
 def test_data_without_labels_cannot_be_scored(workdir, tmp_path):

@@ -20,6 +20,7 @@ from test_inception import state
 
 from ddpm_jax import errors
 from ddpm_jax import main
+from ddpm_jax.jobs.evaluate import record
 from ddpm_jax.runtime import images
 
 SHORT = [
@@ -61,9 +62,7 @@ def command(workdir, weights, *more):
 
 
 def entries(workdir):
-  return json.loads((workdir / 'evaluation.json').read_text())[
-    'scores_of_samples'
-  ]
+  return record.read(workdir)['scores_of_samples']
 
 
 @pytest.fixture(scope='module')
@@ -171,10 +170,10 @@ def test_checkpoints_are_compared_and_the_bound_stays(
   main.run([*args, '--config.evaluate.neighbours=10000'])
   out = capsys.readouterr().out
   assert kept.stat().st_mtime_ns == made  # computed once
-  found = json.loads((workdir / 'evaluation.json').read_text())
+  (found,) = record.read(workdir)['bounds']
   assert found['step'] == 160
   assert found['bits_per_dim'] > 0
-  a, b = entries(workdir)
+  a, b = sorted(entries(workdir), key=lambda e: e['step'])
   assert (a['step'], b['step']) == (160, 200)
   assert a['scores'] != b['scores']
   best = min(a, b, key=lambda e: e['scores']['FID@7'])
@@ -182,8 +181,11 @@ def test_checkpoints_are_compared_and_the_bound_stays(
   assert 'FID ' not in out.replace('best', '')
 
   main.run(['--mode=compare', f'--workdir={workdir.parent}'])
-  assert (
-    f'| FID@7 {best["scores"]["FID@7"]:.2f} (step' in capsys.readouterr().out
+  out = capsys.readouterr().out
+  rows = [line.split(' | ') for line in out.splitlines() if 'FID@7' in line]
+  assert [row[1:3] for row in rows] == [['160', 'EMA'], ['200', 'EMA']]
+  assert [float(row[-2].split()[1]) for row in rows] == pytest.approx(
+    [x['scores']['FID@7'] for x in (a, b)], abs=0.005
   )
 
 

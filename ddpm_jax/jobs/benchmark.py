@@ -27,7 +27,6 @@ from ddpm_jax import recipe
 from ddpm_jax.data import pipeline
 from ddpm_jax.data import store
 from ddpm_jax.jobs import sample
-from ddpm_jax.jobs import train
 from ddpm_jax.runtime import account
 from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import logs
@@ -287,7 +286,7 @@ class Bench:
       checkpoint.save(
         saver,
         number,
-        state=train.trained(self.state),
+        state=checkpoint.trained(self.state),
         ema=self.state.ema_params,
         data=self.batches.get_state(),
         config=recipe.to_json(self.config),

@@ -1,6 +1,7 @@
 """`--mode=compress`: images as one file that can be cut off anywhere."""
 
 import argparse
+import collections
 import importlib.metadata
 import math
 import pathlib
@@ -13,15 +14,20 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import ExifTags
+from PIL import Image
 
 from ddpm_jax import checks
 from ddpm_jax import errors
 from ddpm_jax import functions
 from ddpm_jax import recipe
+from ddpm_jax.data import arrayfile
 from ddpm_jax.data import decode
+from ddpm_jax.data import listing
 from ddpm_jax.data import sources
 from ddpm_jax.diffusion import codec
 from ddpm_jax.diffusion import likelihood
+from ddpm_jax.jobs import edit
 from ddpm_jax.jobs import sample
 from ddpm_jax.runtime import bitstream
 from ddpm_jax.runtime import fingerprint
@@ -62,11 +68,12 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   workdir.create(args.output.parent)
   seed = config.seed if args.seed is None else args.seed
   mesh = parallel.make_mesh(1)
-  step, params = sample.restore_ema(config, mesh, args.workdir)
+  kind, step, params = sample.restore(config, mesh, args.workdir)
   n, S = len(x0), config.codec.steps
+  k = math.ceil(n / config.codec.batch_size)
   logs.say(
-    f'{n} images {describe(x0.shape[1:])} in {S} steps, with the EMA weights '
-    f'of step {step}'
+    f'{n} images {describe(x0.shape[1:])} in {S} steps and {k} batch(es), with '
+    f'the {kind} weights of step {step}'
   )
   sent = send(config, params, x0, seed)
   with images.whole(args.output) as path:
@@ -88,26 +95,45 @@ def read(path: pathlib.Path, config: ConfigDict) -> np.ndarray:
   if not recipe.image_size(config):
     raise errors.UserError('the codec is of images, and this run is of points')
   H, W, C = recipe.shape(config)
+  shape = H, W, C
   options: dict[str, Any] = {'image_size': (H, W), 'channels': C}
   if path.suffix in ('.npz', '.npy'):
     source = sources.arrays(path=str(path), **options)
+    every, _ = arrayfile.load(str(path))
+    h, w = every.shape[1:3]
+    say_sizes(path, [(w, h)] * len(every), shape)
   elif path.is_dir():
     options |= {'max_unreadable': 0, 'max_value': config.data.max_value}
     source = sources.folder(path=str(path), **options)
+    names = listing.find(str(path))
+    say_sizes(path, [size_of(path / name) for name in names], shape)
   else:
-    return _one(path, (H, W, C), config.data.max_value)[None]
+    image = edit.opened('images', path)
+    fitted = edit.fitted(path, image, shape, config.data.max_value)
+    return np.asarray(fitted)[None]
   return source.gather(np.arange(len(source)))['image']
 
 
-def _one(
-  path: pathlib.Path, shape: tuple[int, int, int], max_value: int
-) -> np.ndarray:
-  try:
-    image = decode.upright(str(path))
-    return decode.fit(image, shape, max_value or decode.probe_image(image))
-  except Exception as e:  # Pillow's are of many types
-    reason = ' '.join(str(e).split())
-    raise errors.UserError(f'--images={path} cannot be read: {reason}') from e
+def size_of(path: pathlib.Path) -> tuple[int, int]:
+  """(width, height) of an upright image file, which is not decoded."""
+  with Image.open(path) as image:
+    lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (image.height, image.width) if lies else image.size
+
+
+def say_sizes(
+  path: pathlib.Path, sizes: list[tuple[int, int]], shape: decode.Shape
+) -> None:
+  """Says how many images of what sizes are resized, if any are."""
+  height, width, _ = shape
+  others = collections.Counter(x for x in sizes if x != (width, height))
+  shown = others.most_common(3 if len(others) > 4 else 4)
+  told = [f'{n} of {w}x{h}' for (w, h), n in shown]
+  if len(others) > len(shown):
+    more = others.total() - sum(n for _, n in shown)
+    told.append(f'{more} of {len(others) - len(shown)} other sizes')
+  if told:
+    edit.say_resized(f'of the images of {path}, {", ".join(told)}', shape)
 
 
 def model_digest(config: ConfigDict, params: Any) -> int:
@@ -226,7 +252,8 @@ def run_batches(
 
   `told` is of all N images; for the sender, nothing of one batch serves all.
   """
-  passed = []
+  passed: list[Any] = []
+  begun = time.perf_counter()
   with logs.progress(len(x0), 0, 'images') as bar:
     for batch, start, real in batches(x0, program.size):
       of_batch = jax.tree.map(
@@ -240,6 +267,13 @@ def run_batches(
       )
       passed.append(jax.tree.map(lambda x, n=real: np.asarray(x)[:, :n], part))
       bar.update(real)
+      left = math.ceil(len(x0) / program.size) - len(passed)
+      if len(passed) == 1 and left:
+        seconds = time.perf_counter() - begun
+        logs.say(
+          f'the first of {left + 1} batches took {seconds:.1f} s: about '
+          f'{seconds * left:.0f} s to go'
+        )
   return jax.tree.map(lambda *x: np.concatenate(x, axis=1), *passed)
 
 

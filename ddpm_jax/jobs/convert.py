@@ -21,7 +21,6 @@ from ddpm_jax.interop import diffusers
 from ddpm_jax.interop import fields
 from ddpm_jax.interop import files
 from ddpm_jax.jobs import sample
-from ddpm_jax.jobs import train
 from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
@@ -90,6 +89,7 @@ def take_in(args: argparse.Namespace) -> None:
   tensors = files.read_tensors(weights)
   params = diffusers.to_params(abstract.params, tensors, names)
   workdir.create(args.output)
+  workdir.mark_imported(args.output, str(args.input))
   save(config, mesh, params, args.output)
   count = sum(math.prod(x.shape) for x in tensors.values())
   logs.say(f'{count:,} parameters of {weights}: {args.output}')
@@ -169,7 +169,7 @@ def save(
     checkpoint.save(
       checkpoints,
       0,
-      state=train.trained(state),
+      state=checkpoint.trained(state),
       ema=state.ema_params,
       data=pipeline.position(0),
       config=recipe.to_json(config),
@@ -180,7 +180,7 @@ def save(
 
 
 def give_out(args: argparse.Namespace) -> None:
-  """Writes the EMA weights of a run as diffusers does."""
+  """Writes the weights of a run as diffusers does."""
   sample.check_workdir(args.workdir)
   config = recipe.resolve(args.config, args.workdir, args.changes)
   if not args.config and not any(
@@ -193,13 +193,13 @@ def give_out(args: argparse.Namespace) -> None:
   unet, scheduler = fields.from_recipe(recipe.flatten(config), beta)
   mesh = build.mesh(config)
   workdir.create(args.output)
-  step, params = sample.restore_ema(config, mesh, args.workdir)
+  kind, step, params = sample.restore(config, mesh, args.workdir)
   tensors = diffusers.from_params(jax.device_get(params), diffusers.DIFFUSERS)
   rows = unet['num_class_embeds']
   if rows:
     tensors[diffusers.CLASSES] = tensors[diffusers.CLASSES][:rows]
   files.write_model(args.output, unet, scheduler, tensors)
-  logs.say(f'the EMA weights of step {step}: {args.output}')
+  logs.say(f'the {kind} weights of step {step}: {args.output}')
   logs.say('to draw from it, in Python:')
   for line in advice(config, args.output).splitlines():
     logs.say(f'  {line}')

@@ -19,6 +19,7 @@ from ddpm_jax.jobs import compress
 from ddpm_jax.jobs import sample
 from ddpm_jax.runtime import bitstream
 from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import outputs
 from ddpm_jax.runtime import parallel
 
 
@@ -40,10 +41,20 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   data = read_bytes(path)[: args.bytes]
   with of_file(path):
     header, _ = bitstream.read_header(data)
-  sample.check_output(args.output, header['images'])
+  outputs.prepare(args.output)
   checks.basics(config)
-  _, params = sample.restore_ema(config, parallel.make_mesh(1), args.workdir)
+  mesh = parallel.make_mesh(1)
+  kind, step, params = sample.restore(config, mesh, args.workdir)
   check_same(config, params, header, path)
+  about = {
+    'mode': args.mode,
+    'run': str(args.workdir.resolve()),
+    'step': step,
+    'weights': kind,
+    'input': str(path.resolve()),
+    'bytes': len(data),
+  }
+  outputs.check(args.output, header['images'], about)
   config = config.copy_and_resolve_references()
   config.codec.update(header['codec'])
   with of_file(path):
@@ -53,7 +64,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     )
   done, shown, _ = receive(config, params, read)
   steps = header['codec']['steps']
-  sample.save(args.output, iter([shown]), len(shown))
+  outputs.save(args.output, iter([shown]), len(shown), about)
   used = f'the first {done} of {steps} steps, ' if done < steps else ''
   if not whole:
     logs.say(f'{path} is cut off: {used}{read.ends[done]} bytes, are shown')

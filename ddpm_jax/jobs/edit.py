@@ -1,4 +1,4 @@
-"""`--mode=edit`: images made of an image, by the EMA weights of a run.
+"""`--mode=edit`: images made of an image, by the weights of a run.
 
 With `--mask` a part of it is made anew (RePaint), with `--to` it turns into
 another image, and with neither it is varied (SDEdit).
@@ -29,6 +29,7 @@ from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.jobs import sample
 from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import outputs
 
 many_processes = True
 
@@ -47,17 +48,56 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   wanted, told = sample.asked(config, args)
   if len(wanted) > 1:
     raise errors.UserError('--mode=edit takes one --prompt or --label')
+  if args.output:
+    outputs.prepare(args.output)
   seed = config.seed if args.seed is None else args.seed
   draw, what = editor(config, args, seed)
-  output = args.output or args.workdir / f'edited_seed{seed}'
-  sample.check_output(output, args.num_samples)
   mesh = build.mesh(config)
   drawn = sample.in_batches(config, mesh, args.num_samples, draw)
-  step, params = sample.restore_ema(config, mesh, args.workdir)
-  logs.say(f'{what}, with the EMA weights of step {step}')
+  kind, step, params = sample.restore(config, mesh, args.workdir)
+  about = description(config, args, kind, step, wanted)
+  name = (
+    f'{edit_name(args)}_{sample.settings(config, kind, step, seed, wanted)}'
+  )
+  output = args.output or args.workdir / f'edited_{name}'
+  outputs.check(output, args.num_samples, about)
+  logs.say(f'{what}, with the {kind} weights of step {step}')
   batches = (batch.images for batch in drawn(params, told))
-  sample.save(output, batches, args.num_samples)
+  outputs.save(output, batches, args.num_samples, about)
   logs.say(f'{args.num_samples} images: {output}')
+
+
+def description(
+  config: ConfigDict,
+  args: argparse.Namespace,
+  kind: str,
+  step: int,
+  wanted: list[str],
+) -> outputs.About:
+  """How images are made, to be kept beside them."""
+  about = sample.description(config, args, kind, step, wanted)
+  about.pop('order', None)  # All are of one prompt or label.
+  for flag in ('image', 'mask', 'to'):
+    if path := getattr(args, flag):
+      about[flag] = str(path.resolve())
+  if args.mask:
+    return about | {'edit': dict(config.edit)}
+  if args.to:
+    about['order'] = f'image i is of λ = i / {args.num_samples - 1}'
+  return about | {'strength': strength_of(args)}
+
+
+def edit_name(args: argparse.Namespace) -> str:
+  """What is done to which image, as a part of a file's name."""
+  if args.mask:
+    return f'{args.image.stem}_{args.mask.stem}'
+  if args.to:
+    return f'{args.image.stem}_{args.to.stem}_strength{strength_of(args):g}'
+  return f'{args.image.stem}_strength{strength_of(args):g}'
+
+
+def strength_of(args: argparse.Namespace) -> float:
+  return 0.5 if args.strength is None else args.strength
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -101,7 +141,7 @@ def editor(
         'white is made anew, and black is kept'
       )
     return inpainted(config, seed, x0, anew)
-  strength = 0.5 if args.strength is None else args.strength
+  strength = strength_of(args)
   if args.to:
     other = fitted(args.to, opened('to', args.to), shape, most)
     other = pixels.to_float(other)
@@ -124,15 +164,20 @@ def fitted(
 ) -> jax.Array:
   height, width, _ = shape
   if image.size != (width, height):
-    logs.say(
-      f'{path} is {written(image)}: resized (shorter side, bicubic) and cut to '
-      f'{width}x{height}, in the middle'
-    )
+    say_resized(f'{path} is {written(image)}', shape)
   try:
     max_value = max_value or decode.probe_image(image)
     return jnp.asarray(decode.fit(image, shape, max_value))
   except ValueError as e:
     raise errors.UserError(f'{path}: {e}') from e
+
+
+def say_resized(what: str, shape: decode.Shape) -> None:
+  height, width, _ = shape
+  logs.say(
+    f'{what}: resized (shorter side, bicubic) and cut to {width}x{height}, in '
+    'the middle'
+  )
 
 
 def written(image: Image.Image) -> str:

@@ -1,7 +1,6 @@
 """`--mode=few_steps`: what samplers make of how many looks at the network."""
 
 import argparse
-import json
 import time
 from typing import Any
 
@@ -20,6 +19,7 @@ from ddpm_jax.metrics import classifier as classifiers
 from ddpm_jax.metrics import small
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import results
 
 EVALUATIONS = (5, 10, 20, 50, 100)  # of the network, an image
 # All T as well: there the others are as good as ddim, and take long.
@@ -41,13 +41,14 @@ WAYS: dict[str, dict[str, Any]] = {
   'heun': dict(name='heun'),
   'heun, quadratic': dict(name='heun', spacing='quadratic'),
 }
+TABLES = 'tables'  # of `few_steps.json`, one for each way of measuring
 COLUMNS = ('evaluations', 'frechet_distance', 'sure_share', 'images_per_second')
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
   """Scores `--num_samples` images of every sampler at 5, 10, ..., T looks.
 
-  Writes `few_steps.json` and `few_steps.png` into `--workdir`, and prints a
+  Adds to `few_steps.json` in `--workdir`, writes `few_steps.png`, and prints a
   table in Markdown.
 
   Raises:
@@ -64,12 +65,19 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     )
   mesh = build.mesh(config)
   seed = config.seed if args.seed is None else args.seed
-  step, params = sample.restore_ema(config, mesh, args.workdir)
+  kind, step, params = sample.restore(config, mesh, args.workdir)
   data, classifier = score.judge(config, args.workdir)
   learnt, held_out = classifiers.split(len(data['image']))
   real = data['image'][learnt], data['label'][learnt]
 
-  result: dict[str, Any] = {'step': step, 'seed': seed}
+  others = 'spacing', 'eta', 'variance'  # which the samplers here set
+  options = sample.options(config)
+  result: dict[str, Any] = {
+    'step': step,
+    'weights': kind,
+    'seed': seed,
+    'sampler_options': {k: options[k] for k in options if k not in others},
+  }
   yardstick = small.score(*real, data['image'][held_out], classifier)
   result['held_out'] = {key: yardstick[key] for key in COLUMNS[1:3]}
   result['images'] = args.num_samples
@@ -89,11 +97,12 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
         f'{title}: {found["evaluations"]} evaluations, Fréchet distance '
         f'{found["frechet_distance"]:.3f}, {rate:.1f} images/s'
       )
-  with images.whole(args.workdir / 'few_steps.json') as path:
-    path.write_text(json.dumps(result, indent=2) + '\n')
+  path = args.workdir / 'few_steps.json'
+  before = results.read(path, TABLES, 'samplers')
+  results.add(path, before, TABLES, result, ['held_out', 'samplers'])
   images.save_png(args.workdir / 'few_steps.png', plot(result))
   print(table(result))
-  logs.say(f'all of it            {args.workdir}/few_steps.json')
+  logs.say(f'all of it            {path}')
   logs.say(f'as curves            {args.workdir}/few_steps.png')
 
 

@@ -1,9 +1,10 @@
-"""`--mode=sample`: images from the EMA weights of a run."""
+"""`--mode=sample`: images from the weights of a run."""
 
 import argparse
 import functools
 import math
 import pathlib
+import re
 from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
@@ -18,11 +19,12 @@ from ddpm_jax import conditioning
 from ddpm_jax import errors
 from ddpm_jax import functions
 from ddpm_jax import recipe
+from ddpm_jax.diffusion import training
 from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import outputs
 from ddpm_jax.runtime import parallel
-from ddpm_jax.runtime import processes
 from ddpm_jax.runtime import workdir
 
 many_processes = True
@@ -36,34 +38,95 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   """
   check_workdir(args.workdir)
   seed = config.seed if args.seed is None else args.seed
-  kind = '' if recipe.image_size(config) else '.npz'
-  output = args.output or args.workdir / f'samples_seed{seed}{kind}'
-  if kind and output.suffix != kind:
-    raise errors.UserError(f'--output={output}: points go into an .npz')
+  ending = '' if recipe.image_size(config) else '.npz'
+  if args.output:
+    if ending and outputs.kind(args.output) != ending:
+      raise errors.UserError(f'--output={args.output}: points go into an .npz')
+    outputs.prepare(args.output)
   checks.basics(config)
   wanted, told = asked(config, args)
   count = args.num_samples * max(len(wanted), 1)
-  check_output(output, count)
   mesh = build.mesh(config)
   draw = sampler(config, mesh, count, seed)
-  step, params = restore_ema(config, mesh, args.workdir)
+  kind, step, params = restore(config, mesh, args.workdir)
+  about = description(config, args, kind, step, wanted)
+  name = f'samples_{settings(config, kind, step, seed, wanted)}{ending}'
+  output = args.output or args.workdir / name
+  outputs.check(output, count, about)
   logs.say(
-    f'drawing {count} images with the EMA weights of step {step}, '
+    f'drawing {count} images with the {kind} weights of step {step}, '
     f'{config.sampler.steps} steps of {config.sampler.name} each'
   )
+
+  def picture(drawn: np.ndarray) -> np.ndarray:
+    if not wanted or args.num_samples > 32:
+      return images.grid(drawn)
+    tiles = drawn.reshape(len(wanted), -1, *recipe.shape(config))
+    return images.labelled(tiles, labels=wanted)
+
   drawn = (image for image, _ in draw(params, told))
-  if wanted and output.suffix == '.png' and args.num_samples <= 32:
-    tiles = gather(drawn).reshape(len(wanted), -1, *recipe.shape(config))
-    if processes.leads():
-      images.save_png(output, images.labelled(tiles, labels=wanted))
-  else:
-    save(output, drawn, count)
+  outputs.save(output, drawn, count, about, picture=picture)
   if len(wanted) > 1:
     logs.say(
       f'{args.num_samples} of each of {len(wanted)} in turn, from '
       f'{wanted[0]!r} to {wanted[-1]!r}'
     )
   logs.say(f'{count} images: {output}')
+
+
+def description(
+  config: ConfigDict,
+  args: argparse.Namespace,
+  kind: str,
+  step: int,
+  wanted: list[str],
+) -> outputs.About:
+  """How images are made, to be kept beside them."""
+  about = {
+    'mode': args.mode,
+    'run': str(args.workdir.resolve()),
+    'step': step,
+    'weights': kind,
+    'seed': config.seed if args.seed is None else args.seed,
+    'sampler': config.sampler.name,
+    'steps': config.sampler.steps,
+    **options(config),
+  }
+  condition = 'labels' if config.condition.name == 'label' else 'prompts'
+  if wanted:
+    about[condition] = wanted
+  if len(wanted) > 1:
+    n = args.num_samples
+    about['order'] = f'image i is of {condition}[i // {n}]'
+  elif not wanted and condition == 'labels':
+    about['order'] = f'image i is of class i % {config.condition.classes}'
+  return about
+
+
+def options(config: ConfigDict) -> dict[str, Any]:
+  """The keys of the sampler, beside name and steps, that change images."""
+  every = recipe.to_json(config)['sampler']
+  others = 'name', 'steps', 'weights', 'batch_size'
+  return {key: x for key, x in every.items() if key not in others}
+
+
+def settings(
+  config: ConfigDict, kind: str, step: int, seed: int, wanted: list[str]
+) -> str:
+  """The main settings of samples, as a part of a file's name."""
+  c = config.sampler
+  parts = [f'seed{seed}', f'step{step}', f'{c.name}{c.steps}']
+  if kind != 'EMA':
+    parts.append(kind)
+  if c.spacing != 'linear' and c.steps != config.schedule.T:
+    parts.append(c.spacing)
+  if c.eta:
+    parts.append(f'eta{c.eta:g}')
+  if config.condition.name and c.guidance != 1:
+    parts.append(f'guidance{c.guidance:g}')
+  if wanted:
+    parts.append(re.sub(r'\W+', '-', '-'.join(wanted))[:40])
+  return '_'.join(parts)
 
 
 def asked(
@@ -117,16 +180,87 @@ def check_workdir(folder: pathlib.Path | None) -> None:
   workdir.check_run(folder)
 
 
-def restore_ema(
+def restore(
   config: ConfigDict,
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
   step: int | None = None,
-) -> tuple[int, Any]:
-  """(step, weights) of the newest whole checkpoint of a run, or at `step`."""
+  *,
+  key: str = 'sampler.weights',
+) -> tuple[str, int, Any]:
+  """(name, step, weights) of the newest whole checkpoint, or of that at `step`.
+
+  The name is 'EMA' or 'raw'. `key` is the key of the recipe that says which.
+  Warns where the average still holds too much of the initial weights.
+  """
+  checkpoints = folder / 'checkpoints'
   init = functools.partial(functions.init_state, config)
-  abstract = parallel.abstract_state(init, mesh).ema_params
-  return checkpoint.restore_item(folder / 'checkpoints', 'ema', abstract, step)
+  abstract = parallel.abstract_state(init, mesh)
+  if recipe.flatten(config)[key] == 'raw':
+    step, state = checkpoint.restore_item(
+      checkpoints, 'state', checkpoint.trained(abstract), step
+    )
+    return 'raw', step, state['params']
+  step, params = checkpoint.restore_item(
+    checkpoints, 'ema', abstract.ema_params, step
+  )
+  warn_of_ema(config, folder, step, key)
+  return 'EMA', step, params
+
+
+def chosen(config: ConfigDict, state: training.TrainState) -> Any:
+  """The weights of a state that images are drawn with."""
+  raw = config.sampler.weights == 'raw'
+  return state.params if raw else state.ema_params
+
+
+def initial_share(config: ConfigDict, folder: pathlib.Path, step: int) -> float:
+  """How much of the EMA weights of a step is the random weights of step 0.
+
+  0 where training began from imported weights, of which an average is good.
+  """
+  if step == 0 or workdir.is_imported(folder):
+    return 0.0
+  return config.optimizer.ema**step
+
+
+# An average that holds more than this of the initial weights is warned of.
+MOST_INITIAL = 0.05
+
+
+def warn_of_ema(
+  config: ConfigDict,
+  folder: pathlib.Path,
+  step: int,
+  key: str = 'sampler.weights',
+) -> None:
+  """Warns if the EMA weights of a step are mostly untrained."""
+  share = initial_share(config, folder, step)
+  if share > MOST_INITIAL:
+    logs.say(
+      f'warning: {share:.0%} of the EMA weights of step {step} is still the '
+      f'random weights of step 0 (config.optimizer.ema={config.optimizer.ema}):'
+      f' set --config.{key}=raw for the weights without the average, or train '
+      f'anew with {_smaller_ema(step)}'
+    )
+
+
+def warn_before_training(config: ConfigDict, folder: pathlib.Path) -> None:
+  """The same of the weights that there will be at the end."""
+  share = initial_share(config, folder, config.steps)
+  if share > MOST_INITIAL and config.sampler.weights == 'ema':
+    logs.say(
+      f'warning: after {config.steps} steps {share:.0%} of the EMA weights will'
+      ' still be the random weights of step 0 '
+      f'(config.optimizer.ema={config.optimizer.ema}): set '
+      f'{_smaller_ema(config.steps)}, or --config.sampler.weights=raw to draw '
+      'with the weights without the average'
+    )
+
+
+def _smaller_ema(steps: int) -> str:
+  most = math.floor(1000 * MOST_INITIAL ** (1 / steps)) / 1000
+  return f'--config.optimizer.ema={most} or less'
 
 
 def at_a_time(config: ConfigDict, mesh: jax.sharding.Mesh, count: int) -> int:
@@ -223,63 +357,3 @@ def sampler(
 def gather(batches: Iterator[Any]) -> Any:
   """All batches as one."""
   return jax.tree.map(lambda *x: np.concatenate(x), *batches)
-
-
-def names(count: int) -> list[str]:
-  return [f'{i:06d}.png' for i in range(count)]
-
-
-def check_output(output: pathlib.Path, count: int) -> None:
-  """Refuses what cannot be written, before minutes are spent.
-
-  Raises:
-    UserError: if it cannot be written, or holds images that would be mixed up
-      with the new ones.
-  """
-  if output.suffix in ('.npz', '.png'):
-    workdir.create(output.parent)
-    if output.is_dir():
-      raise errors.UserError(f'{output} is a folder')
-    return
-  workdir.create(output)
-  others = {p.name for p in output.glob('*.png')} - set(names(count))
-  if others:
-    raise errors.UserError(
-      f'{output} holds other images, such as {min(others)}: name another '
-      '--output'
-    )
-
-
-def save(
-  output: pathlib.Path, batches: Iterator[np.ndarray], count: int
-) -> None:
-  """Writes `count` images as PNG files, one grid, or an .npz.
-
-  Of several processes the first one writes; all must draw.
-  """
-  if not processes.leads():
-    for _ in batches:
-      pass
-    return
-  with logs.progress(count, 0, 'images') as bar:
-
-    def watched() -> Iterator[np.ndarray]:
-      for batch in batches:
-        yield batch
-        bar.update(len(batch))
-
-    if output.suffix == '.npz':
-      images.save_npz(output, gather(watched()))
-    elif output.suffix == '.png':
-      images.save_png(output, images.grid(gather(watched())))
-    else:
-      written: list[pathlib.Path] = []
-      try:
-        for batch in watched():
-          for image in batch:
-            written.append(output / names(count)[len(written)])
-            images.save_png(written[-1], image)
-      except errors.RunError:
-        for path in written:
-          path.unlink(missing_ok=True)
-        raise

@@ -1,7 +1,6 @@
 """`--mode=score`: the small-data score of samples; see `metrics/small.py`."""
 
 import argparse
-import json
 import pathlib
 
 import numpy as np
@@ -13,15 +12,18 @@ from ddpm_jax import errors
 from ddpm_jax.jobs import sample
 from ddpm_jax.metrics import classifier as classifiers
 from ddpm_jax.metrics import small
-from ddpm_jax.runtime import images
 from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import results
 from ddpm_jax.runtime import workdir as workdirs
+
+NAME = 'score.json'
+SCORES = 'scores'
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
   """Draws `--num_samples` images and compares them with the data.
 
-  Writes `score.json`, and `classifier.npz` once, into `--workdir`; prints.
+  Adds to `score.json` in `--workdir`, writes `classifier.npz` once, and prints.
 
   Raises:
     UserError: if there is no run in `--workdir`, or its data have no labels.
@@ -37,37 +39,45 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   checks.basics(config)
   mesh = build.mesh(config)
   seed = config.seed if args.seed is None else args.seed
-  step, params = sample.restore_ema(config, mesh, args.workdir)
+  kind, step, params = sample.restore(config, mesh, args.workdir)
   data, classifier = judge(config, args.workdir)
   draw = sample.sampler(config, mesh, args.num_samples, seed)
-  logs.say(f'drawing {args.num_samples} images with the weights of step {step}')
+  logs.say(
+    f'drawing {args.num_samples} images with the {kind} weights of step {step}'
+  )
   with logs.progress(args.num_samples, 0, 'images') as bar:
     drawn = []
     for batch, _ in draw(params):
       drawn.append(batch)
       bar.update(len(batch))
   learnt, held_out = classifiers.split(len(data['image']))
-  result = {
-    **errors.finite(
-      small.score(
-        data['image'][learnt],
-        data['label'][learnt],
-        np.concatenate(drawn),
-        classifier,
-        held_out=data['image'][held_out],
-      ),
-      'score',
-    ),
+  found = small.score(
+    data['image'][learnt],
+    data['label'][learnt],
+    np.concatenate(drawn),
+    classifier,
+    held_out=data['image'][held_out],
+  )
+  errors.finite(found, 'score')
+  made = {
     'class_names': workdirs.read_classes(args.workdir) or [],
     'step': step,
+    'weights': kind,
     'seed': seed,
     'sampler': config.sampler.name,
     'sampler_steps': config.sampler.steps,
+    'sampler_options': sample.options(config),
   }
-  with images.whole(args.workdir / 'score.json') as path:
-    path.write_text(json.dumps(result, indent=2) + '\n')
-  print(small.table(result))
-  logs.say(f'all of it            {args.workdir}/score.json')
+  path = args.workdir / NAME
+  keys = found.keys() - {'fake_images'}  # of which there may be more
+  results.add(path, {SCORES: read(args.workdir)}, SCORES, made | found, keys)
+  print(small.table(made | found))
+  logs.say(f'all of it            {path}')
+
+
+def read(folder: pathlib.Path) -> list[results.Entry]:
+  """The scores in a workdir."""
+  return results.read(folder / NAME, SCORES, 'frechet_distance').get(SCORES, [])
 
 
 def judge(

@@ -81,6 +81,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   if source.class_names:
     logs.say(f'classes: {conditioning.listed(source.class_names)}')
   build.warn_of_signal(config)
+  sample.warn_before_training(config, folder)
 
   with contextlib.ExitStack() as stack:
     stop_asked = stack.enter_context(stop.requests())
@@ -105,7 +106,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
       checkpoint.save(
         checkpoints,
         step,
-        state=trained(state),
+        state=checkpoint.trained(state),
         ema=state.ema_params,
         data=batches.get_state(),
         config=recipe.to_json(config),
@@ -117,16 +118,6 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   finish(config, folder, state, pictures)
   if args.stopped_code and int(state.step) < config.steps:
     raise SystemExit(args.stopped_code)
-
-
-def trained(state: training.TrainState) -> dict[str, Any]:
-  """What a checkpoint holds beside the EMA weights, an item of their own."""
-  kept = {
-    'step': state.step,
-    'params': state.params,
-    'opt_state': state.opt_state,
-  }
-  return kept if state.history is None else kept | {'history': state.history}
 
 
 def start(
@@ -142,7 +133,7 @@ def start(
   init = functools.partial(functions.init_state, config)
   abstract = parallel.abstract_state(init, mesh)
   saved = checkpoint.restore(
-    checkpoints, trained(abstract), abstract.ema_params
+    checkpoints, checkpoint.trained(abstract), abstract.ema_params
   )
   if saved is None:
     return parallel.init_state(init, mesh)
@@ -202,7 +193,7 @@ def train(
         unread = None
         save(state, step)
       if config.log.pictures_every and step % config.log.pictures_every == 0:
-        pictures(state.ema_params, f'_{step}')
+        pictures(sample.chosen(config, state), f'_{step}')
 
     if unread:
       read(*unread)
@@ -224,7 +215,7 @@ def picture_maker(
   folder: pathlib.Path,
   count: int,
 ) -> Callable[..., None]:
-  """(EMA weights, suffix, told) -> samples.png, and progress.png: x̂_0 on the
+  """(weights, suffix, told) -> samples.png, and progress.png: x̂_0 on the
   way, ten times; `told` has a condition for each sample, or is None."""
   if not recipe.image_size(config):
     return point_pictures(config, mesh, folder)
@@ -308,7 +299,8 @@ def finish(
     logs.say(f'  python -m ddpm_jax.main --workdir={again}')
     return
   logs.say(f'drawing samples, {config.sampler.steps} steps each')
-  pictures(state.ema_params, '')
+  sample.warn_of_ema(config, folder, step)
+  pictures(sample.chosen(config, state), '')
   if not processes.leads():
     return
   steps, losses = logs.curve(folder, 'loss')

@@ -98,6 +98,16 @@ def save(
     checkpointer.save_checkpointables_async(step, items, force=True)
 
 
+def trained(state: Any) -> dict[str, Any]:
+  """What a checkpoint holds of a training state beside the EMA weights."""
+  kept = {
+    'step': state.step,
+    'params': state.params,
+    'opt_state': state.opt_state,
+  }
+  return kept if state.history is None else kept | {'history': state.history}
+
+
 def wait(checkpointer: ocp.training.Checkpointer) -> None:
   """Returns when all is on disk. Raises UserError if saving failed."""
   with _saving(checkpointer.directory, checkpointer):

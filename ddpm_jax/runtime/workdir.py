@@ -141,6 +141,17 @@ def _write(file: pathlib.Path, values: Any) -> None:
   os.replace(part, file)
 
 
+def mark_imported(path: pathlib.Path, whence: str) -> None:
+  """Keeps in the folder that its run began from weights made elsewhere."""
+  text = json.dumps({'weights': whence}, indent=2)
+  (path / 'imported.json').write_text(text + '\n')
+
+
+def is_imported(path: pathlib.Path) -> bool:
+  """Whether the run began from weights made elsewhere, not from random ones."""
+  return (path / 'imported.json').exists()
+
+
 def wait_for_config(
   path: pathlib.Path, config: dict[str, Any], seconds: float = 90
 ) -> None:

@@ -17,7 +17,7 @@ from ddpm_jax import recipe
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.jobs import sample
 from ddpm_jax.jobs.evaluate import record
-from ddpm_jax.jobs.evaluate import weights
+from ddpm_jax.jobs.evaluate import reference
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
@@ -38,7 +38,10 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     raise errors.UserError('bits/dim are of images: points have no grays')
   mesh = build.mesh(config)
   seed = config.seed if args.seed is None else args.seed
-  kind, step, params = weights.restore(config, mesh, args)
+  key = record.weights_key(config)
+  kind, step, params = sample.restore(
+    config, mesh, args.workdir, args.step, key=key
+  )
   source, split = build.source_to_evaluate(config, args.workdir)
   count = min(len(source), config.evaluate.images or len(source))
   draws, T = config.evaluate.draws, config.schedule.T
@@ -52,6 +55,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     **summary(bound, T),
     'step': step,
     'weights': kind,
+    'data': reference.data_name(config),
     'split': split,
     'images': count,
     'times_an_image': bound.t.shape[1],

@@ -1,53 +1,54 @@
-"""`evaluation.json`: the bound, and the scores of each set of samples."""
+"""`evaluation.json`: the bounds, and the scores of each set of samples."""
 
-import json
 import pathlib
 from typing import Any
 
-from ddpm_jax import errors
-from ddpm_jax.runtime import images
+from ml_collections import ConfigDict
+
+from ddpm_jax.runtime import results
 
 NAME = 'evaluation.json'
+BOUNDS = 'bounds'
 SCORES = 'scores_of_samples'
+# What is found of a bound; the other keys of an entry say how.
+FOUND = (
+  *('bits_per_dim', 'standard_error', 'L_T', 'L_1_to_T-1', 'L_0'),
+  *('rate', 'distortion', 'rmse', 'L_t_by_t'),
+)
+
+
+def weights_key(config: ConfigDict) -> str:
+  """The key of the recipe that says which weights to evaluate."""
+  return 'evaluate.weights' if config.evaluate.weights else 'sampler.weights'
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
-  """What was found in a workdir; {} if nothing was.
+  """The bounds and the scores of a workdir; {} if there are none.
+
+  In files of earlier versions there is one bound, beside the scores.
 
   Raises:
     UserError: if the file is damaged.
   """
-  path = folder / NAME
-  try:
-    return json.loads(path.read_text()) if path.exists() else {}
-  except ValueError as e:
-    raise errors.UserError(f'{path} is damaged ({e}): remove it') from None
+  values = results.read(folder / NAME, BOUNDS, 'bits_per_dim')
+  for bound in values.get(BOUNDS, []):
+    values |= {SCORES: bound.pop(SCORES)} if SCORES in bound else {}
+  return values
 
 
-def write_bound(folder: pathlib.Path, bound: dict[str, Any]) -> None:
-  """In the place of the last one; the scores stay."""
-  scores = read(folder).get(SCORES)
-  _write(folder / NAME, bound | ({SCORES: scores} if scores else {}))
+def write_bound(
+  folder: pathlib.Path, bound: dict[str, Any]
+) -> list[dict[str, Any]]:
+  """Adds a bound, in the place of one made in the same way; returns all."""
+  return results.add(folder / NAME, read(folder), BOUNDS, bound, FOUND)
 
 
 def write_scores(
   folder: pathlib.Path, entry: dict[str, Any]
 ) -> list[dict[str, Any]]:
-  """Adds an entry, in the place of one made in the same way; returns all."""
-
-  def made(entry: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in entry.items() if k != 'scores'}
-
-  before = read(folder)
-  entries = [e for e in before.get(SCORES, []) if made(e) != made(entry)]
-  entries = sorted([*entries, entry], key=lambda e: e['step'])
-  _write(folder / NAME, before | {SCORES: entries})
-  return entries
-
-
-def _write(path: pathlib.Path, values: dict[str, Any]) -> None:
-  with images.whole(path) as part:
-    part.write_text(json.dumps(values, indent=2) + '\n')
+  """Adds scores, in the place of those made in the same way; returns all."""
+  found = results.add(folder / NAME, read(folder), SCORES, entry, ['scores'])
+  return sorted(found, key=lambda e: e['step'])
 
 
 def table(entries: list[dict[str, Any]]) -> str:
@@ -64,7 +65,7 @@ def table(entries: list[dict[str, Any]]) -> str:
       str(e['samples']),
       e['reference'],
       '',
-      f'{_fid(e)[0]} {_fid(e)[1]:.2f}, IS {_inception_score(e)}',
+      f'{fid(e)[0]} {fid(e)[1]:.2f}, IS {inception_score(e)}',
     )
     rows.append(f'| {" | ".join(cells)} |')
   return '\n'.join(rows)
@@ -72,8 +73,8 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 def least(entries: list[dict[str, Any]]) -> tuple[str, float, int]:
   """Name, value and step of the best FID."""
-  entry = min(entries, key=lambda e: _fid(e)[1])
-  return *_fid(entry), entry['step']
+  entry = min(entries, key=lambda e: fid(e)[1])
+  return *fid(entry), entry['step']
 
 
 def best(entries: list[dict[str, Any]], entry: dict[str, Any]) -> str:
@@ -89,7 +90,7 @@ def details(entry: dict[str, Any]) -> str:
   """All scores of one entry, for a person."""
   found = dict(entry['scores'])
   lines = [f'{name:<21}{found[name]:.3f}' for name in found if 'FID' in name]
-  lines.append(f'{"IS":<21}{_inception_score(entry)}')
+  lines.append(f'{"IS":<21}{inception_score(entry)}')
   if 'KID' in found:
     k = found['KID_images']
     error = found['KID_error']
@@ -106,7 +107,8 @@ def _protocol(entry: dict[str, Any]) -> dict[str, Any]:
   return {k: v for k, v in entry.items() if k not in ('step', 'scores')}
 
 
-def _fid(entry: dict[str, Any]) -> tuple[str, float]:
+def fid(entry: dict[str, Any]) -> tuple[str, float]:
+  """Name and value: FID, or FID@N of few samples."""
   return next(
     (name, value)
     for name, value in entry['scores'].items()
@@ -114,6 +116,7 @@ def _fid(entry: dict[str, Any]) -> tuple[str, float]:
   )
 
 
-def _inception_score(entry: dict[str, Any]) -> str:
+def inception_score(entry: dict[str, Any]) -> str:
+  """With its deviation, for a person."""
   scores = entry['scores']
   return f'{scores["IS"]:.2f} ± {scores["IS_deviation"]:.2f}'

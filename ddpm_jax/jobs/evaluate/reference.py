@@ -60,7 +60,7 @@ def from_data(
   count = min(len(source), config.evaluate.images or len(source))
   if count < 2:
     raise errors.UserError('statistics of a data set need 2 images of it')
-  name = _name(config)
+  name = data_name(config)
   kept = fidelity.chosen(count, config.evaluate.neighbours)
   whence = {
     'data': name,
@@ -98,7 +98,7 @@ def cache(config: ConfigDict, folder: pathlib.Path | None) -> pathlib.Path:
   return path
 
 
-def _name(config: ConfigDict) -> str:
+def data_name(config: ConfigDict) -> str:
   """Of the data, for people and for a file."""
   data = config.data
   if data.name == 'tfds':

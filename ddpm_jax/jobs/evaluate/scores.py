@@ -19,14 +19,15 @@ from ddpm_jax.jobs import sample
 from ddpm_jax.jobs.evaluate import features
 from ddpm_jax.jobs.evaluate import record
 from ddpm_jax.jobs.evaluate import reference
-from ddpm_jax.jobs.evaluate import weights
 from ddpm_jax.metrics import fidelity
 from ddpm_jax.metrics import weights as weights_file
 from ddpm_jax.runtime import fingerprint
 from ddpm_jax.runtime import images as pictures
 from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import outputs
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime import processes
+from ddpm_jax.runtime import results
 
 
 def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
@@ -43,24 +44,27 @@ def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
   count = args.num_samples
   trained = check(config, args, count)
   if args.output:
-    sample.check_output(args.output, count)
+    outputs.prepare(args.output)
   mesh = build.mesh(config, local=True)
   seed = config.seed if args.seed is None else args.seed
   cut = functools.partial(parallel.cut_rows, mesh=mesh)
   sampler = functions.sampler(config, seed, cut=cut)
   size, draw = sample.drawer(config, mesh, count, sampler)
-  kind, step, params = weights.restore(config, mesh, args)
+  kind, step, params = sample.restore(
+    config, mesh, args.workdir, args.step, key=record.weights_key(config)
+  )
+  about = sample.description(config, args, kind, step, [])
+  if args.output:
+    outputs.check(args.output, count, about)
   extract = features.extractor(config, mesh, trained.params, size)
   real, against = reference_of(config, args, extract, trained)
 
-  options = recipe.to_json(config)['sampler']
-  del options['batch_size']  # which changes no image
   made = {
     'step': step,
     'weights': kind,
-    'sampler': options.pop('name'),
-    'sampler_steps': options.pop('steps'),
-    'sampler_options': options,
+    'sampler': config.sampler.name,
+    'sampler_steps': config.sampler.steps,
+    'sampler_options': sample.options(config),
     'seed': seed,
     'resize': config.evaluate.resize,
     'inception': trained.digest,
@@ -94,7 +98,7 @@ def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
   }
   entries = record.write_scores(args.workdir, entry)
   if args.output:
-    sample.save(args.output, features.images(folder, spans), count)
+    outputs.save(args.output, features.images(folder, spans), count, about)
     logs.say(f'{count} images: {args.output}')
   shutil.rmtree(folder)
   print(record.table(entries) + record.best(entries, entry))
@@ -136,8 +140,9 @@ def of_images(config: ConfigDict, args: argparse.Namespace) -> None:
     ),
   }
   if args.output:
+    text = results.text(entry, args.output)
     with pictures.whole(args.output) as part:
-      part.write_text(json.dumps(entry, indent=2) + '\n')
+      part.write_text(text)
   print(record.table([entry]))
   print(record.details(entry))
 

@@ -3,7 +3,7 @@
 A function of `pictures`, `curves` or `compression` that takes `trained` is a
 figure, and its name is what `--figure` says. Its `count`, if it has one, is
 `--num_samples`, and its `path` is `--images`.
-They are drawn anew from the EMA weights, never from numbers that were stored.
+They are drawn anew from the weights, never from numbers that were stored.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from ddpm_jax.jobs.figures import curves
 from ddpm_jax.jobs.figures import pictures
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import outputs
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
@@ -44,16 +45,16 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     raise errors.UserError(f'--figure={args.figure} takes no {flags[option]}')
   sample.check_workdir(args.workdir)
   path = args.output or args.workdir / f'figure_{args.figure}.png'
-  if path.suffix != '.png':
+  if path.suffix.lower() != '.png':
     raise errors.UserError(f'--output={path} must end in .png')
-  sample.check_output(path, 1)
+  outputs.prepare(path)
   checks.basics(config)
   if not recipe.image_size(config):
     raise errors.UserError('figures are of images, and this run is of points')
   seed = config.seed if args.seed is None else args.seed
   mesh = build.mesh(config)
-  step, params = sample.restore_ema(config, mesh, args.workdir)
-  logs.say(f'figure {args.figure}: the EMA weights of step {step}')
+  kind, step, params = sample.restore(config, mesh, args.workdir)
+  logs.say(f'figure {args.figure}: the {kind} weights of step {step}')
   trained = common.Trained(config, mesh, params, seed, args.workdir)
   save(path, figure(trained, **options))
 

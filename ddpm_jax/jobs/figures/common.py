@@ -27,7 +27,7 @@ class Trained(NamedTuple):
 
   config: ConfigDict
   mesh: jax.sharding.Mesh
-  params: Any  # the EMA weights
+  params: Any  # the weights that sample
   seed: int
   workdir: pathlib.Path
 
