@@ -52,7 +52,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   output = args.output or args.workdir / f'edited_seed{seed}'
   sample.check_output(output, args.num_samples)
   mesh = build.mesh(config)
-  drawn = sample.in_batches(config, mesh, args.num_samples, draw)
+  drawn = sample.in_batches(config, mesh, args.num_samples, draw, 'the edit')
   step, params = sample.restore_ema(config, mesh, args.workdir)
   logs.say(f'{what}, with the EMA weights of step {step}')
   sample.save(output, drawn(params, told), args.num_samples)

@@ -138,19 +138,24 @@ def at_a_time(config: ConfigDict, mesh: jax.sharding.Mesh, count: int) -> int:
 
 
 def drawer(
-  config: ConfigDict, mesh: jax.sharding.Mesh, count: int, draw: Callable
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  count: int,
+  draw: Callable,
+  name: str = 'the sampler',
 ) -> tuple[int, Callable[..., Any]]:
   """Compiles (params, index (B,)) -> arrays with a row an image.
 
   Returns a size b of batches, for `count` images, and a function of the
   weights, of the index of the first image, and of a condition for each image if
   `draw` takes one (see `functions.sampler`), that gives the arrays of b images.
+  It is called `name` where it is said that it is compiled.
   """
   size = at_a_time(config, mesh, count)
   engine = config.parallel.engine
   init = functools.partial(functions.init_state, config)
   compiled = parallel.compile_map(
-    draw, mesh, engine, jax.eval_shape(init).ema_params
+    draw, mesh, engine, jax.eval_shape(init).ema_params, name=name
   )
 
   def batch(params: Any, start: int, told: Any = None) -> Any:
@@ -167,18 +172,22 @@ def drawer(
 
 
 def in_batches(
-  config: ConfigDict, mesh: jax.sharding.Mesh, count: int, draw: Callable
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  count: int,
+  draw: Callable,
+  name: str = 'the sampler',
 ) -> Callable[..., Iterator[Any]]:
-  """`drawer` of `count` images in all, batch by batch."""
-  size, batch = drawer(config, mesh, count, draw)
+  """`drawer` of `count` images in all, batch by batch, with a bar."""
+  size, batch = drawer(config, mesh, count, draw, name)
 
-  def batches(params: Any, told: Any = None) -> Iterator[Any]:
+  def drawn(params: Any, told: Any = None) -> Iterator[Any]:
     for start in range(0, count, size):
       # The last batch is drawn whole, for one program serves all, and cut.
-      drawn = batch(params, start, told)
-      yield jax.tree.map(lambda x, real=count - start: x[:real], drawn)
+      full = batch(params, start, told)
+      yield jax.tree.map(lambda x, real=count - start: x[:real], full)
 
-  return batches
+  return lambda *args: logs.watched(drawn(*args), 'drawing', count)
 
 
 def sampler(
@@ -235,19 +244,12 @@ def save(
     for _ in batches:
       pass
     return
-  with logs.progress(count, 0, 'images') as bar:
-
-    def watched() -> Iterator[np.ndarray]:
-      for batch in batches:
-        yield batch
-        bar.update(len(batch))
-
-    if output.suffix == '.npz':
-      images.save_npz(output, gather(watched()))
-    elif output.suffix == '.png':
-      images.save_png(output, images.grid(gather(watched())))
-    else:
-      name = iter(names(count))
-      for batch in watched():
-        for image in batch:
-          images.save_png(output / next(name), image)
+  if output.suffix == '.npz':
+    images.save_npz(output, gather(batches))
+  elif output.suffix == '.png':
+    images.save_png(output, images.grid(gather(batches)))
+  else:
+    name = iter(names(count))
+    for batch in batches:
+      for image in batch:
+        images.save_png(output / next(name), image)

@@ -40,11 +40,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   data, classifier = judge(config, args.workdir)
   draw = sample.sampler(config, mesh, args.num_samples, seed)
   logs.say(f'drawing {args.num_samples} images with the weights of step {step}')
-  with logs.progress(args.num_samples, 0, 'images') as bar:
-    drawn = []
-    for batch, _ in draw(params):
-      drawn.append(batch)
-      bar.update(len(batch))
+  drawn = [batch for batch, _ in draw(params)]
   learnt, held_out = classifiers.split(len(data['image']))
   result = {
     **small.score(

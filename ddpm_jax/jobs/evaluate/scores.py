@@ -92,7 +92,8 @@ def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
   }
   entries = record.write_scores(args.workdir, entry)
   if args.output:
-    sample.save(args.output, features.images(folder, spans), count)
+    drawn = features.images(folder, spans)
+    sample.save(args.output, logs.watched(drawn, 'saving', count), count)
     logs.say(f'{count} images: {args.output}')
   shutil.rmtree(folder)
   print(record.table(entries) + record.best(entries, entry))
