@@ -310,6 +310,7 @@ def run(argv: list[str]) -> None:
   # JAX and the rest take seconds to import; --help and mistakes need none.
   from ddpm_jax import recipe
   from ddpm_jax.runtime import processes
+  from ddpm_jax.runtime import stop
 
   machine.keep_compiled()
   args.changes = changes
@@ -325,7 +326,8 @@ def run(argv: list[str]) -> None:
     config = None
     if getattr(job, 'needs_config', True):
       config = recipe.resolve(args.config, args.workdir, changes)
-    job.run(config, args)
+    with stop.second_quits():
+      job.run(config, args)
 
 
 def main() -> NoReturn:

@@ -194,7 +194,9 @@ def train(
         read(*unread)
         unread = None
         save(state, step)
-      if config.log.pictures_every and step % config.log.pictures_every == 0:
+      drawn_every = config.log.pictures_every
+      # The end draws its own.
+      if drawn_every and step % drawn_every == 0 and step < config.steps:
         if unread:
           read(*unread)
           unread = None

@@ -45,6 +45,24 @@ def requests() -> Iterator[Callable[[int], bool]]:
 
 
 @contextlib.contextmanager
+def second_quits() -> Iterator[None]:
+  """Ctrl-C raises KeyboardInterrupt as ever; a second one ends the program.
+
+  The first may have to wait for a compilation or for a batch, and says so.
+  """
+  asked: list[int] = []
+
+  def hear(signum: int) -> None:
+    if asked:
+      _quit(signum)
+    asked.append(signum)
+    logs.say('stopping; press again to quit')
+
+  with _listener(hear, signal.SIGINT):
+    yield
+
+
+@contextlib.contextmanager
 def _of_many() -> Iterator[Callable[[int], bool]]:
   """SIGTERM is heard by JAX, which tells the others; Ctrl-C becomes one.
 
@@ -83,10 +101,22 @@ def _quit(signum: int) -> None:
 
 @contextlib.contextmanager
 def _heard(hear: Callable[[int], None], *signals: int) -> Iterator[None]:
-  """Calls hear(signum) at once, in a thread.
+  """Calls hear(signum) at once, in a thread, in the place of a handler."""
+  before = {s: signal.signal(s, lambda *_: None) for s in signals}
+  try:
+    with _listener(hear, *signals):
+      yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
-  Python's own handlers wait until a call of C++ returns, and a compilation is
-  one call of half a minute. What Python writes into a socket does not wait.
+
+@contextlib.contextmanager
+def _listener(hear: Callable[[int], None], *signals: int) -> Iterator[None]:
+  """Calls hear(signum) at once, in a thread, beside Python's handlers.
+
+  Handlers in Python wait until a call of C++ returns, and a compilation is one
+  call of half a minute. The byte that Python writes into a socket does not.
   """
   inside, outside = socket.socketpair()
 
@@ -96,7 +126,6 @@ def _heard(hear: Callable[[int], None], *signals: int) -> Iterator[None]:
         hear(number[0])
 
   inside.setblocking(False)
-  before = {s: signal.signal(s, lambda *_: None) for s in signals}
   previous = signal.set_wakeup_fd(inside.fileno(), warn_on_full_buffer=False)
   thread = threading.Thread(target=listen, daemon=True)
   thread.start()
@@ -104,8 +133,6 @@ def _heard(hear: Callable[[int], None], *signals: int) -> Iterator[None]:
     yield
   finally:
     signal.set_wakeup_fd(previous)
-    for number, handler in before.items():
-      signal.signal(number, handler)
     inside.close()
     thread.join()
     outside.close()
