@@ -6,15 +6,12 @@ import re
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 import tqdm
 
-from ddpm_jax import build
-from ddpm_jax import recipe
-from ddpm_jax.jobs import sample
 from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import parallel
 
 
 class Clock:
@@ -136,21 +133,19 @@ def test_batches_are_counted_and_one_alone_is_a_line(clock, capsys):
   ]
 
 
-def test_what_is_drawn_says_what_it_compiles_once(capsys):
-  config = recipe.resolve('configs/digits.py', None, {'parallel.data': '1'})
-  with config.unlocked():
-    config.sampler.batch_size = 2
-  draw = sample.in_batches(
-    config, build.mesh(config), 4, lambda params, index: index + 0.0, 'nothing'
+@pytest.mark.parametrize('engine', parallel.ENGINES)
+def test_what_compiles_says_so_once(engine, capsys):
+  mesh = parallel.make_mesh(1)
+  double = parallel.compile_map(
+    lambda params, x: 2 * x, mesh, engine, {}, name='the double'
   )
-  params = jax.eval_shape(lambda: {})
+  x = np.arange(4.0, dtype=np.float32)
   for _ in range(2):
-    np.testing.assert_array_equal(sample.gather(draw(params)), np.arange(4.0))
-  lines = capsys.readouterr().err.splitlines()
-  assert lines[0] == 'compiling nothing'
-  assert re.fullmatch(r'compiled nothing in \d+\.\d s', lines[1])
-  assert all(line.startswith('drawing: ') for line in lines[2:])
-  assert len(lines) >= 4
+    out = double({}, parallel.put_whole(x, mesh, engine))
+    np.testing.assert_array_equal(out, 2 * x)
+  compiling, compiled = capsys.readouterr().err.splitlines()
+  assert compiling == 'compiling the double'
+  assert re.fullmatch(r'compiled the double in \d+\.\d s', compiled)
 
 
 def write(folder, start, steps, **values):
