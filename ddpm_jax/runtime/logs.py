@@ -203,6 +203,7 @@ class Progress:
     self._initial, self._round, self._size = initial, 0, 1
     self._bar: tqdm.tqdm | None = None
     self._begun = time.time() - _compiling
+    self._updated = 0.0  # seconds, at the last update
 
   def __enter__(self) -> 'Progress':
     return self
@@ -222,6 +223,7 @@ class Progress:
     if self._bar:
       self._bar.set_postfix(shown, refresh=False)
       self._bar.update(n)
+      self._updated = self.seconds
     elif self._initial + n < self._total:
       self._bar = _bar(
         self._name, self._total, self._unit, self._initial + n, shown
@@ -241,9 +243,9 @@ class Progress:
     if not self._bar:
       return None
     found = self._bar.format_dict
-    if found['rate'] or not found['elapsed']:
+    if found['rate'] or not self._updated:
       return found['rate']
-    return (found['n'] - found['initial']) / found['elapsed'] or None
+    return (found['n'] - found['initial']) / self._updated
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
