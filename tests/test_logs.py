@@ -159,7 +159,7 @@ def test_a_line_has_seconds_of_training_and_images_a_second(tmp_path):
   # Killed at step 27, and begun again from the checkpoint of step 20.
   with (tmp_path / 'metrics.jsonl').open('a') as file:
     file.write('{"step": 25, "loss": 1.0, "seconds": 12.0}\n{"step": 26, "lo')
-  write(tmp_path, 20, [(21, 0.0), (30, 4.5)], learning_rate=0.1)
+  write(tmp_path, 20, [(21, 1e-5), (30, 4.5)], learning_rate=0.1)
   lines = logs.read(tmp_path / 'metrics.jsonl')
   assert [line['step'] for line in lines] == [10, 20, 21, 30]
   assert [line['seconds'] for line in lines] == [4.5, 9.5, 9.5, 14.0]

@@ -112,7 +112,7 @@ class Metrics:
     last_step, last_seconds = self._last
     self._last = step, seconds
     line = dict(values)
-    if seconds > last_seconds:
+    if step > last_step and seconds > last_seconds:
       rate = self._batch_size * (step - last_step) / (seconds - last_seconds)
       line['images_per_second'] = float(f'{rate:.4g}')
     line['seconds'] = round(self._before + seconds, 3)
