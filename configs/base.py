@@ -162,6 +162,9 @@ def get_config() -> ConfigDict:
   c.checkpoint.keep_every = 100_000  # steps; these are kept for good
 
   c.log = ConfigDict()
-  c.log.every = 100  # steps between lines of metrics.jsonl
-  c.log.pictures_every = 0  # steps between grids of samples; 0: at the end only
+  # Steps between lines of metrics.jsonl: loss, grad_norm, learning_rate,
+  # images_per_second, and seconds of training, without compiling and drawing.
+  c.log.every = 100
+  # Steps between grids of samples (also in TensorBoard); 0: at the end only.
+  c.log.pictures_every = 0
   return c.lock()

@@ -26,5 +26,5 @@ def get_config(points: str = 'swiss_roll') -> ConfigDict:
   c.optimizer.update(learning_rate=1e-3, warmup=100, ema=0.995)
   c.sampler.update(clip=False, batch_size=4096)
   c.checkpoint.update(every=1000, keep_every=0)
-  c.log.every = 20
+  c.log.update(every=20, pictures_every=1000)
   return c

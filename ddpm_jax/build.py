@@ -337,10 +337,17 @@ def stream(seed: int, use: str) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), uses.index(use))
 
 
-def optimizer(config: ConfigDict) -> optax.GradientTransformation:
-  """Adam with a linear warm-up from 0, after clipping by global norm."""
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+  """Of the number of steps made before: a linear warm-up from 0."""
   c = config.optimizer
-  rate = optax.linear_schedule(0, c.learning_rate, c.warmup)
+  if not c.warmup:
+    return optax.constant_schedule(c.learning_rate)
+  return optax.linear_schedule(0, c.learning_rate, c.warmup)
+
+
+def optimizer(config: ConfigDict) -> optax.GradientTransformation:
+  """Adam with a learning rate that warms up, after clipping by global norm."""
+  c, rate = config.optimizer, learning_rate(config)
   return optax.chain(
     optax.clip_by_global_norm(c.clip),
     optax.adam(

@@ -321,6 +321,7 @@ def run(argv: list[str]) -> None:
     raise errors.UserError('--output is for images: training has --workdir')
   # JAX and the rest take seconds to import; --help and mistakes need none.
   from ddpm_jax.runtime import processes
+  from ddpm_jax.runtime import stop
   from ddpm_jax.runtime import workdir
 
   if args.mode in OF_A_RUN and not (args.mode == 'evaluate' and args.images):
@@ -337,7 +338,9 @@ def run(argv: list[str]) -> None:
     if not getattr(job, 'many_processes', False):
       processes.only_one(f'--mode={args.mode}')
     needs_config = getattr(job, 'needs_config', True)
-    job.run(config_of(args) if needs_config else None, args)
+    config = config_of(args) if needs_config else None
+    with stop.second_quits():
+      job.run(config, args)
 
 
 def config_of(args: argparse.Namespace) -> Any:

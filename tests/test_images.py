@@ -40,3 +40,39 @@ def test_a_curve_is_a_picture(tmp_path):
   with Image.open(tmp_path / 'c.png') as file:
     assert file.size == (800, 450)
     assert len(np.unique(np.asarray(file))) > 10  # something is drawn
+
+
+def test_a_smoothed_curve_lies_on_what_falls_steadily():
+  """A median of the past would lie above it, and one cut at the ends too."""
+  y = 1 / np.arange(1.0, 301)
+  np.testing.assert_array_equal(images.running_median(y, 20), y)
+  noisy = y.copy()
+  noisy[100] = 5.0
+  assert images.running_median(noisy, 20).max() == 1.0
+  assert images.running_median(y[:1], 20) == [1.0]
+
+
+def test_a_point_far_out_is_counted_and_does_not_make_the_others_small(
+  tmp_path,
+):
+  rng = np.random.default_rng(0)
+  data = rng.uniform(-1, 1, (2000, 2))
+  samples = data.copy()
+  samples[7] = 50.0
+  limit = images.scatter_limit([data])
+  assert 1.0 < limit < 1.3  # all of the data are inside
+
+  def picture(name, samples):
+    path = tmp_path / name
+    sets = {'': [data, samples]}
+    images.save_scatter(path, sets, ['data', 'samples'], [data])
+    with Image.open(path) as file:
+      return np.asarray(file).astype(int)
+
+  far = picture('far.png', samples)
+  dark = [(half < 250).sum() for half in np.split(far, 2, axis=1)]
+  assert 0.9 < dark[1] / dark[0] < 1.1
+  # What is drawn is the same without the point: the count is not.
+  near = picture('near.png', np.delete(samples, 7, axis=0))
+  assert far.shape == near.shape
+  assert np.any(far != near)

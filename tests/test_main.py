@@ -23,6 +23,7 @@ from ddpm_jax import recipe
 from ddpm_jax.jobs import sample
 from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import stop
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = conftest.DIGITS
@@ -35,8 +36,8 @@ def start(user_env):
   """Starts the program as a user would; kills it in the end."""
   started = []
 
-  def start(*args, devices=1):
-    env = user_env | {'JAX_NUM_CPU_DEVICES': str(devices)}
+  def start(*args, devices=1, **more):
+    env = user_env | {'JAX_NUM_CPU_DEVICES': str(devices)} | more
     process = subprocess.Popen(
       [sys.executable, '-m', 'ddpm_jax.main', *map(str, args)],
       env=env,
@@ -67,7 +68,16 @@ def run(start):
 
 
 def metrics(workdir):
-  return (workdir / 'metrics.jsonl').read_text()
+  """The lines of the log, without what a clock has said."""
+  lines = [
+    json.loads(line)
+    for line in (workdir / 'metrics.jsonl').read_text().splitlines()
+  ]
+  for line in lines:
+    line.pop('images_per_second', None)
+    assert line.pop('seconds') >= 0
+    assert set(line) == {'step', 'loss', 'grad_norm', 'learning_rate'}
+  return lines
 
 
 def wait_for(condition, process):
@@ -114,9 +124,21 @@ def test_a_run_leaves_what_the_readme_promises(tiny_run):
     'samples.png',
     'tensorboard',
   }
-  lines = [json.loads(line) for line in metrics(workdir).splitlines()]
+  lines = metrics(workdir)
   assert [line['step'] for line in lines] == list(range(1, 201))
   assert np.mean([line['loss'] for line in lines[-20:]]) < 0.7
+  rates = [line['learning_rate'] for line in lines]
+  # That of the update itself: a warm-up of 5 steps, from 0.
+  expected = 1e-3 * np.minimum(np.arange(200) / 5, 1)
+  np.testing.assert_allclose(rates, expected, rtol=1e-6)
+  text = (workdir / 'metrics.jsonl').read_text()
+  times = [json.loads(line)['seconds'] for line in text.splitlines()]
+  assert times == sorted(times)
+  assert times[0] == 0 < times[-1]
+  assert text.count('images_per_second') == 199  # all but the first step's
+  events = [x.read_bytes() for x in (workdir / 'tensorboard').iterdir()]
+  for name in (b'loss', b'learning_rate', b'samples', b'progress'):
+    assert any(name in x for x in events)
   assert json.loads((workdir / 'config.json').read_text())['batch_size'] == 16
   assert checkpoint.steps(workdir / 'checkpoints') == [120, 160, 200]
   assert not list(workdir.rglob('*.part'))
@@ -126,6 +148,11 @@ def test_a_run_leaves_what_the_readme_promises(tiny_run):
     assert str(workdir / name) in err
   assert 'loss=' in err
   assert 'images/s=' in err
+  assert '\r' not in err
+  compiling = err.index('compiling the train step\n')
+  assert compiling < err.index('compiled the train step in ')
+  assert compiling < err.index('training: ')
+  assert 'drawing: 9 images in ' in err
 
 
 def test_the_command_printed_last_works(tiny_run, run, tmp_path):
@@ -169,7 +196,7 @@ def test_a_run_stopped_by_SIGTERM_and_resumed_is_the_undisturbed_run(
   args = [*TINY, '--config.steps=200', f'--workdir={workdir}']
   process = start(*args)
   file = workdir / 'metrics.jsonl'
-  wait_for(lambda: file.exists() and len(file.read_text()) > 2000, process)
+  wait_for(lambda: file.exists() and len(file.read_text()) > 5000, process)
   process.send_signal(signal.SIGTERM)
   _, err = process.communicate(timeout=60)
   assert process.returncode == 0, err
@@ -186,6 +213,38 @@ def test_a_run_stopped_by_SIGTERM_and_resumed_is_the_undisturbed_run(
   for name in ('samples.png', 'progress.png'):
     a, b = workdir / name, tiny_run[0] / name
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_ctrl_c_is_answered_while_xla_compiles_and_a_second_one_quits(
+  start, tmp_path
+):
+  workdir = tmp_path / 'early'
+  cold = str(tmp_path / 'cache')
+  process = start(
+    *(f'--config={DIGITS}', f'--workdir={workdir}'),
+    JAX_COMPILATION_CACHE_DIR=cold,
+  )
+  lines = iter(process.stderr.readline, '')
+  assert 'compiling the train step\n' in lines
+  process.send_signal(signal.SIGINT)
+  # The next line would be that it has compiled.
+  assert next(lines) == 'stopping after this step; press again to quit\n'
+  process.send_signal(signal.SIGINT)
+  out, err = process.communicate(timeout=60)
+  assert (process.returncode, out, err) == (1, '', 'interrupted\n')
+  assert not checkpoint.steps(workdir / 'checkpoints')
+
+
+def test_sigterm_is_a_request_that_is_answered(capsys):
+  with stop.requests() as asked:
+    assert not asked(1)
+    signal.raise_signal(signal.SIGTERM)
+    late = time.monotonic() + 60
+    while not asked(1) and time.monotonic() < late:
+      time.sleep(0.01)
+    assert asked(1)
+  assert capsys.readouterr().err == 'stopping after this step\n'
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_the_history_of_the_losses_is_resumed_too(tmp_path):
@@ -247,8 +306,7 @@ def test_a_run_goes_on_on_other_devices(tiny_run, run, tmp_path):
   )
   assert code == 0, err
   losses = [
-    [json.loads(line)['loss'] for line in metrics(w).splitlines()]
-    for w in (workdir, tiny_run[0])
+    [line['loss'] for line in metrics(w)] for w in (workdir, tiny_run[0])
   ]
   # To rounding, which training magnifies: Adam divides by small numbers.
   np.testing.assert_allclose(*losses, rtol=2e-3)
@@ -279,7 +337,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
   saved = weights(workdir)
   assert 1 <= saved.step < step
   assert all(np.isfinite(x).all() for x in [*saved.ema['conv_in'].values()])
-  assert len(metrics(workdir).splitlines()) < step
+  assert len(metrics(workdir)) < step
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(

@@ -16,6 +16,7 @@ from ddpm_jax.jobs import train
 from ddpm_jax.jobs.evaluate import bound
 from ddpm_jax.jobs.figures import common
 from ddpm_jax.runtime import checkpoint
+from ddpm_jax.runtime import outputs
 
 
 @pytest.fixture(scope='module')
@@ -53,7 +54,7 @@ def test_a_folder_has_all_images_or_none(tmp_path):
 
   (tmp_path / 'mine.txt').touch()
   with pytest.raises(errors.RunError, match='image 2'):
-    sample.save(tmp_path, batches(), 4)
+    outputs.save(tmp_path, batches(), 4, {})
   assert [p.name for p in tmp_path.iterdir()] == ['mine.txt']
 
 

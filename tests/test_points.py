@@ -39,8 +39,14 @@ def test_points_train_and_are_drawn_and_sampled(tmp_path, capsys):
     *('--config=configs/swiss_roll.py', f'--workdir={workdir}'),
     *('--config.steps=30', '--config.schedule.T=40'),
     *('--config.schedule.beta_T=0.4', '--config.batch_size=64'),
+    '--config.log.pictures_every=15',
   ])  # fmt: skip
-  assert 'energy distance' in capsys.readouterr().out
+  out, err = capsys.readouterr()
+  assert out.count('energy distance') == 2  # after half of the steps, and all
+  assert err.count('compiling the sampler\n') == 1
+  for name in ('samples_15.png', 'progress_15.gif', 'samples.png'):
+    assert (workdir / name).exists()
+  assert not (workdir / 'samples_30.png').exists()
   with Image.open(workdir / 'progress.gif') as gif:
     assert gif.n_frames >= 8  # two of so few times may be one
   with Image.open(workdir / 'progress.png') as png:

@@ -174,8 +174,8 @@ def compiled(config: ConfigDict, params: Any, size: int, seed: int) -> Lockstep:
   squares = jax.ShapeDtypeStruct((S,), np.float32)
   sending = jax.ShapeDtypeStruct((), np.bool_)
   run = jax.jit(functions.codec(config, seed).run)
-  lowered = run.lower(params, batch, squares, told, sending)
-  return Lockstep(lowered.compile(), size, D, S)
+  lower = logs.compiling('the codec', lambda *x: run.lower(*x).compile())
+  return Lockstep(lower(params, batch, squares, told, sending), size, D, S)
 
 
 def batches(
@@ -198,12 +198,13 @@ def send(config: ConfigDict, params: Any, x0: np.ndarray, seed: int) -> Sent:
   size = min(len(x0), config.codec.batch_size)
   parts = functions.codec(config, seed)
   program = compiled(config, params, size, seed)
-  squares_of = jax.jit(parts.errors)
+  squares_of = logs.compiling("the network's errors", jax.jit(parts.errors))
   begun = time.perf_counter()
-  every = [
-    np.asarray(squares_of(params, batch))[:, :real]
-    for batch, _, real in batches(x0, size)
-  ]
+  every = []
+  with logs.Progress('measuring', len(x0)) as bar:
+    for batch, _, real in batches(x0, size):
+      every.append(np.asarray(squares_of(params, batch))[:, :real])
+      bar.update(real)
   # In float32 both sides read the same of what the header says.
   mean = np.concatenate(every, axis=1).mean(1)
   squares = [float(f'{x:.3g}') for x in mean]
@@ -254,7 +255,8 @@ def run_batches(
   """
   passed: list[Any] = []
   begun = time.perf_counter()
-  with logs.progress(len(x0), 0, 'images') as bar:
+  name = 'compressing' if sending else 'decompressing'
+  with logs.Progress(name, len(x0)) as bar:
     for batch, start, real in batches(x0, program.size):
       of_batch = jax.tree.map(
         lambda x, at=start: filled(x[:, at : at + program.size], program.size),

@@ -53,7 +53,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   seed = config.seed if args.seed is None else args.seed
   draw, what = editor(config, args, seed)
   mesh = build.mesh(config)
-  drawn = sample.in_batches(config, mesh, args.num_samples, draw)
+  drawn = sample.in_batches(config, mesh, args.num_samples, draw, 'the edit')
   kind, step, params = sample.restore(config, mesh, args.workdir)
   about = description(config, args, kind, step, wanted)
   name = (

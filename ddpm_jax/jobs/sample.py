@@ -270,20 +270,25 @@ def at_a_time(config: ConfigDict, mesh: jax.sharding.Mesh, count: int) -> int:
 
 
 def drawer(
-  config: ConfigDict, mesh: jax.sharding.Mesh, count: int, draw: Callable
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  count: int,
+  draw: Callable,
+  name: str = 'the sampler',
 ) -> tuple[int, Callable[..., Any]]:
   """Compiles (params, index (B,)) -> `functions.Drawn`.
 
   Returns a size b of batches, for `count` images, and a function of the
   weights, of the index of the first image, and of a condition for each image if
   `draw` takes one (see `functions.sampler`), that gives b images. It raises
-  RunError for images that are not finite.
+  RunError for images that are not finite. It is called `name` where it is said
+  that it is compiled.
   """
   size = at_a_time(config, mesh, count)
   engine = config.parallel.engine
   init = functools.partial(functions.init_state, config)
   compiled = parallel.compile_map(
-    draw, mesh, engine, jax.eval_shape(init).ema_params
+    draw, mesh, engine, jax.eval_shape(init).ema_params, name=name
   )
 
   def batch(params: Any, start: int, told: Any = None) -> Any:
@@ -321,18 +326,22 @@ def check_finite(bad_t: np.ndarray, start: int = 0) -> None:
 
 
 def in_batches(
-  config: ConfigDict, mesh: jax.sharding.Mesh, count: int, draw: Callable
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  count: int,
+  draw: Callable,
+  name: str = 'the sampler',
 ) -> Callable[..., Iterator[Any]]:
-  """`drawer` of `count` images in all, batch by batch."""
-  size, batch = drawer(config, mesh, count, draw)
+  """`drawer` of `count` images in all, batch by batch, with a bar."""
+  size, batch = drawer(config, mesh, count, draw, name)
 
-  def batches(params: Any, told: Any = None) -> Iterator[Any]:
+  def drawn(params: Any, told: Any = None) -> Iterator[Any]:
     for start in range(0, count, size):
       # The last batch is drawn whole, for one program serves all, and cut.
-      drawn = batch(params, start, told)
-      yield jax.tree.map(lambda x, real=count - start: x[:real], drawn)
+      full = batch(params, start, told)
+      yield jax.tree.map(lambda x, real=count - start: x[:real], full)
 
-  return batches
+  return lambda *args: logs.watched(drawn(*args), 'drawing', count)
 
 
 def sampler(

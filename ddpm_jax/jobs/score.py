@@ -45,11 +45,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   logs.say(
     f'drawing {args.num_samples} images with the {kind} weights of step {step}'
   )
-  with logs.progress(args.num_samples, 0, 'images') as bar:
-    drawn = []
-    for batch, _ in draw(params):
-      drawn.append(batch)
-      bar.update(len(batch))
+  drawn = [batch for batch, _ in draw(params)]
   learnt, held_out = classifiers.split(len(data['image']))
   found = small.score(
     data['image'][learnt],

@@ -157,13 +157,21 @@ def train(
 ) -> training.TrainState:
   """The loop: until `config.steps` or until a stop is asked for; it saves."""
   engine = config.parallel.engine
-  train_step = parallel.compile_step(step_fn, mesh, engine, state)
+  train_step = logs.compiling(
+    'the train step', parallel.compile_step(step_fn, mesh, engine, state)
+  )
   step = int(state.step)
   unread = None
+  every = config.log.every
+  # All at once and beforehand: in the loop it would wait for the device.
+  written = np.arange(step // every + 1, config.steps // every + 1) * every
+  rates = np.asarray(jax.vmap(build.learning_rate(config))(written - 1))
+  learning_rate = dict(zip(written.tolist(), rates.tolist(), strict=True))
 
   with (
-    logs.writer(folder, step) as write,
-    logs.progress(config.steps, step, 'steps') as bar,
+    logs.tensorboard(folder, step) as board,
+    logs.metrics(folder, board, step, config.batch_size) as log,
+    logs.Progress('training', config.steps, 'steps', initial=step) as bar,
   ):
 
     def read(step: int, metrics: dict[str, jax.Array]) -> None:
@@ -175,8 +183,9 @@ def train(
           '--config.optimizer.learning_rate, or another --seed'
         )
       logs.advance(bar, values['loss'], config.batch_size)
-      if step % config.log.every == 0:
-        write(step, values)
+      if step % every == 0:
+        values['learning_rate'] = learning_rate[step]
+        log.write(step, values, bar.seconds)
 
     while step < config.steps and not stop_asked(step):
       batch = parallel.put(next(batches), mesh, engine)
@@ -192,8 +201,15 @@ def train(
         read(*unread)
         unread = None
         save(state, step)
-      if config.log.pictures_every and step % config.log.pictures_every == 0:
-        pictures(sample.chosen(config, state), f'_{step}')
+      drawn_every = config.log.pictures_every
+      # The end draws its own.
+      if drawn_every and step % drawn_every == 0 and step < config.steps:
+        if unread:
+          read(*unread)
+          unread = None
+        with bar.paused():
+          pictures(sample.chosen(config, state), f'_{step}')
+          board.pictures(step, drawn(folder, f'_{step}'))
 
     if unread:
       read(*unread)
@@ -207,6 +223,12 @@ def last_checkpoint(folder: pathlib.Path) -> str:
   if not saved:
     return f'no checkpoint was saved in {folder} yet'
   return f'the last checkpoint in {folder} is of step {saved[-1]}'
+
+
+def drawn(folder: pathlib.Path, suffix: str) -> dict[str, pathlib.Path]:
+  """The pictures that a run draws while it trains and at its end."""
+  names = ('samples', 'progress')
+  return {name: folder / f'{name}{suffix}.png' for name in names}
 
 
 def picture_maker(
@@ -223,11 +245,11 @@ def picture_maker(
   draw = sample.sampler(config, mesh, count, config.seed, snapshots)
 
   def pictures(params: Any, suffix: str, told: Any = None) -> None:
-    drawn, seen = sample.gather(draw(params, told))
+    tiles, seen = sample.gather(draw(params, told))
     if not processes.leads():
       return
-    rows = seen[:8].reshape(-1, *drawn.shape[1:])
-    images.save_png(folder / f'samples{suffix}.png', images.grid(drawn))
+    rows = seen[:8].reshape(-1, *tiles.shape[1:])
+    images.save_png(folder / f'samples{suffix}.png', images.grid(tiles))
     images.save_png(
       folder / f'progress{suffix}.png', images.grid(rows, columns=snapshots)
     )
@@ -255,25 +277,30 @@ def point_pictures(
   of_T = np.asarray(short.time)[times].tolist()
   eps = np.random.default_rng(config.seed).normal(size=data.shape)
   forward = [np.asarray(process.q_sample(table, data, t, eps)) for t in of_T]
+  init = functools.partial(functions.init_state, config)
+  draw = parallel.compile_map(
+    functions.chain(config, config.seed, times),
+    *(mesh, engine, jax.eval_shape(init).ema_params),
+    name='the sampler',
+  )
 
   def pictures(params: Any, suffix: str, told: Any = None) -> None:
     del told  # points take no condition
-    draw = parallel.compile_map(
-      functions.chain(config, config.seed, times), mesh, engine, params
-    )
-    drawn = draw(params, index)
-    sample.check_finite(drawn.bad_t)
-    reverse = list(drawn.images.swapaxes(0, 1))
+    chains = draw(params, index)
+    sample.check_finite(chains.bad_t)
+    reverse = list(chains.images.swapaxes(0, 1))
     if not processes.leads():
       return
     titles = [f't = {t}' for t in of_T]
     for ending in ('png', 'gif'):
       path = folder / f'progress{suffix}.{ending}'
-      images.save_scatter(path, {'q': forward, 'p': reverse}, titles)
+      sets = {'q': forward, 'p': reverse}
+      images.save_scatter(path, sets, titles, forward)
     images.save_scatter(
       folder / f'samples{suffix}.png',
       {'': [data, reverse[-1]]},
       ['data', 'samples'],
+      [data],
     )
     rng = np.random.default_rng(config.seed)
     distance = distances.energy(data, reverse[-1])
@@ -303,6 +330,8 @@ def finish(
   pictures(sample.chosen(config, state), '')
   if not processes.leads():
     return
+  with logs.tensorboard(folder, step) as board:
+    board.pictures(step, drawn(folder, ''))
   steps, losses = logs.curve(folder, 'loss')
   images.save_curve(folder / 'loss.png', steps, losses, 'step', 'loss')
   logs.say(f'samples              {folder}/samples.png')

@@ -111,6 +111,18 @@ def grid(
   return tiled.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
+def running_median(y: np.ndarray, half: int) -> np.ndarray:
+  """The median of `half` values to each side, and of as many at the ends.
+
+  The window stays symmetric, so that the median of a slope does not trail it.
+  """
+  n = len(y)
+  sides = [min(half, i, n - 1 - i) for i in range(n)]
+  return np.array(
+    [np.median(y[i - h : i + h + 1]) for i, h in enumerate(sides)]
+  )
+
+
 def save_curve(
   path: pathlib.Path, x: np.ndarray, y: np.ndarray, xlabel: str, ylabel: str
 ) -> None:
@@ -118,8 +130,7 @@ def save_curve(
   fig = figure.Figure(figsize=(8, 4.5), dpi=100, layout='constrained')
   axes = fig.subplots()
   axes.semilogy(x, y, color='tab:blue', alpha=0.3, linewidth=1)
-  window = max(1, len(y) // 50)
-  middle = [np.median(y[max(0, i - window) : i + 1]) for i in range(len(y))]
+  middle = running_median(y, max(1, len(y) // 100))
   axes.semilogy(x, middle, color='tab:blue')
   axes.set(xlabel=xlabel, ylabel=ylabel)
   axes.grid(visible=True, which='both', alpha=0.3)
@@ -127,8 +138,20 @@ def save_curve(
     fig.savefig(part, format='png')
 
 
+def scatter_limit(data: Sequence[np.ndarray]) -> float:
+  """The largest coordinate that point sets (n, 2) are shown to.
+
+  A quarter more than what 99.5% of each set stay within: a few points far out
+  do not make all others small.
+  """
+  return 1.25 * max(float(np.quantile(np.abs(x).max(1), 0.995)) for x in data)
+
+
 def save_scatter(
-  path: pathlib.Path, rows: dict[str, list[np.ndarray]], titles: list[str]
+  path: pathlib.Path,
+  rows: dict[str, list[np.ndarray]],
+  titles: list[str],
+  data: Sequence[np.ndarray],
 ) -> None:
   """Point sets (n, 2), a row of them each.
 
@@ -136,8 +159,9 @@ def save_scatter(
     path: a .png; or a .gif, where each column is a frame.
     rows: a name, and as many point sets as there are titles.
     titles: of the columns.
+    data: the sets that set the scale. Points outside are counted, not drawn.
   """
-  limit = 1.05 * max(np.abs(x).max() for row in rows.values() for x in row)
+  limit = scatter_limit(data)
 
   def draw(columns: list[int]) -> figure.Figure:
     fig = figure.Figure(
@@ -153,6 +177,9 @@ def save_scatter(
         ax.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[])
         ax.set_aspect('equal')
         ax.set_title(titles[column], fontsize=9)
+        outside = np.count_nonzero(np.abs(row[column]).max(1) > limit)
+        if outside:
+          ax.set_xlabel(f'{outside} outside', fontsize=7)
     return fig
 
   every = list(range(len(titles)))

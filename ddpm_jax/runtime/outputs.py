@@ -15,7 +15,6 @@ import numpy as np
 
 from ddpm_jax import errors
 from ddpm_jax.runtime import images
-from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import processes
 from ddpm_jax.runtime import workdir
 
@@ -123,33 +122,26 @@ def save(
       pass
     return
   ending, path = kind(output), _about_path(output)
-  with logs.progress(count, 0, 'images') as bar:
-
-    def watched() -> Iterator[np.ndarray]:
-      for batch in batches:
-        yield batch
-        bar.update(len(batch))
-
-    if ending:
-      drawn = np.concatenate(list(watched()))
-      path.unlink(missing_ok=True)  # It is of the file that is replaced now.
-      if ending == '.npz':
-        images.save_npz(output, drawn)
-      else:
-        images.save_png(output, picture(drawn))
+  if ending:
+    drawn = np.concatenate(list(batches))
+    path.unlink(missing_ok=True)  # It is of the file that is replaced now.
+    if ending == '.npz':
+      images.save_npz(output, drawn)
     else:
-      # Should this be killed, what is there can be told apart, and made again.
-      _write(path, {**about, 'images': count, 'complete': False})
-      name, written = iter(_names(count)), [path]
-      try:
-        for batch in watched():
-          for image in batch:
-            written.append(output / next(name))
-            images.save_png(written[-1], image)
-      except errors.RunError:  # Some are not finite: all or none.
-        for file in written:
-          file.unlink(missing_ok=True)
-        raise
+      images.save_png(output, picture(drawn))
+  else:
+    # Should this be killed, what is there can be told apart, and made again.
+    _write(path, {**about, 'images': count, 'complete': False})
+    name, written = iter(_names(count)), [path]
+    try:
+      for batch in batches:
+        for image in batch:
+          written.append(output / next(name))
+          images.save_png(written[-1], image)
+    except errors.RunError:  # Some are not finite: all or none.
+      for file in written:
+        file.unlink(missing_ok=True)
+      raise
   _write(path, {**about, 'images': count, 'complete': True})
 
 

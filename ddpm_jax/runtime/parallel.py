@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ddpm_jax import errors
+from ddpm_jax.runtime import logs
 
 AXES = ('data', 'fsdp', 'spatial')
 BATCH = AXES[:2]  # those that share out a batch; the third cuts an image
@@ -247,17 +248,23 @@ def gather(params: Any, mesh: Mesh) -> Any:
   return jax.lax.with_sharding_constraint(params, replicated(mesh))
 
 
-def compile_map(fn: Callable, mesh: Mesh, how: str, params: Any) -> Callable:
+def compile_map(
+  fn: Callable, mesh: Mesh, how: str, params: Any, *, name: str = ''
+) -> Callable:
   """A function (params, batch) -> arrays with one row an example, compiled.
 
-  The function returned gives NumPy arrays of all rows.
+  The function returned gives NumPy arrays of all rows. Its first call says
+  that `name` is compiled, unless that is empty.
   """
+  said = functools.partial(logs.compiling, name) if name else lambda f: f
   if how == 'pmap':
-    mapped = jax.pmap(fn, in_axes=(None, 0), devices=list(mesh.devices.flat))
+    mapped = said(
+      jax.pmap(fn, in_axes=(None, 0), devices=list(mesh.devices.flat))
+    )
     return lambda params, batch: jax.tree.map(
       lambda x: np.concatenate(np.asarray(x)), mapped(params, batch)
     )
-  mapped = jit_map(fn, mesh, params)
+  mapped = said(jit_map(fn, mesh, params))
   return lambda params, batch: jax.tree.map(np.asarray, mapped(params, batch))
 
 

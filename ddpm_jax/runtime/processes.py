@@ -211,7 +211,7 @@ def found() -> bool:
 @contextlib.contextmanager
 def _within(seconds: float, message: str) -> Iterator[None]:
   """Ends this process if what is inside takes longer."""
-  timer = threading.Timer(seconds, _exit, (1, message))
+  timer = threading.Timer(seconds, leave, (1, message))
   timer.daemon = True
   timer.start()
   try:
@@ -249,7 +249,7 @@ class _Links:
           time.sleep(GRACE)  # We may come to say the same.
           self.end(*said)
         else:
-          _exit(said[0], '')
+          leave(said[0], '')
     if not self.done[index].is_set():
       self.end(
         1,
@@ -273,7 +273,7 @@ class _Links:
   def end(self, code: int, message: str) -> NoReturn:
     self.last_word.acquire()
     self.tell('end', code, message)
-    _exit(code, message)
+    leave(code, message)
 
   def finish(self) -> None:
     """Waits until all have come to their end."""
@@ -289,7 +289,7 @@ class _Links:
 _links: _Links | None = None
 
 
-def _exit(code: int, message: str) -> NoReturn:
+def leave(code: int, message: str) -> NoReturn:
   """At once: what Python does at its end would wait for the others."""
   with tqdm.tqdm.external_write_mode(sys.stderr):  # in the place of a bar
     if message:

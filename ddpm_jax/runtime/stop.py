@@ -3,57 +3,136 @@
 import contextlib
 import os
 import signal
+import socket
+import threading
 from collections.abc import Callable
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+from ddpm_jax import errors
+from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import processes
+
+_STOPPING = 'stopping after this step'
+_AGAIN = f'{_STOPPING}; press again to quit'
 
 
 @contextlib.contextmanager
 def requests() -> Iterator[Callable[[int], bool]]:
   """Gives a function that tells, before each step, whether to stop there.
 
-  Of several processes one is asked, and all stop at the same step. The second
-  signal is not held back: it ends the program as it would have.
+  Of several processes one is asked, and all stop at the same step. The first
+  signal is answered at once, and the second ends the program at once, even
+  while XLA compiles. What is being saved then is as after a kill: the
+  checkpoint before it is whole.
   """
   if jax.process_count() > 1:
     with _of_many() as asked_at:
       yield asked_at
     return
   asked: list[int] = []
-  usual = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
-  def restore() -> None:
-    for number, handler in usual.items():
-      signal.signal(number, handler)
-
-  def ask(signum: int, frame: Any) -> None:
-    del frame
+  def hear(signum: int) -> None:
+    if asked:
+      _quit(signum)
     asked.append(signum)
-    restore()
+    logs.say(_AGAIN if signum == signal.SIGINT else _STOPPING)
 
-  for number in usual:
-    signal.signal(number, ask)
-  try:
+  with _heard(hear, signal.SIGINT, signal.SIGTERM):
     yield lambda step: bool(asked)
-  finally:
-    restore()
+
+
+@contextlib.contextmanager
+def second_quits() -> Iterator[None]:
+  """Ctrl-C raises KeyboardInterrupt as ever; a second one ends the program.
+
+  The first may have to wait for a compilation or for a batch, and says so.
+  """
+  asked: list[int] = []
+
+  def hear(signum: int) -> None:
+    if asked:
+      _quit(signum)
+    asked.append(signum)
+    logs.say('stopping; press again to quit')
+
+  with _listener(hear, signal.SIGINT):
+    yield
 
 
 @contextlib.contextmanager
 def _of_many() -> Iterator[Callable[[int], bool]]:
-  """SIGTERM is heard by JAX, which tells the others; Ctrl-C becomes one."""
+  """SIGTERM is heard by JAX, which tells the others; Ctrl-C becomes one.
 
-  def ask(signum: int, frame: Any) -> None:
-    del signum, frame
-    signal.signal(signal.SIGINT, usual)
+  JAX keeps SIGTERM to itself until the step at which all stop.
+  """
+  asked: list[int] = []
+
+  def hear(signum: int) -> None:
+    if asked:
+      _quit(signum)
+    asked.append(signum)
+    logs.say(_AGAIN)
     os.kill(os.getpid(), signal.SIGTERM)
 
-  usual = signal.signal(signal.SIGINT, ask)
+  def asked_at(step: int) -> bool:
+    stops = multihost_utils.reached_preemption_sync_point(step)
+    if stops and not asked:
+      logs.say(_STOPPING)
+    return stops
+
   try:
-    yield multihost_utils.reached_preemption_sync_point
+    with _heard(hear, signal.SIGINT):
+      yield asked_at
   finally:
-    signal.signal(signal.SIGINT, usual)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _quit(signum: int) -> None:
+  """Ends this program, and the other processes of a run, at once."""
+  if signum == signal.SIGTERM:
+    processes.leave(128 + signum, '')
+  error = KeyboardInterrupt()
+  processes.end_all(error)
+  processes.leave(*errors.verdict(error))
+
+
+@contextlib.contextmanager
+def _heard(hear: Callable[[int], None], *signals: int) -> Iterator[None]:
+  """Calls hear(signum) at once, in a thread, in the place of a handler."""
+  before = {s: signal.signal(s, lambda *_: None) for s in signals}
+  try:
+    with _listener(hear, *signals):
+      yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _listener(hear: Callable[[int], None], *signals: int) -> Iterator[None]:
+  """Calls hear(signum) at once, in a thread, beside Python's handlers.
+
+  Handlers in Python wait until a call of C++ returns, and a compilation is one
+  call of half a minute. The byte that Python writes into a socket does not.
+  """
+  inside, outside = socket.socketpair()
+
+  def listen() -> None:
+    while number := outside.recv(1):
+      if number[0] in signals:
+        hear(number[0])
+
+  inside.setblocking(False)
+  previous = signal.set_wakeup_fd(inside.fileno(), warn_on_full_buffer=False)
+  thread = threading.Thread(target=listen, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    signal.set_wakeup_fd(previous)
+    inside.close()
+    thread.join()
+    outside.close()

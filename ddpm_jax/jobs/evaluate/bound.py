@@ -89,10 +89,12 @@ def bound_of(
 ) -> likelihood.Bound:
   """The bound of the first `count` images, with a progress bar."""
   compiled = parallel.compile_map(
-    functions.bound(config, seed), mesh, config.parallel.engine, params
+    functions.bound(config, seed),
+    *(mesh, config.parallel.engine, params),
+    name='the bound',
   )
   parts = []
-  with logs.progress(count, 0, 'images') as bar:
+  with logs.Progress('evaluating', count) as bar:
     for batch, real in rows(config, mesh, source, count):
       part = compiled(params, batch)
       parts.append(jax.tree.map(lambda x, n=real: x[:n], part))

@@ -39,7 +39,7 @@ def extractor(
   engine = config.parallel.engine
   params = jax.device_put(params, parallel.replicated(mesh))
   compiled = parallel.compile_map(
-    functions.features(config), mesh, engine, params
+    functions.features(config), mesh, engine, params, name='Inception'
   )
 
   def extract(images: np.ndarray) -> inception.Features:
@@ -67,7 +67,7 @@ def of_source(
   """Of the first `count` images: this process's share of the batches."""
   share = spans(count, size)[jax.process_index() :: jax.process_count()]
   total = sum(stop - start for start, stop in share)
-  with logs.progress(total, 0, 'images') as bar:
+  with logs.Progress('features', total) as bar:
     for start, stop in share:
       index = np.arange(start, stop, dtype=np.int32)
       yield (start, stop), extract(source.gather(index)['image'])
@@ -128,7 +128,7 @@ def in_parts(
   total = sum(stop - start for start, stop in share)
   if done:
     logs.say(f'going on after {before} images')
-  with logs.progress(total, before, 'images') as bar:
+  with logs.Progress('drawing', total, initial=before) as bar:
     for start, stop in share:
       if (start, stop) in done:
         continue

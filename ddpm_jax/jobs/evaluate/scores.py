@@ -98,7 +98,8 @@ def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
   }
   entries = record.write_scores(args.workdir, entry)
   if args.output:
-    outputs.save(args.output, features.images(folder, spans), count, about)
+    drawn = logs.watched(features.images(folder, spans), 'saving', count)
+    outputs.save(args.output, drawn, count, about)
     logs.say(f'{count} images: {args.output}')
   shutil.rmtree(folder)
   print(record.table(entries) + record.best(entries, entry))

@@ -19,6 +19,7 @@ from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules as tables
 from ddpm_jax.jobs import sample
+from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
 
 
@@ -43,8 +44,12 @@ class Trained(NamedTuple):
     # Filled up with copies of the last row, until all devices have as many.
     index = np.arange(math.ceil(n / self.mesh.size) * self.mesh.size)
     filled = jax.tree.map(lambda x: x[np.minimum(index, n - 1)], rows)
-    compiled = parallel.compile_map(fn, self.mesh, engine, self.params)
-    out = compiled(self.params, parallel.put(filled, self.mesh, engine))
+    compiled = parallel.compile_map(
+      fn, self.mesh, engine, self.params, name='the figure'
+    )
+    with logs.Progress('drawing', n) as bar:
+      out = compiled(self.params, parallel.put(filled, self.mesh, engine))
+      bar.update(n)
     out = jax.tree.map(lambda x: x[:n], out)
     if isinstance(out, functions.Drawn):
       sample.check_finite(np.asarray(out.bad_t))

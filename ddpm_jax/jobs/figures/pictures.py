@@ -264,7 +264,7 @@ def neighbours(
   """
   best = np.zeros((len(drawn), 0, *drawn.shape[1:]), np.uint8)
   squares = np.zeros((len(drawn), 0))
-  with logs.progress(len(source), 0, 'images') as bar:
+  with logs.Progress('comparing', len(source)) as bar:
     for start in range(0, len(source), 1024):
       index = np.arange(start, min(start + 1024, len(source)), dtype=np.int32)
       more = source.gather(index)['image']
