@@ -439,6 +439,7 @@ def test_without_guidance_an_image_is_drawn_as_told():
     (dict(model__channels=6, model__groups=2), 'multiple of 4, its heads'),
     (dict(condition__length=8), 'length=8'),
     (dict(sampler__guidance=-1), 'guidance'),
+    (dict(condition__drop=0.0, sampler__guidance=2.0), 'drop=0.1'),
     (dict(sampler__guidance_interval=(0.9, 0.1)), 'interval'),
     (dict(sampler__guidance_rescale=2), 'rescale'),
     (dict(condition__name=''), 'for a network with a condition'),

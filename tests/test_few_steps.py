@@ -440,6 +440,16 @@ def test_a_sampler_draws_from_a_run(name, tiny_run, tmp_path):
       },
       'begin at T',
     ),
+    ({'schedule.name': 'jsd'}, 'predict to v or x0'),
+    (
+      {
+        'schedule.name': 'jsd',
+        'model.predict': 'x0',
+        'sampler.spacing': 'quad',
+        'sampler.steps': '10',
+      },
+      'begin at T',
+    ),
     ({'model.predict': 'mu', 'sampler.steps': '10'}, 'steps=1000'),
     ({'model.variance': 'learned', 'sampler.steps': '10'}, 'steps=1000'),
   ],

@@ -343,6 +343,8 @@ def test_words_leave_every_pixel_as_it_is(channels):
     (['--figure=forward', '--output=here'], r'\.png'),
     (['--figure=forward', '--mode=sample'], '--mode=figures'),
     (['--figure=interpolation', '--num_samples=1000'], '1000 pairs'),
+    (['--figure=gradients', '--num_samples=1'], '2 or more'),
+    (['--figure=quality', '--num_samples=1'], '2 or more'),
   ],
 )
 def test_mistakes_are_one_line(args, message, tiny_run):

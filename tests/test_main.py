@@ -454,6 +454,14 @@ def mistake(*args):
       ],
       'large t',
     ),
+    (
+      [
+        *(f'--config={DIGITS}', '--config.loss.name=min_snr'),
+        '--config.schedule.zero_terminal_snr=true',
+        '--config.model.predict=v',
+      ],
+      'not be learned',
+    ),
     (['--config=configs/ablation.py:eps'], 'eps_simple'),
     ([f'--config={DIGITS}', '--config.steps=-1'], 'steps'),
     (['--mode=sample', '--workdir=runs/none'], 'runs/none'),

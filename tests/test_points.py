@@ -8,6 +8,9 @@ from configs import swiss_roll
 from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import main
+from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import spacings
+from ddpm_jax.jobs import train
 
 SETS = ['swiss_roll', 'two_moons', 'eight_gaussians']
 
@@ -63,6 +66,18 @@ def test_points_train_and_are_drawn_and_sampled(tmp_path, capsys):
   ):
     with pytest.raises(errors.UserError, match=message):
       main.run(args)
+
+
+@pytest.mark.parametrize('spacing', [spacings.quadratic, spacings.leading])
+def test_both_rows_of_a_picture_are_of_the_same_times(spacing):
+  """q at the t that p's network is told, whatever the spacing."""
+  short = schedules.stride(schedules.linear(1000), 50, spacing)
+  steps, times = train.picture_times(short)
+  assert steps[0] == 50
+  assert steps[-1] == times[-1] == 0
+  assert times == [spacing(1000, 50)[k] for k in steps]
+  if spacing is spacings.quadratic:
+    assert times[steps.index(10)] == 40
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,11 @@ def asked(
       '--prompt is for models of config.condition.name=text'
     )
   if not prompts and not labels:
+    if kind not in ('', 'label') and config.condition.drop == 0:
+      raise errors.UserError(
+        'name a --prompt: with config.condition.drop=0 the network was never '
+        'trained without one'
+      )
     return [], None
   rows: Any
   if labels:

@@ -22,6 +22,7 @@ from ddpm_jax import functions
 from ddpm_jax import recipe
 from ddpm_jax.data import pipeline
 from ddpm_jax.diffusion import process
+from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import training
 from ddpm_jax.jobs import sample
 from ddpm_jax.metrics import distances
@@ -265,21 +266,17 @@ def point_pictures(
   A two-sample test is printed: the energy distance of samples and data, and how
   often it would be as large between two halves of one set.
   """
-  n, T = 2000 // mesh.size * mesh.size, config.sampler.steps
-  # Of the sampler's steps; closer together towards the end, where the shape
-  # appears.
-  times = sorted({round(T * (k / 9) ** 2) for k in range(10)}, reverse=True)
+  n = 2000 // mesh.size * mesh.size
   source, table = build.source(config), build.schedule(config)
-  short = functions.reverse_process(config).schedule
+  steps, times = picture_times(functions.reverse_process(config).schedule)
   data = source.gather(np.arange(n))['image']
   engine = config.parallel.engine
   index = parallel.put_whole(np.arange(n, dtype=np.int32), mesh, engine)
-  of_T = np.asarray(short.time)[times].tolist()
   eps = np.random.default_rng(config.seed).normal(size=data.shape)
-  forward = [np.asarray(process.q_sample(table, data, t, eps)) for t in of_T]
+  forward = [np.asarray(process.q_sample(table, data, t, eps)) for t in times]
   init = functools.partial(functions.init_state, config)
   draw = parallel.compile_map(
-    functions.chain(config, config.seed, times),
+    functions.chain(config, config.seed, steps),
     *(mesh, engine, jax.eval_shape(init).ema_params),
     name='the sampler',
   )
@@ -291,7 +288,7 @@ def point_pictures(
     reverse = list(chains.images.swapaxes(0, 1))
     if not processes.leads():
       return
-    titles = [f't = {t}' for t in of_T]
+    titles = [f't = {t}' for t in times]
     for ending in ('png', 'gif'):
       path = folder / f'progress{suffix}.{ending}'
       sets = {'q': forward, 'p': reverse}
@@ -308,6 +305,16 @@ def point_pictures(
     print(f'energy distance {distance:.5f}, p = {p_value:.3f}, n = {n}')
 
   return pictures
+
+
+def picture_times(schedule: schedules.Schedule) -> tuple[list[int], list[int]]:
+  """Up to ten steps of a sampler's schedule, from its last one to 0, and their t.
+
+  Closer together towards the end, where the shape appears.
+  """
+  T = schedule.T
+  steps = sorted({round(T * (k / 9) ** 2) for k in range(10)}, reverse=True)
+  return steps, np.asarray(schedule.time)[steps].tolist()
 
 
 def finish(

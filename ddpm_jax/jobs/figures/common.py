@@ -84,6 +84,18 @@ def real(config: ConfigDict, seed: int, count: int) -> np.ndarray:
   return source.gather(some(len(source), seed, count))['image']
 
 
+def need_two(figure: str, count: int) -> None:
+  """Refuses a figure of variances that would be of one image.
+
+  Raises:
+    UserError: if `count` is below 2.
+  """
+  if count < 2:
+    raise errors.UserError(
+      f'--figure={figure} is of variances over images, and needs 2 or more'
+    )
+
+
 def some(n: int, seed: int, count: int) -> np.ndarray:
   """`count` of n, in random order; all if they are fewer."""
   index = np.random.default_rng(seed).permutation(n)[:count]

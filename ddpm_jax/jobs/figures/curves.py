@@ -34,6 +34,7 @@ def quality(trained: common.Trained, count: int = 500) -> common.Drawn:
   Of x̂_0 at twenty times on the way, in the features of a classifier of the
   data; see `metrics/small.py`.
   """
+  common.need_two('quality', count)
   config, N = trained.config, trained.config.sampler.steps
   K = min(20, N)
   data, classifier = score.judge(config, trained.workdir)
@@ -116,6 +117,7 @@ def gradients(trained: common.Trained, count: int = 256) -> common.Drawn:
   """
   config, directions = trained.config, 8
   x0 = common.real(config, trained.seed, count)
+  common.need_two('gradients', len(x0))
   table, network = build.schedule(config), functions.reverse_process(config)
   predict = build.reverse(config, config.model.variance)['predict']
   times = np.array(common.spread(table.T, 20)[1:])
