@@ -29,7 +29,7 @@ def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def q_sample(
-  schedule: Schedule, x0: jax.Array, t: jax.Array, eps: jax.Array
+  schedule: Schedule, x0: jax.Array, t: jax.Array | int, eps: jax.Array
 ) -> jax.Array:
   """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε  (eq. 4).
 

@@ -308,7 +308,7 @@ def point_pictures(
 
 
 def picture_times(schedule: schedules.Schedule) -> tuple[list[int], list[int]]:
-  """Up to ten steps of a sampler's schedule, from its last one to 0, and their t.
+  """Up to ten steps of a sampler's schedule, from the last to 0, and their t.
 
   Closer together towards the end, where the shape appears.
   """
