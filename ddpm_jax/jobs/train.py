@@ -165,9 +165,9 @@ def train(
   unread = None
   every = config.log.every
   # All at once and beforehand: in the loop it would wait for the device.
-  written = np.arange(step // every + 1, config.steps // every + 1) * every
+  first = step // every + 1
+  written = np.arange(first, config.steps // every + 1) * every
   rates = np.asarray(jax.vmap(build.learning_rate(config))(written - 1))
-  learning_rate = dict(zip(written.tolist(), rates.tolist(), strict=True))
 
   with (
     logs.tensorboard(folder, step) as board,
@@ -185,7 +185,7 @@ def train(
         )
       logs.advance(bar, values['loss'], config.batch_size)
       if step % every == 0:
-        values['learning_rate'] = learning_rate[step]
+        values['learning_rate'] = float(rates[step // every - first])
         log.write(step, values, bar.seconds)
 
     while step < config.steps and not stop_asked(step):
