@@ -125,7 +125,7 @@ KEYS = {
   'data.names': TEXTS,
   'data.flip': FLAG,
   'data.max_unreadable': NATURAL,
-  'data.max_value': NATURAL,
+  'data.max_value': Range(int, 0, 65535),
   'model.name': TEXT,
   'model.predict': TEXT,
   'model.variance': TEXT,
