@@ -123,7 +123,8 @@ def get_config() -> ConfigDict:
   c.edit = ConfigDict()  # of an image with a mask (RePaint)
   # Steps back, to take them again; with as many steps or more there are none.
   c.edit.jump = 10
-  c.edit.resample = 10  # times that a step is taken, but for the first `jump`
+  # Times that a step is taken, but for the first few and the last.
+  c.edit.resample = 10
 
   c.codec = ConfigDict()
   c.codec.steps = 30  # that x_1 is told in; the more, the finer, and the slower

@@ -394,8 +394,8 @@ def trained(**changes):
   ids=lambda changes: ' '.join(f'{k}={v}' for k, v in changes.items()),
 )
 def test_one_device_is_eight_with_texts_and_guidance_too(changes):
-  losses, (images, _) = trained(**changes)
-  one_losses, (one_images, _) = trained(parallel__data=1)
+  losses, (images, *_) = trained(**changes)
+  one_losses, (one_images, *_) = trained(parallel__data=1)
   # As in test_parallel.
   np.testing.assert_allclose(losses, one_losses, rtol=2e-5)
   assert np.abs(images.astype(int) - one_images).max() <= 1

@@ -150,7 +150,7 @@ def test_interpolation_starts_there_and_shows_the_originals(trained):
   k, eps = functions.noise(run.config, 3, jnp.array([1]))
   first = 2  # ⌈10/8⌉ of 10 steps
   x_t = process.q_sample(p.schedule, a[1] / 127.5 - 1, first, eps[0])
-  x_0, _ = jax.jit(
+  x_0, *_ = jax.jit(
     lambda params: samplers.sample(
       *(p.step, p.schedule, p.model_fn(params), k, x_t[None]),
       times=range(first, 0, -1),

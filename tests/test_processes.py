@@ -352,7 +352,7 @@ def test_the_first_one_may_be_killed_too_and_one_may_just_hang(peers):
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    (['--num_processes=0'], '--num_processes=0 is not positive'),
+    (['--num_processes=0'], '--num_processes=0 must be at least 1'),
     (['--num_processes=2'], '--num_processes needs --coordinator'),
     (['--coordinator=a:1'], '--coordinator needs --num_processes'),
     (['--process_id=1'], '--process_id needs --coordinator'),
@@ -362,8 +362,11 @@ def test_the_first_one_may_be_killed_too_and_one_may_just_hang(peers):
     (['--coordinator=a:b', '--num_processes=2', '--process_id=1'], 'HOST:PORT'),
     (['--coordinator=:1', '--num_processes=2', '--process_id=1'], 'HOST:PORT'),
     (['--coordinator=a:1', '--num_processes=2', '--process_id=2'], '0..1'),
-    (['--coordinator=a:1', '--num_processes=2', '--process_id=-1'], '0..1'),
-    (['--start_timeout=0'], 'start_timeout=0 is not positive'),
+    (
+      ['--coordinator=a:1', '--num_processes=2', '--process_id=-1'],
+      'at least 0',
+    ),
+    (['--start_timeout=0'], 'start_timeout=0 must be at least 1'),
     (['--peer_timeout=1'], 'peer_timeout=1 is not 2 or more'),
   ],
 )

@@ -51,7 +51,7 @@ def test_a_run_is_scored_and_compared(workdir, capsys):
     if line.startswith('| tiny |')
   ]
   (bound,) = record.read(workdir)['bounds']
-  assert rows[0][:7] == ['tiny', '200', 'digits', 'EMA', 'train', '8', '2']
+  assert rows[0][:7] == ['tiny', '200', 'digits', 'EMA', 'all', '8', '2']
   assert f'{bound["bits_per_dim"]:.3f}' in rows[0]
   for row, found in zip(rows[1:], (first, second), strict=True):
     assert f'{found["frechet_distance"]:.3f}' in row

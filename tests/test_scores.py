@@ -265,7 +265,7 @@ def test_images_made_elsewhere_and_statistics_that_do_not_fit(
     (['--config.evaluate.resize=tf'], 'known: pytorch_fid, tensorflow'),
     (['--images=x'], 'name one of them'),
     (['--step=3'], 'no checkpoint 3'),
-    (['--config.evaluate.weights=best'], 'known: ema, raw'),
+    (['--config.evaluate.weights=best'], "known: '', ema, raw"),
     (['--reference=none.npz'], 'none.npz is not a file'),
     (['--workdir=runs/none'], 'runs/none'),
   ],

@@ -101,10 +101,10 @@ def inpaint(step: Callable, x0: jax.Array, mask: jax.Array) -> Callable:
 def jumps(T: int, jump: int = 10, resample: int = 10) -> list[int]:
   """RePaint's order of steps: the t of each step x_t -> x_{t-1}.
 
-  From T down to 1; on reaching t = 1, 1 + jump, 1 + 2 jump, ... below 1 + T -
-  jump the chain goes back up by `jump`, `resample` - 1 times each (Lugmayr et
-  al. 2022, appendix B, and their code). So the first `jump` steps are taken
-  once, and no jump starts at the clean image.
+  From T down to 1; on reaching x_t for t = 1, 1 + jump, 1 + 2 jump, ... below
+  1 + T - jump the chain goes back up by `jump`, `resample` - 1 times each
+  (Lugmayr et al. 2022, appendix B, and their code). So the steps above the
+  highest of these jumps are taken once, and so is that to the clean image.
 
   Raises:
     ValueError: if either is not positive.
