@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 from typing import NamedTuple
@@ -29,6 +30,11 @@ from ddpm_jax.runtime import processes
 _UNTOUCHED = 'those already there are as they were'
 
 Path = str | os.PathLike[str]
+
+
+# The save that each writer has begun, until it is waited for: only its result
+# ends the thread, and closes the files, that Orbax opens for a save.
+_under_way: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 class Restored(NamedTuple):
@@ -95,7 +101,9 @@ def save(
   items['about'] = {**about, 'crc32': fingerprint.crc32(about)}
   with _saving(checkpointer.directory, checkpointer):
     # Forced, or Orbax skips what its own policy thinks too early.
-    checkpointer.save_checkpointables_async(step, items, force=True)
+    _under_way[checkpointer] = checkpointer.save_checkpointables_async(
+      step, items, force=True
+    )
 
 
 def trained(state: Any) -> dict[str, Any]:
@@ -111,7 +119,11 @@ def trained(state: Any) -> dict[str, Any]:
 def wait(checkpointer: ocp.training.Checkpointer) -> None:
   """Returns when all is on disk. Raises UserError if saving failed."""
   with _saving(checkpointer.directory, checkpointer):
-    checkpointer.wait()
+    try:
+      checkpointer.wait()
+    finally:
+      if save := _under_way.pop(checkpointer, None):
+        save.result()
 
 
 def close(checkpointer: ocp.training.Checkpointer) -> None:
