@@ -386,6 +386,7 @@ def test_a_learned_variance_needs_as_many_channels():
     ('model.patch', 2),
     ('model.predict', 'mu'),
     ('sampler.variance', 'learned'),
+    ('sampler.spacing', 'quadratic'),
     ('model.multipliers', (2, 2)),
   ],
 )
@@ -426,6 +427,16 @@ def test_zero_terminal_snr_is_kept_both_ways():
   whole = recipe.flatten(recipe.shipped('cifar')) | keys
   _, scheduler = fields.from_recipe(whole, [])
   assert zero.items() <= scheduler.items()
+
+
+def test_the_only_step_of_one_is_the_same_both_ways():
+  """diffusers' linear has β_1 there, ours β_T."""
+  theirs = SCHEDULER | {'num_train_timesteps': 1, 'beta_start': 0.5}
+  keys = fields.to_recipe(CIFAR, theirs)
+  assert keys['schedule.beta_T'] == 0.5
+  whole = recipe.flatten(recipe.shipped('cifar')) | keys
+  _, scheduler = fields.from_recipe(whole, [0.5])
+  assert scheduler['trained_betas'] == [0.5]
 
 
 def copy_of(name, folder):

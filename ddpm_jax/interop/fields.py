@@ -160,7 +160,10 @@ def to_recipe(unet: Fields, scheduler: Fields) -> dict[str, Any]:
     'schedule.name': SCHEDULES[s['beta_schedule']],
     'schedule.T': s['num_train_timesteps'],
     'schedule.beta_1': float(s['beta_start']),
-    'schedule.beta_T': float(s['beta_end']),
+    # Of one step, theirs is β_1 and ours β_T.
+    'schedule.beta_T': float(
+      s['beta_end'] if s['num_train_timesteps'] > 1 else s['beta_start']
+    ),
     'schedule.zero_terminal_snr': s['rescale_betas_zero_snr'],
     'sampler.clip': s['clip_sample'],
     # The one that trains such a variance; else the recipe's own.
@@ -226,7 +229,8 @@ def from_recipe(
   }
   # Each under two names here.
   named = _back(SCHEDULES) | {'sqrt_linear': 'linear', 'quad': 'scaled_linear'}
-  if keys['schedule.name'] in named:
+  # Of one step, a named schedule has β_1 there and β_T here.
+  if keys['schedule.name'] in named and keys['schedule.T'] > 1:
     scheduler['beta_schedule'] = named[keys['schedule.name']]
   else:
     scheduler['trained_betas'] = [float(beta) for beta in betas]
@@ -268,6 +272,11 @@ def _check_exportable(keys: Fields) -> None:
       'sampler.variance',
       VARIANCES.values(),
       'a DDPMScheduler takes what the network says for σ², not for log σ²',
+    ),
+    (
+      'sampler.spacing',
+      ('linear', 'leading'),
+      'a DDPMScheduler has no such timestep_spacing',
     ),
   ):
     if keys[key] not in known:
