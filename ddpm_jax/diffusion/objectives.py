@@ -139,9 +139,7 @@ def two_noise(
   del variance
   _, eps, x_t = _one_step(schedule, keys, x0, t)
   out, _ = process.split(model_fn(x_t, t), x_t)
-  eps_hat = jax.vmap(_eps_hat, (None, None, 0, 0, 0))(
-    schedule, predict, x_t, out, t
-  )
+  eps_hat = _eps_hat(schedule, predict, x_t, out, t)
   share = schedule.beta[t] / schedule.one_minus_alpha_bar[t]
   return _mean_square(eps - jnp.sqrt(process.per_example(share, x0)) * eps_hat)
 
@@ -164,9 +162,7 @@ def one_noise(
   eps = process.normal(keys, x0.shape[1:])
   x_t = process.q_sample(schedule, x0, t, eps)
   out, _ = process.split(model_fn(x_t, t), x_t)
-  eps_hat = jax.vmap(_eps_hat, (None, None, 0, 0, 0))(
-    schedule, predict, x_t, out, t
-  )
+  eps_hat = _eps_hat(schedule, predict, x_t, out, t)
   share = schedule.beta[t] / schedule.one_minus_alpha_bar[t]
   return share * _mean_square(eps - eps_hat)
 
@@ -211,10 +207,12 @@ def _eps_hat(
   out: jax.Array,
   t: jax.Array,
 ) -> jax.Array:
-  """ε̂ of which the answer makes its mean: eq. 11 solved for it."""
+  """The ε̂ (B, ...) from which eq. 11 gives the mean that was predicted."""
   if predict is predictions.eps:
     return out
-  beta, mean = schedule.beta[t], predict.mean(schedule, x_t, out, t)
+  mean = jax.vmap(predict.mean, (None, 0, 0, 0))(schedule, x_t, out, t)
+  t = process.per_example(t, x_t)
+  beta = schedule.beta[t]
   scale = jnp.sqrt(schedule.one_minus_alpha_bar[t]) / beta
   return scale * (x_t - jnp.sqrt(1 - beta) * mean)
 
