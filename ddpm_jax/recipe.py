@@ -4,9 +4,11 @@ import ast
 import contextlib
 import difflib
 import json
+import logging
 import pathlib
 import runpy
 import sys
+from collections.abc import Collection
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,23 +24,39 @@ CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 FREE = (
   *('steps', 'sampler', 'edit', 'codec', 'evaluate'),
   *('parallel', 'checkpoint', 'log'),
+  # Where the data are; what they are is kept by `workdir.write_data`.
+  'data.path',
 )
+# Sections that may change under a run where --allow names them.
+ALLOWED = ('optimizer',)
 # Keys whose 0 leaves them to the data; a run that has begun keeps what it was.
 FROM_DATA = ('condition.classes', 'data.max_value')
 
 
 def resolve(
-  spec: str | None, folder: pathlib.Path | None, changes: dict[str, str]
+  spec: str | None,
+  folder: pathlib.Path | None,
+  changes: dict[str, str],
+  *,
+  allow: Collection[str] = (),
+  recover: bool = False,
 ) -> ConfigDict:
   """The recipe of --config or else of --workdir, with `changes` made.
+
+  Args:
+    spec: of --config.
+    folder: --workdir.
+    changes: {key: text} of the command line.
+    allow: see `check_same`.
+    recover: whether a config.json that is damaged or missing is read from the
+      newest checkpoint instead, with a warning; else it is refused.
 
   Raises:
     UserError: if there is none, it is wrong, or it is not the one that the
       workdir was begun with. A run without a checkpoint may be begun again
       with another.
   """
-  saved = workdir.read_config(folder) if folder else None
-  begun = from_json(saved) if saved else None
+  begun = saved(folder, recover=recover) if folder else None
   if spec:
     config = load(spec)
   elif begun:
@@ -50,8 +68,45 @@ def resolve(
   ranges.check(flatten(config))
   if folder and begun and workdir.has_checkpoint(folder):
     keep_found(config, begun)
-    check_same(config, begun, folder)
+    check_same(config, begun, folder, allow)
   return config
+
+
+def saved(folder: pathlib.Path, *, recover: bool = False) -> ConfigDict | None:
+  """The recipe that the run in `folder` was begun with; None if none was.
+
+  Raises:
+    UserError: config.json is damaged, and `recover` is false or there is no
+      checkpoint.
+  """
+  try:
+    values = workdir.read_config(folder)
+    begun = from_json(values) if values else None
+    if begun and recover:
+      ranges.check(flatten(begun))
+    wrong = '' if begun else f'{folder} has no config.json'
+  except errors.UserError as e:
+    begun, wrong = None, str(e)
+    if not workdir.has_checkpoint(folder):
+      raise
+    if not recover:
+      raise errors.UserError(
+        f'{e}; python -m ddpm_jax.main --workdir={folder} mends it from the '
+        'newest checkpoint'
+      ) from None
+  if begun or not recover:
+    return begun
+  if found := _of_checkpoint(folder):
+    logging.warning('%s: it is taken from the newest checkpoint', wrong)
+  return found
+
+
+def _of_checkpoint(folder: pathlib.Path) -> ConfigDict | None:
+  """The recipe in the newest checkpoint that can be read."""
+  from ddpm_jax.runtime import checkpoint  # seconds to import
+
+  found = checkpoint.newest_config(folder / 'checkpoints')
+  return from_json(found) if found else None
 
 
 def keep_found(config: ConfigDict, begun: ConfigDict) -> None:
@@ -203,39 +258,62 @@ def defaults() -> dict[str, Any]:
   return {}
 
 
-def check_same(config: ConfigDict, begun: ConfigDict, where: Any) -> None:
-  """Refuses a recipe that is not the one that was begun.
-
-  Raises:
-    UserError: naming the keys outside `FREE` that differ. A path of the data
-      that was not named, as in an imported run, may be.
-  """
+def changed(config: ConfigDict, begun: ConfigDict) -> dict[str, list[Any]]:
+  """{key: [before, now]} of the keys that differ, but for those in `FREE`."""
   here, there = flatten(config), flatten(begun)
-  if not there.get('data.path'):
-    there['data.path'] = here.get('data.path')
   for key in FROM_DATA:
     if not (here.get(key) and there.get(key)):
       there[key] = here.get(key)
-  changed = [
-    f'{key} ({there.get(key, "absent")!r} -> {here.get(key, "absent")!r})'
+  return {
+    key: [there.get(key), here.get(key)]
     for key in here | there
-    if here.get(key) != there.get(key) and key.split('.')[0] not in FREE
-  ]
-  if changed:
-    raise errors.UserError(
-      f'{where} was begun with another recipe; these keys differ: '
-      f'{", ".join(changed)}. Name another --workdir, or leave them be'
-    )
+    if here.get(key) != there.get(key)
+    and not {key, key.split('.')[0]} & {*FREE}
+  }
+
+
+def check_same(
+  config: ConfigDict,
+  begun: ConfigDict,
+  where: Any,
+  allow: Collection[str] = (),
+) -> None:
+  """Refuses a recipe that is not the one that was begun.
+
+  Args:
+    config: the recipe.
+    begun: that of the run.
+    where: what to call the run.
+    allow: sections of `ALLOWED` whose keys may differ too.
+
+  Raises:
+    UserError: naming the keys that differ.
+  """
+  differ = {
+    key: values
+    for key, values in changed(config, begun).items()
+    if key.split('.')[0] not in allow
+  }
+  if not differ:
+    return
+  listed = ', '.join(
+    f'{key} ({was!r} -> {now!r})' for key, (was, now) in differ.items()
+  )
+  may_change = all(key.split('.')[0] in ALLOWED for key in differ)
+  mend = ', or change them on purpose with --allow=optimizer' * may_change
+  raise errors.UserError(
+    f'{where} was begun with another recipe; these keys differ: {listed}. Name '
+    f'another --workdir, or leave them be{mend}'
+  )
 
 
 def is_another(config: ConfigDict, folder: pathlib.Path) -> bool:
   """Whether the workdir was begun with another recipe; see `check_same`."""
-  saved = workdir.read_config(folder)
   try:
-    check_same(config, from_json(saved) if saved else config, folder)
+    begun = saved(folder)
   except errors.UserError:
-    return True
-  return False
+    return True  # It is damaged, and there is no checkpoint.
+  return bool(begun and changed(config, begun))
 
 
 def image_size(config: ConfigDict) -> tuple[int, ...]:

@@ -1,10 +1,14 @@
 """Checkpoints: what is saved comes back bit for bit, or is not used."""
 
+import errno
+import importlib
 import logging
 import os
 import pathlib
+import pwd
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -438,3 +442,103 @@ def test_saves_leave_no_threads_and_no_open_files(tmp_path):
   once = saves(1, tmp_path / 'once')
   often = saves(20, tmp_path / 'often')
   assert np.all(often <= once + 2)  # 20 and 60 more, before
+
+
+@pytest.fixture
+def other_user(tmp_path):
+  """Makes this process one that file permissions hold for."""
+  if os.geteuid():
+    yield
+    return
+  for folder in (tmp_path, *tmp_path.parents[:3]):
+    folder.chmod(folder.stat().st_mode | 0o755)
+  nobody = pwd.getpwnam('nobody').pw_uid
+  os.chown(tmp_path, nobody, -1)
+  # What Orbax imports late may be of a folder that the other may not read.
+  importlib.import_module('grp')
+  os.seteuid(nobody)
+  yield
+  os.seteuid(0)
+
+
+@pytest.mark.parametrize(
+  'closed',
+  [
+    *('.', '2', '2/state', '2/state/manifest.ocdbt', '2/ema/_METADATA'),
+    *(
+      '2/ema/array_metadatas/process_0',
+      '2/about',
+      '2/about/data.json',
+      'data',
+    ),
+  ],
+)
+def test_what_cannot_be_read_is_not_taken_for_damaged(
+  closed, tmp_path, other_user, caplog, capfd
+):
+  root = tmp_path / 'run'
+  _saved(root, 1, 2)
+  path = _array_file(root / '2/state') if closed == 'data' else root / closed
+  assert _restore(root).step == 2  # as this user
+  before = path.stat().st_mode
+  path.chmod(0)
+  try:
+    with pytest.raises(errors.UserError, match='cannot read') as error:
+      _restore(root)
+    assert '\n' not in str(error.value)
+    if closed != '.':
+      checkpointer = checkpoint.open(root, keep=2)
+      with pytest.raises(errors.UserError, match='cannot read'):
+        _restore(checkpointer)
+      checkpointer.close()
+  finally:
+    path.chmod(before)
+  assert not caplog.records
+  assert 'never awaited' not in capfd.readouterr().err
+  assert checkpoint.steps(root) == [1, 2]  # Nothing was renamed.
+  assert _restore(root).step == 2
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    OSError(errno.EIO, 'Input/output error'),
+    OSError(errno.ESTALE, 'Stale file handle'),
+    OSError(errno.EMFILE, 'Too many open files'),
+    TimeoutError(errno.ETIMEDOUT, 'Connection timed out'),
+    ValueError('UNAVAILABLE: Error reading "gs://bucket/x": CURL error'),
+    ValueError('INTERNAL: Error reading local file [OS error code: 5]'),
+    ValueError('UNKNOWN: Failed to open [OS error code: 116: ESTALE]'),
+  ],
+)
+def test_storage_that_fails_says_nothing_of_the_content(
+  error, tmp_path, monkeypatch
+):
+  _saved(tmp_path, 1, 2)
+
+  def fail(*_):
+    raise ValueError('could not load') from error
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.ocp, 'load_checkpointables', fail)
+    checkpointer = checkpoint.open(tmp_path)
+    with pytest.raises(errors.UserError, match='cannot read'):
+      _restore(checkpointer)
+    checkpointer.close()
+  assert _restore(tmp_path).step == 2
+
+
+def test_an_older_checkpoint_under_a_newer_name_is_noticed(tmp_path, caplog):
+  _saved(tmp_path, 1, 2)
+  shutil.copytree(tmp_path / '1', tmp_path / '3')
+  assert _restore(tmp_path).step == 2
+  assert 'it is of step 1, under another name' in caplog.text
+
+
+def test_the_recipe_is_read_from_the_newest_checkpoint_that_has_one(tmp_path):
+  assert checkpoint.newest_config(tmp_path / 'none') is None
+  _saved(tmp_path, 1, 2)
+  DAMAGES['about changed'](tmp_path / '2')
+  assert checkpoint.newest_config(tmp_path) == {'lr': 1e-3}
+  DAMAGES['about removed'](tmp_path / '1')
+  assert checkpoint.newest_config(tmp_path) is None

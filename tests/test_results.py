@@ -131,3 +131,46 @@ def test_kinds_of_scores_have_a_table_each(tmp_path, capsys):
   assert (
     '| a | 5 | raw | 9 | ddim, 20 steps | digits | 0 | FID@9 7.25' in second
   )
+
+
+DAMAGE = {
+  'cut off': '{"bounds": [{"bits_per',
+  'zeros': '\0' * 64,
+  'not text': b'\xff\xfe\x00',
+  'empty': '',
+  'a list': '[1]',
+  'a number': '7',
+  'no list': '{"bounds": 3}',
+  'no objects': '{"bounds": [1, 2]}',
+  'deep': '[' * 100_000,
+  'NaN': '{"bounds": [{"rate": NaN}]}',
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_a_damaged_file_costs_no_finished_work(damage, tmp_path, caplog):
+  text = DAMAGE[damage]
+  text = text.encode() if isinstance(text, str) else text
+  (tmp_path / 'evaluation.json').write_bytes(text)
+  assert record.read(tmp_path) == {}
+  record.write_bound(tmp_path, HOW | FOUND)
+  assert bits(tmp_path) == [4.0]
+  (aside,) = tmp_path.glob('evaluation.json.damaged-*')
+  assert aside.read_bytes() == text
+  assert all('evaluation.json is damaged' in m for m in caplog.messages)
+  assert not any('\n' in m for m in caplog.messages)
+
+
+def test_compare_leaves_out_what_it_cannot_read_and_says_so(
+  tmp_path, capsys, caplog
+):
+  for run in 'abc':
+    (tmp_path / run).mkdir()
+  record.write_bound(tmp_path / 'a', HOW | FOUND)
+  (tmp_path / 'b' / 'evaluation.json').write_text('{"bits_per_dim": 3}')
+  (tmp_path / 'c' / 'score.json').write_text('{"frechet')
+  main.run(['--mode=compare', f'--workdir={tmp_path}'])
+  assert '| a | 100 |' in capsys.readouterr().out
+  first, second = caplog.messages
+  assert 'b: an entry is left out (no ' in first
+  assert 'score.json is damaged' in second

@@ -29,6 +29,7 @@ from ddpm_jax.data import store
 from ddpm_jax.jobs import sample
 from ddpm_jax.runtime import account
 from ddpm_jax.runtime import checkpoint
+from ddpm_jax.runtime import jsonfile
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime import processes
@@ -105,8 +106,9 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     UserError: if it is not one.
   """
   try:
-    return json.loads(path.read_text())['results']
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    found = jsonfile.read(path)['results']
+    return {name: {'value': float(x['value'])} for name, x in found.items()}
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise errors.UserError(
       f'--compare={path} is not what --mode=benchmark --json prints ({error})'
     ) from None

@@ -1,6 +1,7 @@
 """`--mode=compare`: tables of the runs in a folder."""
 
 import argparse
+import logging
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -38,9 +39,10 @@ def run(config: ConfigDict | None, args: argparse.Namespace) -> None:
   above = args.workdir or pathlib.Path('runs')
   tables = {
     title: [
-      row(folder.name, entry)
+      made
       for folder in sorted(path for path in above.glob('*') if path.is_dir())
       for entry in entries(folder)
+      if (made := _row(row, folder, entry))
     ]
     for title, (entries, row) in KINDS.items()
   }
@@ -51,6 +53,20 @@ def run(config: ConfigDict | None, args: argparse.Namespace) -> None:
     )
   shown = [f'{title}\n\n{table(x)}' for title, x in tables.items() if x]
   print('\n\n'.join(shown))
+
+
+def _row(
+  row: Callable[[str, results.Entry], Row],
+  folder: pathlib.Path,
+  entry: results.Entry,
+) -> Row | None:
+  """The row of an entry; None, and a warning, if it is not one of ours."""
+  try:
+    return row(folder.name, entry)
+  except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+    reason = f'no {e}' if isinstance(e, KeyError) else str(e)
+    logging.warning('%s: an entry is left out (%s)', folder, reason)
+    return None
 
 
 def table(rows: list[Row]) -> str:

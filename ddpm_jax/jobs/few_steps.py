@@ -98,8 +98,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
         f'{found["frechet_distance"]:.3f}, {rate:.1f} images/s'
       )
   path = args.workdir / 'few_steps.json'
-  before = results.read(path, TABLES, 'samplers')
-  results.add(path, before, TABLES, result, ['held_out', 'samplers'])
+  found_keys = ['held_out', 'samplers']
+  results.add(path, TABLES, 'samplers', result, found_keys)
   images.save_png(args.workdir / 'few_steps.png', plot(result))
   print(table(result))
   logs.say(f'all of it            {path}')

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -27,6 +28,13 @@ from ddpm_jax import errors
 from ddpm_jax.runtime import fingerprint
 from ddpm_jax.runtime import processes
 
+# What is missing from a checkpoint, or stands in the place of something else.
+_ABSENT = FileNotFoundError, NotADirectoryError, IsADirectoryError
+_STORAGE = re.compile(
+  'PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|'
+  'RESOURCE_EXHAUSTED|CANCELLED|OS error code: '
+)
+_CONTENT = re.compile('NOT_FOUND|OS error code: (2|20|21):')
 _UNTOUCHED = 'those already there are as they were'
 
 Path = str | os.PathLike[str]
@@ -94,6 +102,7 @@ def save(
     return
   items = {'ema': ema, 'state': state}
   about = {
+    'step': step,
     'data': data,
     'config': config,
     'arrays': fingerprint.describe(items),
@@ -139,10 +148,13 @@ def steps(path: Path) -> list[int]:
   """The finished checkpoints, oldest first; none if there is no such folder.
 
   Raises:
-    UserError: `path` is a file.
+    UserError: `path` is a file, or cannot be read.
   """
-  found = ocp.path.step.standard_name_format().find_all(_absolute(path))
-  return sorted(saved.step for saved in found)
+  names = ocp.path.step.standard_name_format()
+  try:
+    return sorted(saved.step for saved in names.find_all(_absolute(path)))
+  except OSError as e:
+    raise errors.UserError(f'cannot read {path} ({_line(e)})') from None
 
 
 def restore(
@@ -197,6 +209,21 @@ def restore_item(
   return step, items[item]
 
 
+def newest_config(path: Path) -> Any:
+  """The `config` of the newest checkpoint that can be read; None if none can.
+
+  Its arrays are not looked at.
+
+  Raises:
+    UserError: a file cannot be read, whatever it holds.
+  """
+  for step in reversed(steps(path)):
+    found, wrong = _try(os.path.join(_absolute(path), str(step)), {})
+    if not wrong:
+      return found['about']['config']
+  return None
+
+
 def _newest_whole(
   path: Path, known: list[int], abstract: dict[str, Any]
 ) -> tuple[int, dict[str, Any]]:
@@ -211,8 +238,12 @@ def _newest_whole(
 
 
 def _try(folder: str, abstract: dict[str, Any]) -> tuple[dict[str, Any], str]:
-  """The items of a whole checkpoint and '', or {} and what is wrong with it."""
-  items, wrong = {}, ''
+  """The items of a whole checkpoint and '', or {} and what is wrong with it.
+
+  Raises:
+    UserError: it cannot be read, whatever it holds.
+  """
+  items, wrong, unreadable = {}, '', False
   # The fault of the caller or of the device, not of the checkpoint.
   others = errors.UserError, jax.errors.JaxRuntimeError, MemoryError
   with _hushed():
@@ -221,12 +252,20 @@ def _try(folder: str, abstract: dict[str, Any]) -> tuple[dict[str, Any], str]:
     except Exception as error:
       if isinstance(_root(error), others):
         raise
-      wrong = _line(error)
+      wrong, unreadable = _line(error), _unreadable(error)
+      if closed := None if unreadable else _closed_folder(folder):
+        # Orbax takes what is in there to be absent.
+        wrong, unreadable = _line(closed), True
     if wrong:
       # Let the reads in flight end while no one hears them.
       gc.collect()
       time.sleep(0.5)
       gc.collect()
+  if unreadable:
+    raise errors.UserError(
+      f'cannot read checkpoint {folder} ({wrong}): nothing is changed; mend '
+      'that, and try again'
+    )
   # Each process reads its own part, but all must go on with the same step.
   if not np.all(multihost_utils.process_allgather(np.array(not wrong))):
     return {}, wrong or 'another process could not read it'
@@ -236,12 +275,39 @@ def _try(folder: str, abstract: dict[str, Any]) -> tuple[dict[str, Any], str]:
   return items, f'the bytes of {changed[0]} have changed' if changed else ''
 
 
+def _unreadable(error: BaseException) -> bool:
+  """Whether the storage failed, which says nothing of what it holds."""
+  seen: BaseException | None = error
+  while seen:
+    if isinstance(seen, OSError) and not isinstance(seen, _ABSENT):
+      # Those that Python itself raises for the content have no number.
+      return seen.errno is not None
+    # TensorStore raises a ValueError with a code of Abseil and, of a file
+    # system, that of the system.
+    if _STORAGE.search(str(seen)) and not _CONTENT.search(str(seen)):
+      return True
+    seen = seen.__cause__ or seen.__context__
+  return False
+
+
+def _closed_folder(folder: str) -> OSError | None:
+  """Why a folder in the checkpoint cannot be listed; None if all can."""
+  failed: list[OSError] = []
+  for _ in os.walk(folder, onerror=failed.append):
+    pass
+  return next((e for e in failed if not isinstance(e, _ABSENT)), None)
+
+
 def _load(folder: str, abstract: dict[str, Any]) -> dict[str, Any]:
   """The items of `abstract`, and `about`; raises anything if damaged."""
   with _context(alone=True):
     about = ocp.load_checkpointables(folder, {'about': None})['about']
     if about.pop('crc32') != fingerprint.crc32(about):
       raise ValueError('the bytes of about have changed')
+    # Those of earlier versions do not say.
+    step = about.get('step')
+    if step is not None and str(step) != os.path.basename(folder):
+      raise ValueError(f'it is of step {step}, under another name')
     _check_model(folder, about['arrays'], abstract)
     return {**ocp.load_checkpointables(folder, abstract), 'about': about}
 

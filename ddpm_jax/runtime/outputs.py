@@ -15,6 +15,7 @@ import numpy as np
 
 from ddpm_jax import errors
 from ddpm_jax.runtime import images
+from ddpm_jax.runtime import jsonfile
 from ddpm_jax.runtime import processes
 from ddpm_jax.runtime import workdir
 
@@ -169,8 +170,8 @@ def _read(path: pathlib.Path) -> About | None:
   if not path.exists():
     return None
   try:
-    values = json.loads(path.read_text())
-  except (OSError, ValueError):
+    values = jsonfile.read(path)
+  except (OSError, errors.UserError):
     values = None
   if not isinstance(values, dict) or not {'mode', 'run'} <= values.keys():
     raise errors.UserError(

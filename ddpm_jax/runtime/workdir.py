@@ -7,12 +7,14 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from ddpm_jax import errors
+from ddpm_jax.runtime import jsonfile
 
 
 def default(recipe: str) -> pathlib.Path:
@@ -126,17 +128,14 @@ def _read(file: pathlib.Path, kind: type, otherwise: str) -> Any:
   """The JSON of a file, None if there is none; refused where not of `kind`."""
   if not file.is_file():
     return None
-  try:
-    found = json.loads(file.read_text())
-  except ValueError as e:
-    raise errors.UserError(f'{file} is damaged: {e}') from None
+  found = jsonfile.read(file)
   if not isinstance(found, kind):
     raise errors.UserError(f'{file} is damaged: it holds {otherwise}')
   return found
 
 
 def _write(file: pathlib.Path, values: Any) -> None:
-  part = file.with_name(f'.{file.name}.part')
+  part = file.with_name(f'.{file.name}.{secrets.token_hex(4)}.part')
   part.write_text(json.dumps(values, indent=2) + '\n')
   os.replace(part, file)
 

@@ -9,6 +9,7 @@ from ddpm_jax.runtime import results
 
 NAME = 'evaluation.json'
 BOUNDS = 'bounds'
+MARK = 'bits_per_dim'  # of a bound in files of earlier versions
 SCORES = 'scores_of_samples'
 # What is found of a bound; the other keys of an entry say how.
 FOUND = (
@@ -23,31 +24,22 @@ def weights_key(config: ConfigDict) -> str:
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
-  """The bounds and the scores of a workdir; {} if there are none.
-
-  In files of earlier versions there is one bound, beside the scores.
-
-  Raises:
-    UserError: if the file is damaged.
-  """
-  values = results.read(folder / NAME, BOUNDS, 'bits_per_dim')
-  for bound in values.get(BOUNDS, []):
-    values |= {SCORES: bound.pop(SCORES)} if SCORES in bound else {}
-  return values
+  """The bounds and the scores of a workdir; {} if there are none."""
+  return results.read(folder / NAME, BOUNDS, MARK)
 
 
 def write_bound(
   folder: pathlib.Path, bound: dict[str, Any]
 ) -> list[dict[str, Any]]:
   """Adds a bound, in the place of one made in the same way; returns all."""
-  return results.add(folder / NAME, read(folder), BOUNDS, bound, FOUND)
+  return results.add(folder / NAME, BOUNDS, MARK, bound, FOUND)
 
 
 def write_scores(
   folder: pathlib.Path, entry: dict[str, Any]
 ) -> list[dict[str, Any]]:
   """Adds scores, in the place of those made in the same way; returns all."""
-  found = results.add(folder / NAME, read(folder), SCORES, entry, ['scores'])
+  found = results.add(folder / NAME, SCORES, MARK, entry, ['scores'])
   return sorted(found, key=lambda e: e['step'])
 
 
