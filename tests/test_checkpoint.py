@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -445,20 +446,22 @@ def test_saves_leave_no_threads_and_no_open_files(tmp_path):
 
 
 @pytest.fixture
-def other_user(tmp_path):
-  """Makes this process one that file permissions hold for."""
-  if os.geteuid():
-    yield
-    return
-  for folder in (tmp_path, *tmp_path.parents[:3]):
-    folder.chmod(folder.stat().st_mode | 0o755)
-  nobody = pwd.getpwnam('nobody').pw_uid
-  os.chown(tmp_path, nobody, -1)
-  # What Orbax imports late may be of a folder that the other may not read.
-  importlib.import_module('grp')
-  os.seteuid(nobody)
-  yield
-  os.seteuid(0)
+def of_another_user():
+  """A folder of a user that file permissions hold for, which we become."""
+  # Others may not enter the folders of pytest.
+  with tempfile.TemporaryDirectory() as folder:
+    if os.geteuid():
+      yield pathlib.Path(folder)
+      return
+    nobody = pwd.getpwnam('nobody').pw_uid
+    os.chown(folder, nobody, -1)
+    # What Orbax imports late may be where the other may not read.
+    importlib.import_module('grp')
+    os.seteuid(nobody)
+    try:
+      yield pathlib.Path(folder)
+    finally:
+      os.seteuid(0)
 
 
 @pytest.mark.parametrize(
@@ -474,9 +477,9 @@ def other_user(tmp_path):
   ],
 )
 def test_what_cannot_be_read_is_not_taken_for_damaged(
-  closed, tmp_path, other_user, caplog, capfd
+  closed, of_another_user, caplog, capfd
 ):
-  root = tmp_path / 'run'
+  root = of_another_user / 'run'
   _saved(root, 1, 2)
   path = _array_file(root / '2/state') if closed == 'data' else root / closed
   assert _restore(root).step == 2  # as this user

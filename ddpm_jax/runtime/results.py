@@ -23,8 +23,9 @@ def read(path: pathlib.Path, name: str, mark: str) -> dict[str, Any]:
   """The lists of a file, by name; {} if there is no file.
 
   A file of an earlier version is one entry, which has the key `mark`: it comes
-  back as a list `name` of it, beside the lists of objects that were in it. A damaged file is warned of and counts as none:
-  it must not cost what was measured now. `add` keeps it under another name.
+  back as a list `name` of it, beside the lists of objects that were in it. A
+  damaged file is warned of and counts as none: it must not cost what was
+  measured now. `add` keeps it under another name.
   """
   try:
     return _read(path, name, mark)
