@@ -22,6 +22,7 @@ from ddpm_jax import errors
 from ddpm_jax import models
 from ddpm_jax import recipe
 from ddpm_jax import registry
+from ddpm_jax.data import contents
 from ddpm_jax.data import sources
 from ddpm_jax.data import store
 from ddpm_jax.diffusion import likelihood
@@ -198,6 +199,17 @@ def source(
   if folder and checkpoint.steps(folder / 'checkpoints'):
     made = _as_saved(config, made, folder)
   return conditioning.attach(config, made)
+
+
+def changed_data(now: contents.Contents, folder: pathlib.Path) -> str:
+  """How the data differ from those that the run was begun with; or ''.
+
+  Runs of earlier versions did not keep what theirs were.
+  """
+  saved = workdir.read_data(folder)
+  if saved is None:
+    return ''
+  return contents.changes(contents.Contents(*saved), now)
 
 
 def _as_saved(

@@ -81,6 +81,13 @@ class RunError(RuntimeError):
   """
 
 
+class Diverged(RunError):
+  """A run whose loss or weights have stopped being numbers of use.
+
+  It would do so again: `main` exits with 2, which no script tries again.
+  """
+
+
 def finite(values: Mapping[str, Any], what: str) -> Mapping[str, Any]:
   """`values` as they are.
 
@@ -106,6 +113,8 @@ def verdict(error: BaseException) -> tuple[int, str]:
   if isinstance(error, OSError) and _no_room(error):
     where = f' ({error.filename})' if error.filename else ''
     return 2, f'error: {error.strerror}{where}: make room, and go on'
+  if isinstance(error, Diverged):
+    return 2, f'stopped: {error}'
   if isinstance(error, RunError):
     return 1, f'stopped: {error}'
   if isinstance(error, KeyboardInterrupt):

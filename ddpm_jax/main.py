@@ -30,6 +30,7 @@ stopped goes on when its --workdir is named again.
 
 # The flags that not all modes have, and those that do.
 ONLY = {
+  'allow': ['train'],
   'bytes': ['decompress'],
   'compare': ['benchmark'],
   'figure': ['figures'],
@@ -102,6 +103,13 @@ def parser() -> Parser:
   )
   p.add_argument(
     '--seed', type=int, help='of everything random (default: the recipe says)'
+  )
+  p.add_argument(
+    '--allow',
+    action='append',
+    choices=['optimizer', 'data'],
+    help='what may be another than the run was begun with: the keys of '
+    'config.optimizer, or the data; kept in changes.json; may be repeated',
   )
   p.add_argument(
     '--prompt',
@@ -327,7 +335,7 @@ def run(argv: list[str]) -> None:
   if args.mode in OF_A_RUN and not (args.mode == 'evaluate' and args.images):
     workdir.check_run(args.workdir)
   machine.keep_compiled()
-  args.changes = changes
+  args.changes, args.allow = changes, args.allow or []
   job = importlib.import_module(f'ddpm_jax.jobs.{args.mode}')
   with processes.together(
     *(args.coordinator, args.num_processes, args.process_id),
@@ -352,7 +360,11 @@ def config_of(args: argparse.Namespace) -> Any:
   from ddpm_jax import build
   from ddpm_jax import recipe
 
-  config = recipe.resolve(args.config, args.workdir, args.changes)
+  config = recipe.resolve(
+    *(args.config, args.workdir, args.changes),
+    allow=args.allow,
+    recover=args.mode == 'train',
+  )
   said = set(recipe.flatten(config) if args.config else args.changes)
   if args.mode in OF_THE_BOUND:
     said -= {'sampler.variance'}

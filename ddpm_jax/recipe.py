@@ -87,6 +87,8 @@ def saved(folder: pathlib.Path, *, recover: bool = False) -> ConfigDict | None:
     wrong = '' if begun else f'{folder} has no config.json'
   except errors.UserError as e:
     begun, wrong = None, str(e)
+    if 'config.json' not in wrong:
+      wrong = f'{folder}/config.json is damaged: {wrong}'
     if not workdir.has_checkpoint(folder):
       raise
     if not recover:

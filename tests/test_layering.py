@@ -47,9 +47,9 @@ INSIDE = {  # Rooms whose files have an order of their own.
       'stop',
       'target',
     ],
-    ['workdir'],
+    ['lock', 'workdir'],
     ['logs'],
-    ['account', 'arithmetic', 'fingerprint', 'processes'],
+    ['account', 'arithmetic', 'fingerprint', 'jsonfile', 'processes'],
   ],
   'metrics': [
     ['fidelity', 'small', 'weights'],

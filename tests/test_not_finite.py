@@ -93,6 +93,30 @@ def test_scores_name_the_score():
 
 
 def test_no_checkpoint_is_promised_that_is_not_there(tmp_path):
-  assert 'no checkpoint' in train.last_checkpoint(tmp_path)
-  (tmp_path / 'checkpoints').mkdir()
-  assert 'no checkpoint' in train.last_checkpoint(tmp_path)
+  assert 'no checkpoint' in str(train.diverged('x', tmp_path))
+  (tmp_path / 'checkpoints' / '7').mkdir(parents=True)
+  (tmp_path / 'checkpoints' / '9.orbax-checkpoint-tmp').mkdir()
+  assert 'is of step 7. To go on from it' in str(train.diverged('x', tmp_path))
+
+
+@pytest.mark.parametrize('weight', [np.nan, np.inf, -1e30, 1e6])
+@pytest.mark.parametrize('field', ['params', 'ema_params'])
+def test_weights_that_no_run_can_go_on_from_are_not_saved(
+  broken, field, weight, tmp_path
+):
+  config, _, params = broken
+  params = jax.tree.map(jnp.zeros_like, params)
+  state = jax.jit(functools.partial(functions.init_state, config))()
+  state = state.replace(params=params, ema_params=params)
+  train.check_weights(state, 3, tmp_path)
+  bad = params | {
+    'conv_out': {**params['conv_out'], 'bias': jnp.full(1, weight)}
+  }
+  with pytest.raises(errors.Diverged, match=r'after step 3 .*conv_out/bias'):
+    train.check_weights(state.replace(**{field: bad}), 3, tmp_path)
+
+
+def test_a_run_that_diverged_is_not_to_be_tried_again():
+  code, line = errors.verdict(errors.Diverged('the loss is nan'))
+  assert code == 2
+  assert 'the loss is nan' in line

@@ -95,12 +95,20 @@ def test_what_is_learned_must_not_change_and_the_rest_may():
   assert "loss.t ('uniform' -> 'stratified')" in str(caught.value)
 
 
-def test_a_path_of_the_data_may_be_named_later_but_not_changed():
-  recipe.check_same(overridden(data__path='x'), base.get_config(), 'here')
-  with pytest.raises(errors.UserError, match=r"data\.path \('x' -> 'y'\)"):
-    recipe.check_same(
-      overridden(data__path='y'), overridden(data__path='x'), 'here'
-    )
+def test_data_may_move_and_the_optimizer_change_on_purpose():
+  begun = overridden(data__path='x')
+  recipe.check_same(overridden(data__path='y'), begun, 'here')
+  c = overridden(optimizer__learning_rate='1e-5')
+  with pytest.raises(errors.UserError, match='--allow=optimizer'):
+    recipe.check_same(c, begun, 'here')
+  recipe.check_same(c, begun, 'here', ['optimizer'])
+  assert recipe.changed(c, begun) == {'optimizer.learning_rate': [2e-4, 1e-5]}
+  c = overridden(optimizer__learning_rate='1e-5', model__channels='8')
+  with pytest.raises(
+    errors.UserError, match=r'differ: model\.channels \('
+  ) as e:
+    recipe.check_same(c, begun, 'here', ['optimizer'])
+  assert '--allow' not in str(e.value)
 
 
 def test_an_unknown_key_names_the_nearest():

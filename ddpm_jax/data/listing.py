@@ -30,7 +30,8 @@ Labels = tuple[np.ndarray, tuple[str, ...]]  # int32 (n,), names of classes
 def find(folder: str) -> list[str]:
   """Paths of the images under `folder`, relative to it, with /, sorted.
 
-  Links are followed; hidden files and folders are passed over.
+  Links are followed. Hidden files and folders are passed over, and so are
+  workdirs, whose pictures are not data.
 
   Raises:
     UserError: `folder` is not a folder, or holds no image.
@@ -40,9 +41,18 @@ def find(folder: str) -> list[str]:
   if not os.path.isdir(folder):
     what = 'is not a folder' if os.path.exists(folder) else 'does not exist'
     raise errors.UserError(f'{folder} {what}; set --config.data.path')
+  if is_run(folder):
+    raise errors.UserError(
+      f'{folder} is the workdir of a run, whose pictures are not data: keep '
+      'them apart, and set --config.data.path'
+    )
   names = []
   for here, folders, files in os.walk(folder, followlinks=True):
-    folders[:] = [f for f in folders if not f.startswith('.')]
+    folders[:] = [
+      f
+      for f in folders
+      if not (f.startswith('.') or is_run(os.path.join(here, f)))
+    ]
     below = os.path.relpath(here, folder).replace(os.sep, '/')
     names += [
       posixpath.normpath(posixpath.join(below, name))
@@ -54,6 +64,12 @@ def find(folder: str) -> list[str]:
       f'{folder} holds no image ({" ".join(SUFFIXES)}); set --config.data.path'
     )
   return sorted(names)
+
+
+def is_run(folder: str) -> bool:
+  """Whether a folder is a workdir."""
+  parts = 'config.json', 'checkpoints'
+  return all(os.path.exists(os.path.join(folder, part)) for part in parts)
 
 
 def natural(name: str) -> Any:

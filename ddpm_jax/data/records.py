@@ -72,6 +72,11 @@ def texts(
   return [read(data[i]) for i in range(len(data))]
 
 
+def full_name(name: str, path: str, split: str) -> str:
+  """Such as `cifar10/3.0.2[train]`."""
+  return f'{_builder(name, path).info.full_name}[{split}]'
+
+
 def _not_a_notice_of_tfds(record: logging.LogRecord) -> bool:
   ours = 'tensorflow_datasets' not in record.pathname
   return ours or record.levelno >= logging.ERROR

@@ -17,6 +17,7 @@ import numpy as np
 from ddpm_jax import errors
 from ddpm_jax.data import arrayfile
 from ddpm_jax.data import captions as caption_files
+from ddpm_jax.data import contents
 from ddpm_jax.data import decode
 from ddpm_jax.data import listing
 from ddpm_jax.data import points as point_sets
@@ -58,7 +59,10 @@ def arrays(
     return decode.fit_array(images[i], shape), int(labels[i])
 
   files = store.Files(len(labels), read, lambda i: f'{path}[{i}]', names)
-  return store.from_files(files, shape, max_unreadable=0)
+  made = store.from_files(files, shape, max_unreadable=0)
+  return dataclasses.replace(
+    made, held=store.from_arrays(images, labels, names).held
+  )
 
 
 def folder(
@@ -88,9 +92,19 @@ def folder(
   def read(i: int) -> tuple[np.ndarray, int]:
     return decode.read(files[i], shape, largest), int(labels[i])
 
+  def held() -> contents.Contents:
+    classes = [*class_names, None]
+    told = texts or [()] * len(names)
+    return contents.of(
+      (names[i], (os.stat(files[i]).st_size, classes[labels[i]], told[i]))
+      for i in range(len(names))
+    )
+
   found = store.Files(len(names), read, names.__getitem__, class_names)
   made = store.from_files(found, shape, max_unreadable)
-  return dataclasses.replace(made, captions=tuple(texts), max_value=largest)
+  return dataclasses.replace(
+    made, captions=tuple(texts), max_value=largest, held=held
+  )
 
 
 def tfds(
@@ -128,7 +142,11 @@ def tfds(
 
   files = store.Files(len(data), read, lambda i: f'{tfds}[{i}]', class_names)
   made = store.from_files(files, shape, max_unreadable)
-  return dataclasses.replace(made, captions=tuple(texts), max_value=largest)
+  # A version of a set is never changed.
+  held = contents.of([(records.full_name(tfds, path, split), len(data))])
+  return dataclasses.replace(
+    made, captions=tuple(texts), max_value=largest, held=lambda: held
+  )
 
 
 def points(

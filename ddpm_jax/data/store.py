@@ -11,6 +11,7 @@ import numpy as np
 import tqdm
 
 from ddpm_jax import errors
+from ddpm_jax.data import contents
 from ddpm_jax.data import decode
 
 # Bytes of pixels that are kept in memory: little beside what a host that
@@ -34,6 +35,7 @@ class Source:
   captions: those of each id; () without captions.
   max_value: the value of the files that became 255, where images have 16 bits;
     else 0.
+  held: what tells whether the data are still the same.
   """
 
   length: int
@@ -41,6 +43,7 @@ class Source:
   class_names: tuple[str, ...] = ()
   captions: tuple[tuple[str, ...], ...] = ()
   max_value: int = 0
+  held: Callable[[], contents.Contents] = lambda: contents.of([])
 
   def __len__(self) -> int:
     return self.length
@@ -76,7 +79,12 @@ def from_arrays(
       'id': ids[indices],
     }
 
-  return Source(len(labels), gather, class_names)
+  def found() -> contents.Contents:
+    named = [*class_names, -1] if class_names else None
+    marks = [named[i] for i in labels] if named else labels.tolist()
+    return contents.of_array(images, marks)
+
+  return Source(len(labels), gather, class_names, held=found)
 
 
 def relabelled(source: Source, names: tuple[str, ...]) -> Source:

@@ -2,11 +2,13 @@
 
 import argparse
 import contextlib
+import datetime
 import functools
 import math
 import pathlib
 import shlex
 from collections.abc import Callable
+from collections.abc import Collection
 from typing import Any
 
 import grain
@@ -21,13 +23,16 @@ from ddpm_jax import errors
 from ddpm_jax import functions
 from ddpm_jax import recipe
 from ddpm_jax.data import pipeline
+from ddpm_jax.data import store
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import training
 from ddpm_jax.jobs import sample
 from ddpm_jax.metrics import distances
 from ddpm_jax.runtime import checkpoint
+from ddpm_jax.runtime import fingerprint
 from ddpm_jax.runtime import images
+from ddpm_jax.runtime import lock
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime import processes
@@ -36,45 +41,73 @@ from ddpm_jax.runtime import workdir
 
 many_processes = True
 
+# Of a weight. Those of a network that learns are below 100; products of some
+# like this leave the range of float32 within a few layers.
+LARGEST = 1e6
+
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
   """Trains up to `config.steps`, from the newest checkpoint if there is one.
 
   Raises:
-    UserError: if recipe, devices, data or workdir do not do.
-    RunError: if the loss stops being a number.
+    UserError: if recipe, devices, data or workdir do not do, or another
+      program is writing into the workdir.
+    Diverged: if loss or weights stop being numbers of use.
   """
-  several = jax.process_count() > 1
-  if several and not args.workdir:
+  if jax.process_count() > 1 and not args.workdir:
     raise errors.UserError('several processes need one --workdir: name it')
-  folder = args.workdir or workdir.default(pathlib.Path(args.config).stem)
   # What may be refused comes first, then what takes long.
   checks.basics(config)
   mesh = build.mesh(config)
   rough = conditioning.provisional(config)
   functions.train_step(rough, parallel.parts(mesh))
   functions.reverse_process(rough)
+  new = not args.workdir
+  folder = args.workdir or workdir.default(pathlib.Path(args.config).stem)
   workdir.check(folder)
+  check_apart(config, folder)
+  with lock.held(folder, new=new):
+    state = train_in(config, args, folder, mesh)
+  if args.stopped_code and int(state.step) < config.steps:
+    raise SystemExit(args.stopped_code)
+
+
+def check_apart(config: ConfigDict, folder: pathlib.Path) -> None:
+  """Refuses a workdir whose pictures would become data.
+
+  Raises:
+    UserError: it is the folder of the data.
+  """
+  data = pathlib.Path(config.data.path).expanduser()
+  if config.data.name == 'folder' and data.resolve() == folder.resolve():
+    raise errors.UserError(
+      f'--workdir={folder} is the folder of the data, and the pictures of the '
+      'run would be taken for data: keep them apart'
+    )
+
+
+def train_in(
+  config: ConfigDict,
+  args: argparse.Namespace,
+  folder: pathlib.Path,
+  mesh: jax.sharding.Mesh,
+) -> training.TrainState:
+  """Trains in a workdir that is this program's alone."""
   source = build.source(config, folder=folder)
   config = conditioning.settled(config, source)
   step_fn = functions.train_step(config, parallel.parts(mesh))
   pictures = picture_maker(config, mesh, folder, args.num_samples)
   told = conditioning.of_data(config, source, args.num_samples)
   pictures = functools.partial(pictures, told=told)
-  workdir.create(folder)
-  # A run keeps its own devices, where it has moved to others.
-  saved = recipe.to_json(config) | {'parallel': args.parallel}
-  if recipe.is_another(config, folder):
-    logs.say(f'{folder} has no checkpoint: it is begun again, with this recipe')
-  if processes.leads():
-    if not (
-      checkpoint.steps(folder / 'checkpoints')
-      or workdir.keeps_no_classes(folder)
-    ):
-      workdir.write_classes(folder, source.class_names)
-    workdir.write_config(folder, saved)
-  if several:
-    workdir.wait_for_config(folder, saved)
+  batches = pipeline.batches(
+    source,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  begin(config, args, folder, source)
+  several = jax.process_count() > 1
   many = f' of {jax.process_count()} processes' if several else ''
   logs.say(
     f'{len(source)} images, {mesh.size} device(s){many}, workdir {folder}'
@@ -94,16 +127,10 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     stack.callback(checkpoint.close, checkpoints)
     # All raise a RunError, and at the same step: what is under way is saved.
     stack.enter_context(processes.one_fails_all(errors.RunError))
-    batches = pipeline.batches(
-      source,
-      batch_size=config.batch_size,
-      seed=config.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-    state = start(config, mesh, checkpoints, batches)
+    state = start(config, mesh, checkpoints, batches, args.allow)
 
     def save(state: training.TrainState, step: int) -> None:
+      check_weights(state, step, folder)
       checkpoint.save(
         checkpoints,
         step,
@@ -117,8 +144,86 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
       config, mesh, folder, step_fn, state, batches, save, pictures, stop_asked
     )
   finish(config, folder, state, pictures)
-  if args.stopped_code and int(state.step) < config.steps:
-    raise SystemExit(args.stopped_code)
+  return state
+
+
+def begin(
+  config: ConfigDict,
+  args: argparse.Namespace,
+  folder: pathlib.Path,
+  source: store.Source,
+) -> None:
+  """Keeps in the workdir what the run is, once nothing is left to refuse.
+
+  Raises:
+    UserError: the data are not those that it was begun with.
+  """
+  # A run keeps its own devices, where it has moved to others.
+  saved = recipe.to_json(config) | {'parallel': args.parallel}
+  if processes.leads():
+    known = checkpoint.steps(folder / 'checkpoints')
+    changed: dict[str, Any] = {}
+    if not workdir.has_checkpoint(folder):
+      if recipe.is_another(config, folder):
+        logs.say(
+          f'{folder} has no checkpoint: it is begun again, with this recipe'
+        )
+    elif args.allow:
+      begun = checkpoint.newest_config(folder / 'checkpoints')
+      changed = recipe.changed(config, recipe.from_json(begun)) if begun else {}
+    held = source.held()
+    if known and (differ := build.changed_data(held, folder)):
+      if 'data' not in args.allow:
+        raise errors.UserError(
+          f'the data are not those that {folder} was begun with ({differ}): '
+          'give it those, or go on with these on purpose with --allow=data'
+        )
+      changed['data'] = differ
+    if changed:
+      now = datetime.datetime.now().isoformat(timespec='seconds')
+      step = known[-1] if known else 0
+      workdir.add_change(folder, {'step': step, 'time': now, **changed})
+      logs.say(f'changed from step {step}, see changes.json: {changed}')
+    if not (known or workdir.keeps_no_classes(folder)):
+      workdir.write_classes(folder, source.class_names)
+    workdir.write_data(folder, held)
+    workdir.write_config(folder, saved)
+  if jax.process_count() > 1:
+    workdir.wait_for_config(folder, saved)
+
+
+def check_weights(
+  state: training.TrainState, step: int, folder: pathlib.Path
+) -> None:
+  """Refuses to save what no run can go on from.
+
+  The loss of a step is that of the weights before it.
+
+  Raises:
+    Diverged: naming an array.
+  """
+  weights = {'params': state.params, 'ema': state.ema_params}
+  found = fingerprint.first_beyond(weights, LARGEST) or (
+    fingerprint.first_beyond({'opt_state': state.opt_state})
+  )
+  if found:
+    name, value = found
+    raise diverged(f'after step {step} {name} has grown to {value:.3g}', folder)
+
+
+def diverged(what: str, folder: pathlib.Path) -> errors.Diverged:
+  """The error for a run that must not be tried again as it is."""
+  saved = checkpoint.steps(folder / 'checkpoints')
+  if not saved:
+    return errors.Diverged(
+      f'{what}; no checkpoint was saved in {folder} yet. Try a lower '
+      '--config.optimizer.learning_rate, or another --seed'
+    )
+  return errors.Diverged(
+    f'{what}; the last checkpoint in {folder} is of step {saved[-1]}. To go on '
+    'from it, add --allow=optimizer and a lower '
+    '--config.optimizer.learning_rate'
+  )
 
 
 def start(
@@ -126,6 +231,7 @@ def start(
   mesh: jax.sharding.Mesh,
   checkpoints: Any,
   batches: grain.DatasetIterator,
+  allow: Collection[str] = (),
 ) -> training.TrainState:
   """The state of the newest whole checkpoint, or else of step 0.
 
@@ -139,7 +245,7 @@ def start(
   if saved is None:
     return parallel.init_state(init, mesh)
   begun = recipe.from_json(saved.config)
-  recipe.check_same(config, begun, f'checkpoint {saved.step}')
+  recipe.check_same(config, begun, f'checkpoint {saved.step}', allow)
   logs.say(f'going on from step {saved.step}')
   batches.set_state(saved.data)
   return abstract.replace(**saved.state, ema_params=saved.ema)
@@ -178,10 +284,10 @@ def train(
     def read(step: int, metrics: dict[str, jax.Array]) -> None:
       values = {name: float(x) for name, x in jax.device_get(metrics).items()}
       if not all(math.isfinite(x) for x in values.values()):
-        raise errors.RunError(
+        raise diverged(
           f'at step {step} the loss is {values["loss"]} and the gradient '
-          f'{values["grad_norm"]}; {last_checkpoint(folder)}. Try a lower '
-          '--config.optimizer.learning_rate, or another --seed'
+          f'{values["grad_norm"]}',
+          folder,
         )
       logs.advance(bar, values['loss'], config.batch_size)
       if step % every == 0:
@@ -197,7 +303,6 @@ def train(
         read(*unread)
       unread = step, metrics
 
-      # All that is saved is known to be finite.
       if step % config.checkpoint.every == 0:
         read(*unread)
         unread = None
@@ -216,14 +321,6 @@ def train(
       read(*unread)
     save(state, step)
   return state
-
-
-def last_checkpoint(folder: pathlib.Path) -> str:
-  """What there is to go on from, in words."""
-  saved = checkpoint.steps(folder / 'checkpoints')
-  if not saved:
-    return f'no checkpoint was saved in {folder} yet'
-  return f'the last checkpoint in {folder} is of step {saved[-1]}'
 
 
 def drawn(folder: pathlib.Path, suffix: str) -> dict[str, pathlib.Path]:

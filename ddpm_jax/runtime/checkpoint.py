@@ -210,17 +210,21 @@ def restore_item(
 
 
 def newest_config(path: Path) -> Any:
-  """The `config` of the newest checkpoint that can be read; None if none can.
+  """The `config` of the newest checkpoint that has one; None if none has.
 
-  Its arrays are not looked at.
+  The arrays are not looked at. For one process, whatever the others do.
 
   Raises:
     UserError: a file cannot be read, whatever it holds.
   """
   for step in reversed(steps(path)):
-    found, wrong = _try(os.path.join(_absolute(path), str(step)), {})
-    if not wrong:
-      return found['about']['config']
+    folder = os.path.join(_absolute(path), str(step))
+    with _hushed():
+      try:
+        return _about(folder)['config']
+      except Exception as error:
+        if _unreadable(error):
+          raise _cannot_read(folder, _line(error)) from error
   return None
 
 
@@ -262,10 +266,7 @@ def _try(folder: str, abstract: dict[str, Any]) -> tuple[dict[str, Any], str]:
       time.sleep(0.5)
       gc.collect()
   if unreadable:
-    raise errors.UserError(
-      f'cannot read checkpoint {folder} ({wrong}): nothing is changed; mend '
-      'that, and try again'
-    )
+    raise _cannot_read(folder, wrong)
   # Each process reads its own part, but all must go on with the same step.
   if not np.all(multihost_utils.process_allgather(np.array(not wrong))):
     return {}, wrong or 'another process could not read it'
@@ -273,6 +274,13 @@ def _try(folder: str, abstract: dict[str, Any]) -> tuple[dict[str, Any], str]:
   now = fingerprint.describe({item: items[item] for item in abstract})
   changed = [name for name in now if now[name] != saved[name]]
   return items, f'the bytes of {changed[0]} have changed' if changed else ''
+
+
+def _cannot_read(folder: str, wrong: str) -> errors.UserError:
+  return errors.UserError(
+    f'cannot read checkpoint {folder} ({wrong}): nothing is changed; mend '
+    'that, and try again'
+  )
 
 
 def _unreadable(error: BaseException) -> bool:
@@ -300,16 +308,23 @@ def _closed_folder(folder: str) -> OSError | None:
 
 def _load(folder: str, abstract: dict[str, Any]) -> dict[str, Any]:
   """The items of `abstract`, and `about`; raises anything if damaged."""
+  about = _about(folder)
   with _context(alone=True):
-    about = ocp.load_checkpointables(folder, {'about': None})['about']
-    if about.pop('crc32') != fingerprint.crc32(about):
-      raise ValueError('the bytes of about have changed')
-    # Those of earlier versions do not say.
-    step = about.get('step')
-    if step is not None and str(step) != os.path.basename(folder):
-      raise ValueError(f'it is of step {step}, under another name')
     _check_model(folder, about['arrays'], abstract)
     return {**ocp.load_checkpointables(folder, abstract), 'about': about}
+
+
+def _about(folder: str) -> dict[str, Any]:
+  """Raises anything if it is damaged."""
+  with _context(alone=True):
+    about = ocp.load_checkpointables(folder, {'about': None})['about']
+  if about.pop('crc32') != fingerprint.crc32(about):
+    raise ValueError('the bytes of about have changed')
+  # Those of earlier versions do not say.
+  step = about.get('step')
+  if step is not None and str(step) != os.path.basename(folder):
+    raise ValueError(f'it is of step {step}, under another name')
+  return about
 
 
 def _check_model(

@@ -1,6 +1,7 @@
 """What tells whether an array is still the one that was saved."""
 
 import json
+import math
 import zlib
 from typing import Any
 
@@ -47,15 +48,25 @@ def of_array(x: jax.Array) -> jax.Array:
 
 def first_not_finite(tree: Any) -> str | None:
   """The name of the first array that holds NaN or ∞; None if none does."""
+  found = first_beyond(tree)
+  return found[0] if found else None
+
+
+def first_beyond(
+  tree: Any, bound: float = math.inf
+) -> tuple[str, float] | None:
+  """The first array with an |element| of `bound` or more, or NaN; and that."""
   for name, x in named(tree):
-    if jnp.issubdtype(x.dtype, jnp.inexact) and not bool(_finite(x)):
-      return name
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+      largest = float(_largest(x))
+      if not largest < bound:
+        return name, largest
   return None
 
 
 @jax.jit
-def _finite(x: jax.Array) -> jax.Array:
-  return jnp.all(jnp.isfinite(x))
+def _largest(x: jax.Array) -> jax.Array:
+  return jnp.max(jnp.abs(x), initial=0)  # NaN, if there is one
 
 
 def crc32(about: dict[str, Any]) -> int:

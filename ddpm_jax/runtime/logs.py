@@ -5,6 +5,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pathlib
@@ -23,6 +24,7 @@ import tqdm
 from PIL import Image
 
 from ddpm_jax import errors
+from ddpm_jax.runtime import jsonfile
 from ddpm_jax.runtime import processes
 
 T = TypeVar('T')
@@ -38,11 +40,29 @@ def say(message: str) -> None:
 
 
 def read(path: pathlib.Path) -> list[dict[str, float]]:
-  """The lines of a metrics.jsonl, without a last one that a kill cut short."""
+  """The lines of a metrics.jsonl.
+
+  One that a kill cut short, or that is damaged, is left out; damage is said.
+  """
   if not path.exists():
     return []
-  lines = path.read_text().splitlines(keepends=True)
-  return [json.loads(line) for line in lines if line.endswith('\n')]
+  found, wrong = [], []
+  for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+    try:
+      values = jsonfile.parse(line)
+      whole = isinstance(values, dict) and type(values['step']) is int
+    except (ValueError, KeyError):
+      whole = False
+    if whole:
+      found.append(values)
+    elif line.endswith(b'\n'):
+      wrong.append(number)
+  if wrong:
+    logging.warning(
+      '%s: %d line(s) are damaged and left out, the first is line %d',
+      *(path, len(wrong), wrong[0]),
+    )
+  return found
 
 
 class Board:
@@ -122,6 +142,14 @@ class Metrics:
     self._board.scalars(step, line)
 
 
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> float:
+  return value if _is_number(value) else 0.0
+
+
 @contextlib.contextmanager
 def metrics(
   workdir: pathlib.Path, board: Board, start: int, batch_size: int
@@ -145,7 +173,7 @@ def metrics(
       board,
       start=start,
       # A log of an older version does not have them.
-      seconds=kept[-1].get('seconds', 0.0) if kept else 0.0,
+      seconds=_number(kept[-1].get('seconds')) if kept else 0.0,
       batch_size=batch_size,
     )
 
@@ -300,7 +328,9 @@ def curve(workdir: pathlib.Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
   Lines without it, as an older version wrote them, are passed over.
   """
-  lines = [x for x in read(workdir / 'metrics.jsonl') if name in x]
+  lines = [
+    x for x in read(workdir / 'metrics.jsonl') if _is_number(x.get(name))
+  ]
   return (
     np.array([line['step'] for line in lines]),
     np.array([line[name] for line in lines]),

@@ -1,26 +1,44 @@
-"""The folder of a run: config.json, classes.json, metrics.jsonl, checkpoints/,
-pictures.
+"""The folder of a run: config.json, classes.json, data.npz, changes.json,
+metrics.jsonl, checkpoints/, pictures.
 """
 
+import contextlib
 import datetime
+import io
+import itertools
 import json
+import logging
 import os
 import pathlib
 import re
 import secrets
 import tempfile
 import time
+import zipfile
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from ddpm_jax import errors
 from ddpm_jax.runtime import jsonfile
 
 
 def default(recipe: str) -> pathlib.Path:
-  """A new folder named after the recipe and the time, under runs/."""
+  """Makes a new folder named after the recipe and the time, under runs/.
+
+  Raises:
+    UserError: runs/ cannot be written.
+  """
   now = datetime.datetime.now().strftime('%Y-%m-%d_%H-%M-%S')
-  return pathlib.Path('runs') / f'{recipe}_{now}'
+  first = pathlib.Path('runs') / f'{recipe}_{now}'
+  check(first)
+  names = (f'{first.name}_{number}' for number in itertools.count(2))
+  for name in itertools.chain([first.name], names):
+    with contextlib.suppress(FileExistsError):  # begun in the same second
+      first.with_name(name).mkdir(parents=True)
+      return first.with_name(name)
+  raise AssertionError('there is no end of numbers')
 
 
 def cache() -> pathlib.Path:
@@ -138,6 +156,42 @@ def _write(file: pathlib.Path, values: Any) -> None:
   part = file.with_name(f'.{file.name}.{secrets.token_hex(4)}.part')
   part.write_text(json.dumps(values, indent=2) + '\n')
   os.replace(part, file)
+
+
+def read_data(path: pathlib.Path) -> tuple[np.ndarray, ...] | None:
+  """The arrays that `write_data` has kept; None if there are none.
+
+  A damaged file is warned of, and counts as none.
+  """
+  file = path / 'data.npz'
+  if not file.exists():
+    return None
+  try:
+    with np.load(io.BytesIO(file.read_bytes())) as arrays:
+      return tuple(arrays[name] for name in arrays.files)
+  except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as e:
+    logging.warning('%s is damaged, not used: %s', file, e)
+    return None
+
+
+def write_data(path: pathlib.Path, arrays: Sequence[np.ndarray]) -> None:
+  """Keeps what tells whether the data of the run are still the same."""
+  file = io.BytesIO()
+  np.savez(file, *arrays)
+  part = path / f'.data.npz.{secrets.token_hex(4)}.part'
+  part.write_bytes(file.getvalue())
+  os.replace(part, path / 'data.npz')
+
+
+def add_change(path: pathlib.Path, change: dict[str, Any]) -> None:
+  """Keeps in changes.json that the run went on with something else."""
+  file = path / 'changes.json'
+  try:
+    before = _read(file, list, 'no list') or []
+  except errors.UserError as e:
+    logging.warning('%s; it is begun anew', e)
+    before = []
+  _write(file, [*before, change])
 
 
 def mark_imported(path: pathlib.Path, whence: str) -> None:

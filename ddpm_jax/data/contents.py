@@ -1,0 +1,68 @@
+"""What a data set holds, in 16 bytes an image: to tell if it has changed."""
+
+import hashlib
+from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+# Bytes of arrays that are read for it; of larger ones, some rows.
+MOST = 2 * 2**30
+ROWS = 10_000
+
+
+class Contents(NamedTuple):
+  """Hashes (n,) uint64: of the names, ascending, and of what goes by them."""
+
+  names: np.ndarray
+  marks: np.ndarray
+
+
+def of(items: Iterable[tuple[Any, Any]]) -> Contents:
+  """Of pairs (name, what goes by it), anything with a `repr` of its value."""
+  pairs = [(_hash(name), _hash(mark)) for name, mark in items]
+  table = np.array(sorted(pairs), np.uint64).reshape(-1, 2)
+  return Contents(table[:, 0], table[:, 1])
+
+
+def of_array(images: np.ndarray, marks: Sequence[Any]) -> Contents:
+  """Of an array (n, ...) with a mark, such as a label, for each row.
+
+  The rows are named by their index. Of an array of more than `MOST` bytes only
+  some `ROWS` are read.
+  """
+  n = len(images)
+  few = images.nbytes > MOST
+  rows = (
+    set(np.linspace(0, n - 1, min(n, ROWS), dtype=int)) if few else range(n)
+  )
+
+  def content(i: int) -> Any:
+    data = np.ascontiguousarray(images[i]).tobytes() if i in rows else b''
+    return hashlib.blake2b(data, digest_size=8).hexdigest(), marks[i]
+
+  whole = str(images.dtype), images.shape[1:]
+  return of([('array', whole), *((i, content(i)) for i in range(n))])
+
+
+def changes(before: Contents, now: Contents) -> str:
+  """How many were added, removed and changed, in words; '' if none was."""
+  there, here = ({*x.names.tolist()} for x in (before, now))
+  marks = dict(zip(before.names.tolist(), before.marks.tolist(), strict=True))
+  changed = sum(
+    marks.get(name, mark) != mark
+    for name, mark in zip(now.names.tolist(), now.marks.tolist(), strict=True)
+  )
+  counts = {
+    'added': len(here - there),
+    'removed': len(there - here),
+    'changed': changed,
+  }
+  return ', '.join(f'{n} {what}' for what, n in counts.items() if n)
+
+
+def _hash(value: Any) -> int:
+  data = repr(value).encode(errors='surrogateescape')
+  return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'big')
