@@ -167,10 +167,19 @@ def test_compare_leaves_out_what_it_cannot_read_and_says_so(
   for run in 'abc':
     (tmp_path / run).mkdir()
   record.write_bound(tmp_path / 'a', HOW | FOUND)
-  (tmp_path / 'b' / 'evaluation.json').write_text('{"bits_per_dim": 3}')
+  (tmp_path / 'b' / 'evaluation.json').write_text('{"bits_per_dim": [3]}')
   (tmp_path / 'c' / 'score.json').write_text('{"frechet')
   main.run(['--mode=compare', f'--workdir={tmp_path}'])
   assert '| a | 100 |' in capsys.readouterr().out
   first, second = caplog.messages
-  assert 'b: an entry is left out (no ' in first
+  assert 'b: an entry is left out (' in first
   assert 'score.json is damaged' in second
+
+
+def test_compare_leaves_cells_empty_that_a_file_does_not_tell(tmp_path, capsys):
+  (tmp_path / 'a').mkdir()
+  (tmp_path / 'a' / 'evaluation.json').write_text('{"bits_per_dim": 3}')
+  main.run(['--mode=compare', f'--workdir={tmp_path}'])
+  *_, row = capsys.readouterr().out.splitlines()
+  cells = [cell.strip() for cell in row.strip('|').split('|')]
+  assert [cell for cell in cells if cell] == ['a', '3.000']

@@ -21,7 +21,7 @@ class Row(NamedTuple):
   """One measurement of one run; cells by the title of their column."""
 
   run: str
-  step: int
+  step: int  # -1: not known
   how: dict[str, str]  # it was made: may be compared where this is the same
   what: dict[str, str]  # was found
 
@@ -76,7 +76,13 @@ def table(rows: list[Row]) -> str:
   titles = ['run', 'step', *first.how, *first.what]
   lines = [titles, ['---'] * len(titles)]
   lines += [
-    [r.run, str(r.step), *r.how.values(), *r.what.values()] for r in rows
+    [
+      r.run,
+      '' if r.step < 0 else str(r.step),
+      *r.how.values(),
+      *r.what.values(),
+    ]
+    for r in rows
   ]
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
@@ -92,49 +98,57 @@ def scores_of_samples(folder: pathlib.Path) -> list[results.Entry]:
 def bound(run: str, e: results.Entry) -> Row:
   how = {
     **texts(e, 'data', 'weights', 'split', 'images'),
-    'draws': 'all t' if e['exact_in_t'] else str(e['times_an_image'] - 1),
-    'σ²': str(e['variance']),
-    'seed': str(e['seed']),
+    'draws': 'all t' if e.get('exact_in_t') else draws(e),
+    'σ²': str(e.get('variance', '')),
+    **texts(e, 'seed'),
   }
-  numbers = {
+  titles = {
     'bits/dim ≤': 'bits_per_dim',
     '±': 'standard_error',
     'rate': 'rate',
     'distortion': 'distortion',
   }
-  return Row(
-    run, e['step'], how, {k: f'{e[v]:.3f}' for k, v in numbers.items()}
-  )
+  return Row(run, step(e), how, numbers(e, titles))
+
+
+def draws(e: results.Entry) -> str:
+  return str(e['times_an_image'] - 1) if 'times_an_image' in e else ''
 
 
 def small_data_score(run: str, e: results.Entry) -> Row:
   how = {
     **texts(e, 'weights'),
-    'samples': str(e['fake_images']),
+    'samples': str(e.get('fake_images', '')),
     'sampler': sampler(e),
-    'seed': str(e['seed']),
+    **texts(e, 'seed'),
   }
-  numbers = {
+  titles = {
     'Fréchet': 'frechet_distance',
     'precision': 'precision',
     'recall': 'recall',
     'sure': 'sure_share',
   }
-  return Row(
-    run, e['step'], how, {k: f'{e[v]:.3f}' for k, v in numbers.items()}
-  )
+  return Row(run, step(e), how, numbers(e, titles))
 
 
 def inception_score(run: str, e: results.Entry) -> Row:
   how = {
     **texts(e, 'weights', 'samples'),
     'sampler': sampler(e),
-    'against': str(e['reference']),
+    'against': str(e.get('reference', '')),
     **texts(e, 'seed'),
   }
   name, fid = record.fid(e)
   what = {'FID': f'{name} {fid:.2f}', 'IS': record.inception_score(e)}
-  return Row(run, e['step'], how, what)
+  return Row(run, step(e), how, what)
+
+
+def step(entry: results.Entry) -> int:
+  """-1: it does not say."""
+  found = entry.get('step', -1)
+  if not isinstance(found, int):
+    raise TypeError(f'step {found!r} is no integer')
+  return found
 
 
 def texts(entry: results.Entry, *keys: str) -> dict[str, str]:
@@ -142,8 +156,18 @@ def texts(entry: results.Entry, *keys: str) -> dict[str, str]:
   return {key: str(entry.get(key, '')) for key in keys}
 
 
+def numbers(entry: results.Entry, titles: dict[str, str]) -> dict[str, str]:
+  """Cells of numbers by title, of the keys of the entry; empty likewise."""
+  return {
+    title: f'{entry[key]:.3f}' if key in entry else ''
+    for title, key in titles.items()
+  }
+
+
 def sampler(entry: results.Entry) -> str:
   """Name, steps, and the options that are not the recipe's own."""
+  if 'sampler' not in entry:
+    return ''
   told = f'{entry["sampler"]}, {entry["sampler_steps"]} steps'
   options = entry.get('sampler_options', {})
   if options.get('guidance', 1) != 1:
