@@ -100,3 +100,11 @@ def test_the_small_recipe_runs_as_it_says(tmp_path, monkeypatch, capfd):
   assert len(list(drawn.glob('*.png'))) == 3
   with pytest.raises(errors.UserError, match='keys differ'):
     main.run([f'--workdir={workdir}', '--config.batch_size=8'])
+
+
+def test_the_tests_that_the_docs_name_are_there():
+  text = ''.join(path.read_text() for path in (ROOT / 'docs').glob('*.md'))
+  named = re.findall(r'`(tests/\w+\.py)::(\w+)`', text)
+  assert len(named) > 20
+  for file, function in named:
+    assert f'def {function}(' in (ROOT / file).read_text(), function

@@ -22,6 +22,7 @@ from ddpm_jax.interop import fields
 from ddpm_jax.interop import files
 from ddpm_jax.jobs import sample
 from ddpm_jax.runtime import checkpoint
+from ddpm_jax.runtime import lock
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime import workdir
@@ -88,9 +89,10 @@ def take_in(args: argparse.Namespace) -> None:
   abstract = jax.eval_shape(functools.partial(functions.init_state, config))
   tensors = files.read_tensors(weights)
   params = diffusers.to_params(abstract.params, tensors, names)
-  workdir.create(args.output)
-  workdir.mark_imported(args.output, str(args.input))
-  save(config, mesh, params, args.output)
+  workdir.check(args.output)
+  with lock.held(args.output):
+    workdir.mark_imported(args.output, str(args.input))
+    save(config, mesh, params, args.output)
   count = sum(math.prod(x.shape) for x in tensors.values())
   logs.say(f'{count:,} parameters of {weights}: {args.output}')
   data = config.data
