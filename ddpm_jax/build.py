@@ -257,9 +257,23 @@ def split_to_evaluate(config: ConfigDict) -> str:
 def source_to_evaluate(
   config: ConfigDict, folder: pathlib.Path | None = None
 ) -> tuple[store.Source, str]:
-  """The images to evaluate on, and the name of their split; see `source`."""
+  """The images to evaluate on, and the name of their split; see `source`.
+
+  Warns if they are the training data, and those have changed.
+  """
   name = split_to_evaluate(config)
-  return source(config, config.evaluate.split, folder), name
+  found = source(config, config.evaluate.split, folder)
+  if folder and config.evaluate.split in ('', config.data.split):
+    warn_of_data(found, folder)
+  return found, name
+
+
+def warn_of_data(source: store.Source, folder: pathlib.Path) -> None:
+  """Warns if the data are not those that the run was begun with."""
+  if differ := changed_data(source.held(), folder):
+    logging.warning(
+      'the data are not those that %s was trained on: %s', folder, differ
+    )
 
 
 def _takes(function: Callable[..., Any], argument: str) -> bool:

@@ -104,6 +104,17 @@ def test_changed_data_are_counted_and_refused_but_on_purpose(trained):
   go_on()  # They are the run's now.
 
 
+def test_an_evaluation_says_that_the_data_have_changed(trained, caplog):
+  evaluate = ['--mode=evaluate', '--workdir=run', '--config.evaluate.images=2']
+  evaluate += ['--config.evaluate.draws=1']
+  main.run(evaluate)
+  assert not [m for m in caplog.messages if 'are not those' in m]
+  pictures(trained / 'images', '7.png')
+  main.run(evaluate)
+  (said,) = [m for m in caplog.messages if 'are not those' in m]
+  assert said.endswith('run was trained on: 1 added')
+
+
 def test_the_optimizer_changes_on_purpose_and_the_run_says_so(trained):
   lower = '--config.optimizer.learning_rate=1e-6'
   with pytest.raises(errors.UserError, match='--allow=optimizer'):

@@ -64,7 +64,7 @@ def test_killed_at_200_moments_while_others_read(tmp_path, user_env):
       if reader:
         err = reader.stderr.read()
         assert 'Traceback' not in err, err
-        assert reader.returncode == 0 or 'no checkpoint' in err, err
+        assert reader.returncode == 0 or 'error: no ' in err, err
         read_well += reader.returncode == 0
       out = tmp_path / 'seen' / f'{number}_{time.time_ns()}'
       readers[number] = subprocess.Popen(
@@ -77,7 +77,7 @@ def test_killed_at_200_moments_while_others_read(tmp_path, user_env):
 
   log = killed / 'metrics.jsonl'
   for number in range(KILLS):
-    if number % 10 == 0:
+    if number % 10 == 5:  # there is something to read
       look_at_readers()
     before = log.stat().st_size if log.exists() else 0
     life = subprocess.Popen(

@@ -94,6 +94,7 @@ def judge(
   saved = workdirs.read_classes(workdir)
   if saved and saved != source.class_names:
     raise build.other_classes(source.class_names, saved, workdir)
+  build.warn_of_data(source, workdir)
   data = source.gather(np.arange(len(source)))
   path = workdir / 'classifier.npz'
   if path.exists():
