@@ -50,6 +50,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['workdir'],
     ['logs'],
     ['account', 'arithmetic', 'fingerprint', 'processes'],
+    ['streams'],
   ],
   'metrics': [
     ['fidelity', 'small', 'weights'],
