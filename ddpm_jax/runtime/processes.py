@@ -40,6 +40,9 @@ GREETING = 5.0  # that a connection may take to say who it is
 SILENT = 64  # connections that have not said it; the oldest gives way
 LATER = 30  # that JAX waits for a sign of life longer than we do
 
+# The variable that says to JAX at which HOST:PORT process 0 is to listen.
+BIND = 'JAX_COORDINATOR_BIND_ADDRESS'
+
 
 def leads() -> bool:
   """Whether this is the process that speaks and writes for all."""
@@ -357,7 +360,8 @@ def _meet(coordinator: str, count: int, index: int) -> None:
   """
   host, port = _host(coordinator), int(coordinator.rpartition(':')[2])
   if not index:
-    with _listen(_own_address(host), port) as server:
+    own = int(os.environ.get(BIND, coordinator).rpartition(':')[2])
+    with _listen(_own_address(host), own) as server:
       _meet_all(server, count)
     return
   hello = json.dumps(['ddpm_jax', count, index]).encode().ljust(_HELLO)
@@ -569,11 +573,11 @@ def _own_address(host: str) -> str:
 
   Listening there, and not at all addresses, keeps strangers out. A name may be
   known to other machines by another address, as that of many a machine is to
-  itself 127.0.1.1. JAX_COORDINATOR_BIND_ADDRESS has the last word.
+  itself 127.0.1.1. The variable BIND has the last word.
   """
-  told = os.environ.get('JAX_COORDINATOR_BIND_ADDRESS')
+  told = _host(os.environ.get(BIND, ''))
   if told:
-    return _host(told).replace('0.0.0.0', '').removeprefix('::')
+    return '' if told in ('0.0.0.0', '::') else told
   if host == 'localhost':
     return '127.0.0.1'
   try:
@@ -600,7 +604,7 @@ def _is_loopback(address: str) -> bool:
 
 def _bind_address(coordinator: str | None) -> str | None:
   """Where JAX is to listen; None: at all addresses, or as the user told it."""
-  if not coordinator or 'JAX_COORDINATOR_BIND_ADDRESS' in os.environ:
+  if not coordinator or BIND in os.environ:
     return None
   address = _own_address(_host(coordinator))
   port = coordinator.rpartition(':')[2]
