@@ -76,9 +76,9 @@ def scores_of_samples(folder: pathlib.Path) -> list[results.Entry]:
 def bound(run: str, e: results.Entry) -> Row:
   how = {
     **texts(e, 'data', 'weights', 'split', 'images'),
-    'draws': 'all t' if e['exact_in_t'] else str(e['times_an_image'] - 1),
-    'σ²': str(e['variance']),
-    'seed': str(e['seed']),
+    'draws': draws(e),
+    'σ²': str(e.get('variance', '')),
+    **texts(e, 'seed'),
   }
   numbers = {
     'bits/dim ≤': 'bits_per_dim',
@@ -86,9 +86,16 @@ def bound(run: str, e: results.Entry) -> Row:
     'rate': 'rate',
     'distortion': 'distortion',
   }
-  return Row(
-    run, e['step'], how, {k: f'{e[v]:.3f}' for k, v in numbers.items()}
-  )
+  what = {k: f'{e[v]:.3f}' if v in e else '' for k, v in numbers.items()}
+  return Row(run, e.get('step', 0), how, what)
+
+
+def draws(entry: results.Entry) -> str:
+  """Of the times: how many for an image."""
+  if entry.get('exact_in_t'):
+    return 'all t'
+  times = entry.get('times_an_image')
+  return '' if times is None else str(times - 1)
 
 
 def small_data_score(run: str, e: results.Entry) -> Row:

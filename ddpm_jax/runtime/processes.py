@@ -250,6 +250,7 @@ class _Links:
     self.peer_timeout = peer_timeout
     self.done = {index: threading.Event() for index in self.sockets}
     self.last_word = threading.Lock()  # once taken, it is kept
+    self.over = threading.Event()
     self.silent = dict.fromkeys(self.sockets, 0.0)  # seconds
     for index in self.sockets:
       threading.Thread(target=self.listen, args=(index,), daemon=True).start()
@@ -290,9 +291,9 @@ class _Links:
     hour and go on, none is to blame.
     """
     pause = min(2.0, self.peer_timeout / 5)
-    while True:
+    self.tell('here')
+    while not self.over.wait(pause):
       self.tell('here')
-      time.sleep(pause)
       for index in self.silent:
         self.silent[index] += pause
         if self.silent[index] > self.peer_timeout:
@@ -329,6 +330,7 @@ class _Links:
       done.wait()
     if leads():
       self.tell('done')
+    self.over.set()
 
 
 # Of this process, once it has joined others.

@@ -59,6 +59,7 @@ def secure() -> None:
 
   A descriptor 0, 1 or 2 that is closed is opened on the null device first: the
   next file would get its number, and what C++ or Python says would go into it.
+  What a notebook or a test has put in the place of a stream stays there.
   """
   for number in range(3):
     try:
@@ -72,10 +73,11 @@ def secure() -> None:
     if stream is not None:
       with contextlib.suppress(OSError):
         stream.flush()
-  sys.stdout = results(1)
-  sys.stderr = _text(
-    _Raw(2, 'w', closefd=False), sys.stderr, 'backslashreplace', True
-  )
+  if sys.stdout is sys.__stdout__:
+    sys.stdout = results(1)
+  if sys.stderr is sys.__stderr__:
+    raw = _Raw(2, 'w', closefd=False)
+    sys.stderr = _text(raw, sys.stderr, 'backslashreplace', True)
 
 
 def results(number: int) -> TextIO:
@@ -85,7 +87,8 @@ def results(number: int) -> TextIO:
   reader goes away, what follows is dropped. Other errors are for `check`.
   """
   raw = _Results(number, 'w', closefd=False)
-  return _text(raw, sys.stdout, 'replace', raw.isatty())
+  by_line = raw.isatty() or getattr(sys.stdout, 'write_through', False)
+  return _text(raw, sys.stdout, 'replace', by_line)
 
 
 def check() -> None:
