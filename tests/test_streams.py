@@ -200,6 +200,7 @@ def wait_for(workdir, step, process):
     time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_lost_terminal_saves_the_run(train):
   """The kernel sends SIGHUP; a shell sends another."""
   master, slave = os.openpty()
@@ -212,6 +213,7 @@ def test_a_lost_terminal_saves_the_run(train):
   assert checkpoint.steps(workdir / 'checkpoints')
 
 
+@pytest.mark.slow
 def test_nohup_and_a_lost_reader_change_nothing_and_SIGUSR1_saves(train):
   inside, outside = os.pipe()
   process, workdir = train('nohup', stdout=outside, stderr=outside)
