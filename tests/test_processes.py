@@ -344,6 +344,16 @@ def test_the_first_one_may_be_killed_too(peers):
   assert 'stopped: process 0 of 2 went away' in err
 
 
+def test_a_name_is_shared_by_all_of_a_run_and_with_no_other(peers):
+  """Of the temporary files that they exchange, in a folder of many runs."""
+  what = 'print(processes.shared_name(), processes.shared_name(), '
+  what += 'file=sys.stderr)'
+  found = ends(peers(2, what), timeout=60)
+  names = [err.splitlines()[0].split() for _, _, err in found]
+  assert names[0] == names[1]
+  assert len(set(names[0])) == 2
+
+
 @pytest.mark.parametrize('name', ['SIGHUP', 'SIGUSR1'])
 def test_a_lost_terminal_of_one_stops_all_at_the_same_step(peers, name):
   what = f"""
