@@ -13,6 +13,7 @@ from ddpm_jax import errors
 from ddpm_jax import jobs
 from ddpm_jax import ranges
 from ddpm_jax.runtime import machine
+from ddpm_jax.runtime import streams
 
 DESCRIPTION = """\
 Denoising diffusion probabilistic models: train them, draw from them.
@@ -377,11 +378,17 @@ def config_of(args: argparse.Namespace) -> Any:
 
 
 def main() -> NoReturn:
+  streams.secure()
   logging.basicConfig(format='%(message)s', level=logging.WARNING)
   code = 0
   try:
     machine.keep_memory()
-    run(sys.argv[1:])
+    try:
+      run(sys.argv[1:])
+    except SystemExit as e:  # of --help, or with --stopped_code
+      if e.code:
+        raise
+    streams.check()
   except BaseException as e:
     if not errors.expected(e):
       raise

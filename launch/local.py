@@ -7,17 +7,21 @@ What is not a flag of its own goes to `python -m ddpm_jax.main`.
 
 import argparse
 import contextlib
+import ctypes
+import os
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 STOPPED = 75  # what a run that was asked to stop exits with (EX_TEMPFAIL)
 MISTAKE = 2  # of the user: to try it again would not help
 PATIENCE = 20  # seconds that a process has to end after another has
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 LONG = 600  # seconds after which a failure is not one more of a series
 
 
@@ -96,21 +100,30 @@ class Group:
     self.asked_to_stop = False
     for number in (signal.SIGTERM, signal.SIGINT):
       signal.signal(number, self.stop)
+    for number in (signal.SIGHUP, signal.SIGUSR1):
+      if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+        signal.signal(number, self.stop)
 
   def stop(self, number: int, frame: Any) -> None:
-    del number, frame
+    del frame
     self.asked_to_stop = True
+    # One that comes by itself may come twice, and must not quit at once.
+    kept = number in (signal.SIGHUP, signal.SIGUSR1)
     for process in self.running:
-      process.send_signal(signal.SIGTERM)
+      process.send_signal(number if kept else signal.SIGTERM)
 
   def run(self, commands: list[list[str]]) -> list[int]:
     """The exit codes, once all have ended; -N if by signal N."""
     # In a session of their own: Ctrl-C comes from us, and once.
-    self.running = [
-      subprocess.Popen(command, start_new_session=True) for command in commands
-    ]
+    self.running = []
+    for command in commands:
+      self.running.append(
+        subprocess.Popen(
+          command, start_new_session=True, preexec_fn=end_with(os.getpid())
+        )
+      )
     if self.asked_to_stop:  # in between
-      self.stop(0, None)
+      self.stop(signal.SIGTERM, None)
     late = None
     while any(process.poll() is None for process in self.running):
       if late is None and any(process.poll() for process in self.running):
@@ -125,6 +138,24 @@ class Group:
     end = time.monotonic() + seconds
     while time.monotonic() < end and not self.asked_to_stop:
       time.sleep(0.05)
+
+
+def end_with(parent: int) -> Callable[[], None] | None:
+  """For a new process: that it gets SIGTERM when `parent` is gone.
+
+  Were we killed, they would train on, and a new launch would meet them. Only
+  Linux can do this.
+  """
+  if sys.platform != 'linux':
+    return None
+  prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+  def begin() -> None:
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # It was gone before that.
+      os._exit(1)
+
+  return begin
 
 
 def told(index: int, code: int) -> str:
@@ -143,7 +174,8 @@ def free_port() -> int:
 
 
 def say(line: str) -> None:
-  print(f'launch: {line}', file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):  # A terminal may be lost.
+    print(f'launch: {line}', file=sys.stderr, flush=True)
 
 
 if __name__ == '__main__':

@@ -81,7 +81,9 @@ $SETUP"
 train() {
   local line
   line=$(printf ' %q' "--workdir=$WORKDIR" --stopped_code=75 "$@")
-  hosts "cd ddpm_jax; if [ -f pid ] && kill \$(cat pid); then sleep 60; fi
+  hosts "cd ddpm_jax; if [ -f pid ] && kill \$(cat pid); then
+  timeout 120 tail --pid=\$(cat pid) -f /dev/null || kill -9 \$(cat pid)
+fi
 ../venv/bin/python -m ddpm_jax.main$line &
 echo \$! >pid; wait \$!; code=\$?; rm pid
 echo \"ddpm_jax: exit code \$code\"; exit \$code"

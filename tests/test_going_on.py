@@ -18,13 +18,15 @@ from ddpm_jax.data import contents
 from ddpm_jax.data import listing
 from ddpm_jax.data import sources
 from ddpm_jax.data import store
+from ddpm_jax.runtime import lock
 
-# Starts a program while it holds the lock of a workdir.
+# Holds the lock of a workdir until it is killed.
 HOLDS = """
-import pathlib, subprocess, sys
+import pathlib, sys, time
 from ddpm_jax.runtime import lock
 with lock.held(pathlib.Path(sys.argv[1])):
-  sys.exit(subprocess.run(sys.argv[2:]).returncode)
+  print('held', flush=True)
+  time.sleep(600)
 """
 FOLDER = pathlib.Path(__file__).parents[1] / 'configs' / 'folder.py'
 COMMON = [
@@ -158,20 +160,20 @@ def test_damaged_lines_of_the_log_are_left_out_and_said(trained, caplog):
   assert steps(trained) == [1, 2, 3, 4]
 
 
-def test_a_second_run_in_the_workdir_is_refused(trained):
-  code = subprocess.run(
-    [
-      *(sys.executable, '-c', HOLDS),
-      *(str(trained / 'run'), sys.executable, '-m', 'ddpm_jax.main'),
-      *('--workdir=run', '--config.steps=4'),
-    ],
-    capture_output=True,
-    text=True,
+def test_a_second_run_in_the_workdir_is_refused(trained, monkeypatch):
+  monkeypatch.setattr(lock, 'WAIT', 0.5)
+  holder = subprocess.Popen(
+    [sys.executable, '-c', HOLDS, str(trained / 'run')],
+    stdout=subprocess.PIPE,
     env=os.environ | {'PYTHONPATH': str(FOLDER.parents[1])},
   )
-  assert code.returncode == 2
-  assert 'another program is writing into run' in code.stderr
-  assert 'Traceback' not in code.stderr
+  try:
+    assert holder.stdout.readline() == b'held\n'
+    with pytest.raises(errors.UserError, match='is writing into run '):
+      go_on()
+  finally:
+    holder.kill()
+    holder.communicate()
   assert steps(trained) == [1, 2]
 
 

@@ -3,8 +3,10 @@
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -231,3 +233,106 @@ def test_a_mistake_is_not_tried_again_and_a_crash_so_often(tmp_path):
     assert done.returncode == 0
     (line,) = done.stderr.splitlines()
     assert told in line
+
+
+# In the place of the program: it ends well when it is asked to, once.
+ASKED = """
+import os, pathlib, signal, sys, time
+me = sys.argv[-1].rpartition('=')[2]
+asked = []
+for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+  if signal.getsignal(s) != signal.SIG_IGN:
+    signal.signal(s, lambda number, frame: asked.append(number))
+pathlib.Path(f'{me}.part').write_text(str(os.getpid()))
+os.replace(f'{me}.part', f'{me}.pid')
+while not asked:
+  time.sleep(0.01)
+pathlib.Path(f'{me}.asked').write_text(str(int(asked[0])))
+sys.exit(75)
+"""
+
+
+@pytest.fixture
+def launcher(tmp_path):
+  """Starts two stand-ins by launch/local.py: (launcher, their pids)."""
+  package = tmp_path / 'ddpm_jax'
+  package.mkdir()
+  (package / '__init__.py').write_text('')
+  (package / 'main.py').write_text(ASKED)
+  started, pids = [], []
+
+  def launcher(*before, **options):
+    local = [sys.executable, str(ROOT / 'launch/local.py'), '--workdir=w']
+    process = subprocess.Popen([*before, *local], cwd=tmp_path, **options)
+    started.append(process)
+    wait_until(lambda: len(list(tmp_path.glob('*.pid'))) == 2)
+    pids.extend(int((tmp_path / f'{i}.pid').read_text()) for i in range(2))
+    return process, pids
+
+  yield launcher
+  for process in started:
+    process.kill()
+    process.wait()
+  for pid in pids:
+    if alive(pid):
+      os.kill(pid, signal.SIGKILL)
+
+
+def alive(pid):
+  """Whether it runs: one that ended may be a zombie that nobody waits for."""
+  try:
+    text = pathlib.Path(f'/proc/{pid}/stat').read_text()
+  except OSError:
+    return False
+  return text.rpartition(')')[2].split()[0] != 'Z'
+
+
+def wait_until(condition, seconds=30):
+  late = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < late
+    time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+  ('sent', 'heard', 'code'),
+  [
+    ('SIGKILL', 'SIGTERM', -signal.SIGKILL),
+    ('SIGTERM', 'SIGTERM', 0),
+    ('SIGINT', 'SIGTERM', 0),
+    ('SIGHUP', 'SIGHUP', 0),
+    ('SIGUSR1', 'SIGUSR1', 0),
+  ],
+)
+def test_no_process_outlives_its_launcher(
+  launcher, tmp_path, sent, heard, code
+):
+  process, pids = launcher()
+  process.send_signal(signal.Signals[sent])
+  assert process.wait(timeout=30) == code
+  wait_until(lambda: not any(map(alive, pids)))
+  for i in range(2):
+    asked = int((tmp_path / f'{i}.asked').read_text())
+    assert asked == signal.Signals[heard]
+
+
+def test_a_launcher_that_loses_its_terminal_stops_all(launcher):
+  """Nor does it die of what it cannot say."""
+  master, slave = os.openpty()
+  options = dict.fromkeys(['stdin', 'stdout', 'stderr'], slave)
+  process, pids = launcher('setsid', '--ctty', **options)
+  os.close(slave)
+  os.close(master)
+  assert process.wait(timeout=30) == 0
+  wait_until(lambda: not any(map(alive, pids)))
+
+
+def test_under_nohup_a_launcher_goes_on(launcher):
+  null = subprocess.DEVNULL
+  process, pids = launcher('nohup', stdout=null, stderr=null)
+  process.send_signal(signal.SIGHUP)
+  for pid in pids:
+    os.kill(pid, signal.SIGHUP)
+  time.sleep(1)
+  assert process.poll() is None
+  assert all(map(alive, pids))

@@ -50,6 +50,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['lock', 'workdir'],
     ['logs'],
     ['account', 'arithmetic', 'fingerprint', 'jsonfile', 'processes'],
+    ['streams'],
   ],
   'metrics': [
     ['fidelity', 'small', 'weights'],

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pathlib
 import signal
+import threading
 
 import pytest
 
@@ -43,7 +44,10 @@ def another(folder, *, beating=False):
     process.join()
 
 
-def test_a_second_writer_is_refused_and_told_of_the_first(tmp_path):
+def test_a_second_writer_is_refused_and_told_of_the_first(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(lock, 'WAIT', 0.5)
   with another(tmp_path) as process:
     with (
       pytest.raises(errors.UserError, match='another program') as error,
@@ -55,6 +59,16 @@ def test_a_second_writer_is_refused_and_told_of_the_first(tmp_path):
   with lock.held(tmp_path):  # It was killed, and left its file behind.
     assert (tmp_path / lock.NAME).exists()
   assert not any(tmp_path.iterdir())
+
+
+def test_a_writer_that_is_about_to_end_is_waited_for(tmp_path, capfd):
+  with another(tmp_path) as process:
+    killer = threading.Timer(1.0, process.kill)
+    killer.start()
+    with lock.held(tmp_path):
+      assert not process.is_alive()
+    killer.join()
+  assert capfd.readouterr().err.count('waiting up to 20 s') == 1
 
 
 def test_without_locks_a_heartbeat_does(tmp_path, monkeypatch):

@@ -23,7 +23,6 @@ from ddpm_jax import recipe
 from ddpm_jax.jobs import sample
 from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import parallel
-from ddpm_jax.runtime import stop
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = conftest.DIGITS
@@ -234,18 +233,6 @@ def test_ctrl_c_is_answered_while_xla_compiles_and_a_second_one_quits(
   out, err = process.communicate(timeout=60)
   assert (process.returncode, out, err) == (1, '', 'interrupted\n')
   assert not checkpoint.steps(workdir / 'checkpoints')
-
-
-def test_sigterm_is_a_request_that_is_answered(capsys):
-  with stop.requests() as asked:
-    assert not asked(1)
-    signal.raise_signal(signal.SIGTERM)
-    late = time.monotonic() + 60
-    while not asked(1) and time.monotonic() < late:
-      time.sleep(0.01)
-    assert asked(1)
-  assert capsys.readouterr().err == 'stopping after this step\n'
-  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_the_history_of_the_losses_is_resumed_too(tmp_path):

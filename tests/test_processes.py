@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import queue
 import random
 import re
 import shutil
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import conftest
@@ -335,18 +337,240 @@ def test_they_end_together_and_the_first_one_speaks(peers):
   assert ends(peers(2, what)) == [(75, 'said 0\n', ''), (75, '', '')]
 
 
-@pytest.mark.slow
-def test_the_first_one_may_be_killed_too_and_one_may_just_hang(peers):
+def test_the_first_one_may_be_killed_too(peers):
   what = f'if not me: os.kill(os.getpid(), signal.SIGKILL)\n{WAIT}'
   (code, _, _), (other, _, err) = ends(peers(2, what), timeout=60)
   assert (code, other) == (-signal.SIGKILL, 1)
   assert 'stopped: process 0 of 2 went away' in err
-  # Only JAX's heartbeats, of peer_timeout = 10 seconds here, tell of this.
-  what = f'if me: os.kill(os.getpid(), signal.SIGSTOP)\n{WAIT}'
-  first, _ = peers(2, what)
-  ((code, _, err),) = ends([first], timeout=90)
-  assert code == -signal.SIGABRT
-  assert 'heartbeat' in err
+
+
+def test_a_name_is_shared_by_all_of_a_run_and_with_no_other(peers):
+  """Of the temporary files that they exchange, in a folder of many runs."""
+  what = 'print(processes.shared_name(), processes.shared_name(), '
+  what += 'file=sys.stderr)'
+  found = ends(peers(2, what), timeout=60)
+  names = [err.splitlines()[0].split() for _, _, err in found]
+  assert names[0] == names[1]
+  assert len(set(names[0])) == 2
+
+
+@pytest.mark.parametrize('name', ['SIGHUP', 'SIGUSR1'])
+def test_a_lost_terminal_of_one_stops_all_at_the_same_step(peers, name):
+  what = f"""
+from ddpm_jax.runtime import stop
+step = 0
+with stop.requests() as asked:
+  while not asked(step):
+    step += 1
+    time.sleep(0.02)
+    if me and step in (20, 21):  # a shell sends one more
+      os.kill(os.getpid(), signal.{name})
+print('stopped at', *multihost_utils.process_allgather(np.array([step])))
+"""
+  (code, out, err), (other, _, _) = ends(peers(2, what), timeout=60)
+  assert (code, other) == (0, 0), err
+  first, second = re.fullmatch(
+    r'stopped at \[(\d+)\] \[(\d+)\]\n', out
+  ).groups()
+  assert first == second
+  assert int(first) >= 20
+  assert 'stopping after this step\n' in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('hangs', [0, 1])
+def test_one_that_hangs_is_named_in_one_line(peers, hangs):
+  """Of peer_timeout = 10 seconds here."""
+  what = f'if me == {hangs}: os.kill(os.getpid(), signal.SIGSTOP)\n{WAIT}'
+  other = peers(2, what)[1 - hangs]
+  ((code, _, err),) = ends([other], timeout=60)
+  assert code == 1
+  (line,) = err.splitlines()
+  assert line.startswith(
+    f'stopped: process {hangs} of 2 has given no sign of life for 10 seconds'
+  )
+
+
+@pytest.mark.slow
+def test_all_may_be_stopped_for_longer_and_go_on(peers):
+  pair = peers(2, f'{WAIT}\nprint("met", flush=True)\ntime.sleep(5)\n{WAIT}')
+  assert pair[0].stdout.readline() == 'met\n'
+  for number in (signal.SIGSTOP, signal.SIGCONT):
+    for process in pair:
+      process.send_signal(number)
+    time.sleep(12 * (number == signal.SIGSTOP))
+  assert [code for code, _, _ in ends(pair, timeout=60)] == [0, 0]
+
+
+def meet(n, *others, before=()):
+  """What process 0 of n, and what each of `others` (count, index), is told.
+
+  `before` are strangers, and what they say.
+  """
+  port = free_port()
+  told = queue.SimpleQueue()
+
+  def come(name, count, index):
+    try:
+      processes._meet(f'127.0.0.1:{port}', count, index)
+      told.put((name, 'welcome'))
+    except errors.UserError as error:
+      told.put((name, str(error)))
+
+  calls = [('first', n, 0)]
+  calls += [(f'{count}:{index}', count, index) for count, index in others]
+  threads = [threading.Thread(target=come, args=x, daemon=True) for x in calls]
+  threads[0].start()
+  links = []
+  for said in before:
+    late = time.monotonic() + 10
+    while time.monotonic() < late:
+      with contextlib.suppress(ConnectionRefusedError):
+        links.append(socket.create_connection(('127.0.0.1', port)))
+        links[-1].sendall(said)
+        break
+      time.sleep(0.01)
+  for thread in threads[1:]:
+    thread.start()
+  found = dict(told.get(timeout=30) for _ in calls)
+  for link in links:
+    link.close()
+  return found
+
+
+def test_all_that_were_told_the_same_meet():
+  found = meet(3, (3, 2), (3, 1))
+  assert found == dict.fromkeys(['first', '3:1', '3:2'], 'welcome')
+
+
+@pytest.mark.parametrize(
+  ('n', 'others', 'message'),
+  [
+    (
+      2,
+      [(3, 2)],
+      'process 2 was started with --num_processes=3, and process 0',
+    ),
+    (
+      3,
+      [(2, 1)],
+      'process 1 was started with --num_processes=2, and process 0',
+    ),
+    (3, [(3, 1), (3, 1)], 'two processes were started with --process_id=1'),
+    (2, [(2, 0)], ''),  # Its address is taken.
+  ],
+)
+def test_numbers_that_differ_are_named_to_all(n, others, message):
+  if message:
+    found = meet(n, *others)
+    assert all(message in said for said in found.values()), found
+  else:
+    port = free_port()
+    with processes._listen('127.0.0.1', port), pytest.raises(OSError):  # noqa: PT011
+      processes._meet(f'127.0.0.1:{port}', n, 0)
+
+
+def test_strangers_do_not_keep_processes_from_meeting():
+  """They say nothing, too much, or what is no text."""
+  deep = b'[' * 64
+  before = [b'', b'GET / HTTP/1.1\r\n\r\n', bytes(range(128, 192)), deep]
+  before += [b'["ddpm_jax", 2, "1"]'.ljust(64), b'["ddpm_jax", 2]'.ljust(64)]
+  before += [b''] * 3 * processes.SILENT
+  found = meet(2, (2, 1), before=before)
+  assert set(found.values()) == {'welcome'}
+
+
+def test_links_are_for_those_who_know_the_token(monkeypatch):
+  """Bytes that are no text ended the first process."""
+  monkeypatch.setattr(processes, 'CONNECT', 3.0)
+  token = '0123456789abcdef' * 2
+  with processes._listen('127.0.0.1', 0) as server:
+    port = server.getsockname()[1]
+    links = []
+    for said in (
+      bytes(range(200, 241)),
+      'µ'.encode() * 21,
+      b'x' * 41,
+      f'{token} 9       '.encode(),
+      f'{token}    µ   '.encode(),
+      f'{token} {1:8}'.encode(),
+    ):
+      links.append(socket.create_connection(('127.0.0.1', port)))
+      links[-1].sendall(said)
+    found = processes._accept(server, 2, token)
+  assert list(found) == [1]
+  assert found[1].getpeername() == links[-1].getsockname()
+  for link in [*links, *found.values()]:
+    link.close()
+
+
+def test_one_that_comes_when_others_have_begun_is_told(monkeypatch):
+  monkeypatch.setattr(processes, 'CONNECT', 1.0)
+  port = free_port()
+  with processes._listen('127.0.0.1', port) as server:
+
+    def answer():
+      while True:
+        link, _ = server.accept()
+        with link:
+          link.sendall(b'\0\0\x18\x04')  # as JAX's server does
+
+    threading.Thread(target=answer, daemon=True).start()
+    with pytest.raises(errors.RunError, match='have begun without process 2'):
+      processes._meet(f'127.0.0.1:{port}', 3, 2)
+
+
+@pytest.mark.parametrize(
+  ('host', 'address'),
+  [
+    ('127.0.0.1', '127.0.0.1'),
+    ('localhost', '127.0.0.1'),
+    ('127.0.0.2', '127.0.0.2'),
+    ('192.0.2.7', ''),  # of another machine, or of a router before this one
+    ('no-such-host.invalid', ''),
+  ],
+)
+def test_a_port_is_open_at_the_address_that_was_named(
+  host, address, monkeypatch
+):
+  monkeypatch.delenv('JAX_COORDINATOR_BIND_ADDRESS', raising=False)
+  assert processes._own_address(host) == address
+  bound = processes._bind_address(f'{host}:8476')
+  assert bound == (f'{address}:8476' if address else None)
+
+
+def test_a_name_that_only_this_machine_knows_as_its_own_is_not_narrowed(
+  monkeypatch,
+):
+  """As Debian's /etc/hosts has it: others know it by another address."""
+  where = [(socket.AF_INET, socket.SOCK_STREAM, 6, '', ('127.0.1.1', 0))]
+  monkeypatch.setattr(socket, 'getaddrinfo', lambda *args: where)
+  assert processes._own_address('this-machine') == ''
+
+
+def listening(process):
+  """The addresses, hexadecimal as in /proc/net/tcp, at which it listens."""
+  inodes = set()
+  for link in pathlib.Path(f'/proc/{process.pid}/fd').iterdir():
+    with contextlib.suppress(OSError):
+      inodes |= set(re.findall(r'socket:\[(\d+)\]', os.readlink(link)))
+  found = set()
+  for name in ('tcp', 'tcp6'):
+    file = pathlib.Path(f'/proc/{process.pid}/net/{name}')
+    rows = [x.split() for x in file.read_text().splitlines()[1:]]
+    found |= {x[1] for x in rows if x[3] == '0A' and x[9] in inodes}
+  return found
+
+
+def test_on_one_machine_the_coordinator_does_not_listen_to_others(peers):
+  pair = peers(2, 'print("met", flush=True)\ntime.sleep(5)')
+  assert pair[0].stdout.readline() == 'met\n'
+  port = f':{int(pair[0].args[3]):04X}'
+  found = [x for x in listening(pair[0]) if x.endswith(port)]
+  assert found
+  # 127.0.0.1, also as IPv6 has it
+  assert all(x.removesuffix(port).endswith('0100007F') for x in found)
+  ends(pair, timeout=60)
 
 
 @pytest.mark.parametrize(

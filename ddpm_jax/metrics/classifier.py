@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import secrets
 from typing import Any
 from typing import NamedTuple
 
@@ -204,7 +205,8 @@ def save(path: str | os.PathLike, classifier: Classifier) -> None:
   """Writes a .npz, whole or not at all."""
   path = pathlib.Path(path)
   flat = traverse_util.flatten_dict({'params': classifier.params}, sep='/')
-  part = path.with_name(f'.{path.name}.part')
+  # Others may be writing the same file.
+  part = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.part')
   arrays: dict[str, Any] = {
     name: np.asarray(value) for name, value in flat.items()
   }

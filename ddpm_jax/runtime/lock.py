@@ -25,6 +25,8 @@ from ddpm_jax.runtime import processes
 
 NAME = '.lock'
 BEAT = 20.0  # seconds
+# For the last program to save: a launcher that starts a run again may be faster.
+WAIT = 20.0
 # Without a beat for so long a program counts as gone.
 GONE = 3 * BEAT
 _HELD = errno.EACCES, errno.EAGAIN
@@ -84,17 +86,26 @@ def _refuse(file: pathlib.Path, text: str) -> errors.UserError:
 
 @contextlib.contextmanager
 def _posix(path: pathlib.Path) -> Iterator[None]:
+  late = time.monotonic() + WAIT
+  said = False
   while True:
     # Not emptied when it is opened: it may be another's.
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), 'r+') as file:
       try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except OSError as e:
-        if e.errno in _HELD:
-          raise _refuse(path, file.read()) from None
-        if e.errno not in _NO_LOCKS:
+        if e.errno in _NO_LOCKS:
+          break
+        if e.errno not in _HELD:
           raise
-        break
+        held = _refuse(path, file.read())
+        if time.monotonic() >= late:
+          raise held from None
+        if not said:
+          logs.say(f'waiting up to {WAIT:.0f} s: {held}')
+          said = True
+        time.sleep(0.2)
+        continue
       if not _is_still(file.fileno(), path):
         continue  # Its last holder has just removed it.
       file.truncate(0)

@@ -9,10 +9,13 @@ all of them, in one line and at once.
 import contextlib
 import glob
 import importlib.util
+import ipaddress
 import json
 import logging
+import math
 import os
 import secrets
+import select
 import socket
 import sys
 import threading
@@ -28,10 +31,17 @@ import tqdm
 from jax.experimental import multihost_utils
 
 from ddpm_jax import errors
+from ddpm_jax.runtime import streams
 
 # Seconds. For others to say why they end, before one ends by itself.
 GRACE = 2.0
 CONNECT = 20.0
+GREETING = 5.0  # that a connection may take to say who it is
+SILENT = 64  # connections that have not said it; the oldest gives way
+LATER = 30  # that JAX waits for a sign of life longer than we do
+
+# The variable that says to JAX at which HOST:PORT process 0 is to listen.
+BIND = 'JAX_COORDINATOR_BIND_ADDRESS'
 
 
 def leads() -> bool:
@@ -66,7 +76,8 @@ def together(
     index: of this process.
     start_timeout: seconds until all must have come.
     peer_timeout: seconds without a sign of life until one is given up. A
-      process that is killed is noticed at once; this is for lost machines.
+      process that is killed is noticed at once; this is for one that hangs, and
+      for lost machines.
     can_stop: that SIGTERM waits for `stop.requests` to look.
 
   Raises:
@@ -88,14 +99,19 @@ def together(
       'seconds (--start_timeout): start them all, alike but for --process_id',
     ):
       try:
+        if coordinator and count is not None and index is not None:
+          _meet(coordinator, count, index)
         jax.distributed.initialize(
           coordinator,
           count,
           index,
           cluster_detection_method='deactivate' if coordinator else None,
           initialization_timeout=start_timeout + 60,  # else it aborts, in pages
-          heartbeat_timeout_seconds=peer_timeout,
+          heartbeat_timeout_seconds=peer_timeout + LATER,  # it aborts too
+          coordinator_bind_address=_bind_address(coordinator),
         )
+      except (errors.UserError, errors.RunError):
+        raise
       except (OSError, RuntimeError, ValueError) as error:
         raise errors.UserError(
           f'{who} cannot join others ({" ".join(str(error).split())}): name '
@@ -103,7 +119,9 @@ def together(
           '--num_processes=1'
         ) from error
       stack.enter_context(_stdout_of_the_first())
-      _links = _Links(_host(coordinator) if coordinator else _address())
+      _links = _Links(
+        _host(coordinator) if coordinator else _address(), peer_timeout
+      )
     if not leads():
       logging.getLogger().setLevel(logging.ERROR)
     try:
@@ -223,15 +241,20 @@ def _within(seconds: float, message: str) -> Iterator[None]:
 class _Links:
   """The connections that are held open: of process 0 to all, or to it.
 
-  Over them go lines of JSON: `["done"]`, or `["end", code, message]`.
+  Over them go lines of JSON: `["here"]`, again and again, as a sign of life;
+  `["done"]`, or `["end", code, message]`.
   """
 
-  def __init__(self, host: str) -> None:
+  def __init__(self, host: str, peer_timeout: float) -> None:
     self.sockets = _connect(host)
+    self.peer_timeout = peer_timeout
     self.done = {index: threading.Event() for index in self.sockets}
     self.last_word = threading.Lock()  # once taken, it is kept
+    self.over = threading.Event()
+    self.silent = dict.fromkeys(self.sockets, 0.0)  # seconds
     for index in self.sockets:
       threading.Thread(target=self.listen, args=(index,), daemon=True).start()
+    threading.Thread(target=self.watch, daemon=True).start()
 
   def tell(self, *words: Any) -> None:
     for link in self.sockets.values():
@@ -243,6 +266,9 @@ class _Links:
     with contextlib.suppress(OSError):
       for line in self.sockets[index].makefile():
         word, *said = json.loads(line)
+        self.silent[index] = 0.0
+        if word == 'here':
+          continue
         if word == 'done':
           self.done[index].set()
         elif leads():
@@ -257,6 +283,27 @@ class _Links:
         'killed, or its machine was. Start all again: a run goes on from its '
         'newest checkpoint',
       )
+
+  def watch(self) -> None:
+    """Gives signs of life, and ends all when one gives none for too long.
+
+    Pauses are added up, not read from a clock: where all were stopped for an
+    hour and go on, none is to blame.
+    """
+    pause = min(2.0, self.peer_timeout / 5)
+    self.tell('here')
+    while not self.over.wait(pause):
+      self.tell('here')
+      for index in self.silent:
+        self.silent[index] += pause
+        if self.silent[index] > self.peer_timeout:
+          self.end(
+            1,
+            f'stopped: process {index} of {jax.process_count()} has given no '
+            f'sign of life for {self.peer_timeout:g} seconds (--peer_timeout): '
+            'it hangs, or its machine was lost. Start all again: a run goes on '
+            'from its newest checkpoint',
+          )
 
   def fail(self, error: BaseException) -> NoReturn:
     """Ends all processes because of `error`."""
@@ -283,6 +330,7 @@ class _Links:
       done.wait()
     if leads():
       self.tell('done')
+    self.over.set()
 
 
 # Of this process, once it has joined others.
@@ -291,31 +339,142 @@ _links: _Links | None = None
 
 def leave(code: int, message: str) -> NoReturn:
   """At once: what Python does at its end would wait for the others."""
-  with tqdm.tqdm.external_write_mode(sys.stderr):  # in the place of a bar
-    if message:
-      print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+  try:
+    with tqdm.tqdm.external_write_mode(sys.stderr):  # in the place of a bar
+      if message:
+        print(message, file=sys.stderr)
+      sys.stdout.flush()
+      sys.stderr.flush()
+  finally:
     os._exit(code)
+
+
+def _meet(coordinator: str, count: int, index: int) -> None:
+  """Compares the flags of all processes, at the address that JAX takes next.
+
+  JAX would abort where their numbers differ, or let the others wait. For who
+  comes when all are there, it is as if nobody were.
+
+  Raises:
+    UserError: not all were told the same `count`, or two the same `index`.
+    RunError: the others have begun without this one.
+    OSError: process 0 cannot listen.
+  """
+  host, port = _host(coordinator), int(coordinator.rpartition(':')[2])
+  if not index:
+    own = int(os.environ.get(BIND, coordinator).rpartition(':')[2])
+    with _listen(_own_address(host), own) as server:
+      _meet_all(server, count)
+    return
+  hello = json.dumps(['ddpm_jax', count, index]).encode().ljust(_HELLO)
+  late = math.inf
+  while time.monotonic() < late:
+    said = _ask(host, port, hello)
+    if said == 'welcome':
+      return
+    if said.startswith('error: '):
+      raise errors.UserError(said.removeprefix('error: '))
+    if said and late == math.inf:  # a run of before, which may have to end
+      late = time.monotonic() + CONNECT
+    time.sleep(0.2)
+  raise errors.RunError(
+    f'at {coordinator} others have begun without process {index} of {count}, '
+    'or another program listens: were all told the same --num_processes?'
+  )
+
+
+def _ask(host: str, port: int, hello: bytes) -> str:
+  """What process 0 answers, which may take long; '' if nobody does."""
+  answer = b''
+  with (
+    contextlib.suppress(OSError),
+    socket.create_connection((host, port), CONNECT) as link,
+  ):
+    link.settimeout(None)  # until all have come; `_within` has a limit
+    link.sendall(hello)
+    while more := link.recv(_ANSWER - len(answer)):
+      answer += more
+  return answer.decode(errors='replace').strip()
+
+
+# Bytes of what processes say to each other when they meet.
+_HELLO = 64
+_ANSWER = 256
+
+
+def _meet_all(server: socket.socket, count: int) -> None:
+  """Welcomes all others, or tells all of them what does not fit."""
+  came: dict[int, socket.socket] = {}
+  links: list[socket.socket] = []
+  wrong = ''
+  try:
+    for link, said in _greetings(server, _HELLO):
+      hello = _read_hello(said)
+      if hello is None:
+        link.close()
+        continue
+      total, index = hello
+      links.append(link)
+      if total != count:
+        wrong = (
+          f'process {index} was started with --num_processes={total}, and '
+          f'process 0 with --num_processes={count}: start all alike but for '
+          '--process_id'
+        )
+      elif index == 0 or (index in came and _is_there(came[index])):
+        wrong = f'two processes were started with --process_id={index}'
+      came[index] = link
+      if wrong:
+        raise errors.UserError(wrong)
+      if len(came) == count - 1:
+        return
+  finally:
+    answer = f'error: {wrong}' if wrong else 'welcome'
+    for link in links:
+      with contextlib.suppress(OSError):
+        link.sendall(answer.encode().ljust(_ANSWER))
+      link.close()
+
+
+def _read_hello(said: bytes) -> tuple[int, int] | None:
+  """The number of processes, and which one it is; None from a stranger."""
+  try:
+    name, total, index = json.loads(said)
+  except (ValueError, TypeError, RecursionError):
+    return None
+  numbers = type(total) is int and type(index) is int
+  if name != 'ddpm_jax' or not numbers or not 0 <= index < total:
+    return None
+  return total, index
+
+
+def _is_there(link: socket.socket) -> bool:
+  """Whether the other side, which says nothing now, has not gone away."""
+  try:
+    return link.recv(1, socket.MSG_DONTWAIT) != b''
+  except BlockingIOError:
+    return True
+  except OSError:
+    return False
 
 
 def _connect(host: str) -> dict[int, socket.socket]:
   """{process: connection}; process 0 is to be found at `host`."""
   me, count = jax.process_index(), jax.process_count()
-  with socket.create_server(('', 0), backlog=count) as server:
-    token = secrets.token_hex(16)
-    place = json.dumps([host, server.getsockname()[1], token]).encode()
-    place = multihost_utils.broadcast_one_to_all(
-      np.frombuffer(place.ljust(512), np.uint8)
-    ).tobytes()
-    host, port, token = json.loads(place)
+  with contextlib.ExitStack() as stack:
+    port = 0
+    if not me:
+      server = stack.enter_context(_listen(_own_address(host), 0))
+      port = server.getsockname()[1]
+    place = json.dumps([host, port, secrets.token_hex(16)]).encode()
+    host, port, token = json.loads(_of_the_first(place.ljust(512)))
     try:
       if me:
         link = socket.create_connection((host, port), CONNECT)
         link.settimeout(None)
         link.sendall(f'{token} {me:8}'.encode())
         return {0: link}
-      return _accept(server, count - 1, token)
+      return _accept(server, count, token)
     except OSError as error:
       logging.warning(
         'process %d: no connection between process 0 (%s, port %d) and others '
@@ -325,22 +484,135 @@ def _connect(host: str) -> dict[int, socket.socket]:
       return {}
 
 
+def _of_the_first(data: bytes) -> bytes:
+  """What process 0 gives here; all give as many bytes."""
+  return multihost_utils.broadcast_one_to_all(
+    np.frombuffer(data, np.uint8)
+  ).tobytes()
+
+
+def shared_name() -> str:
+  """A new name, the same in all processes and in no other run."""
+  return _of_the_first(secrets.token_hex(8).encode()).decode()
+
+
 def _accept(
   server: socket.socket, count: int, token: str
 ) -> dict[int, socket.socket]:
   """Those who know the token, until all have come, or for too long none."""
   links: dict[int, socket.socket] = {}
-  server.settimeout(CONNECT)
-  with contextlib.suppress(TimeoutError):
-    while len(links) < count:
-      link, _ = server.accept()
-      link.settimeout(CONNECT)
-      with contextlib.suppress(OSError, ValueError):
-        said = link.recv(len(token) + 9, socket.MSG_WAITALL).decode()
-        if secrets.compare_digest(said[: len(token)], token):
-          link.settimeout(None)
-          links[int(said[len(token) :])] = link
+  if count == 1:
+    return links
+  for link, said in _greetings(server, len(token) + 9, CONNECT):
+    index = said[len(token) :].strip()
+    known = secrets.compare_digest(said[: len(token)], token.encode())
+    if known and index.isdigit() and 0 < int(index) < count:
+      links[int(index)] = link
+    else:
+      link.close()
+    if len(links) == count - 1:
+      break
   return links
+
+
+def _greetings(
+  server: socket.socket, size: int, patience: float = math.inf
+) -> Iterator[tuple[socket.socket, bytes]]:
+  """Connections, each with the first `size` bytes that came over it.
+
+  Anybody may connect: one that does not say as much in time is closed, and so
+  is the oldest of too many. Ends when for `patience` seconds none has come.
+  """
+  waiting: dict[socket.socket, tuple[float, bytes]] = {}
+  server.setblocking(False)
+  last = time.monotonic()
+  try:
+    while time.monotonic() < last + patience:
+      ready, _, _ = select.select([server, *waiting], [], [], 0.2)
+      if server in ready:
+        ready.remove(server)
+        with contextlib.suppress(OSError):
+          link, _ = server.accept()
+          link.setblocking(False)
+          waiting[link] = time.monotonic(), b''
+      for link in ready:
+        begun, said = waiting.pop(link)
+        try:
+          more = link.recv(size - len(said))
+        except OSError:
+          more = b''
+        said += more
+        if more and len(said) < size:
+          waiting[link] = begun, said
+        elif more:
+          link.setblocking(True)
+          last = time.monotonic()
+          yield link, said
+        else:
+          link.close()
+      now = time.monotonic()
+      for link, (begun, _) in list(waiting.items()):
+        if now > begun + GREETING or len(waiting) > SILENT:
+          del waiting[link]
+          link.close()
+  finally:
+    for link in waiting:
+      link.close()
+
+
+def _listen(address: str, port: int) -> socket.socket:
+  """At one address of this machine, or at all of them, ''."""
+  if not address and socket.has_dualstack_ipv6():
+    return socket.create_server(
+      ('', port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128
+    )
+  family = socket.AF_INET6 if ':' in address else socket.AF_INET
+  return socket.create_server((address, port), family=family, backlog=128)
+
+
+def _own_address(host: str) -> str:
+  """The address of this machine that `host` is; '' if that is not clear.
+
+  Listening there, and not at all addresses, keeps strangers out. A name may be
+  known to other machines by another address, as that of many a machine is to
+  itself 127.0.1.1. The variable BIND has the last word.
+  """
+  told = _host(os.environ.get(BIND, ''))
+  if told:
+    return '' if told in ('0.0.0.0', '::') else told
+  if host == 'localhost':
+    return '127.0.0.1'
+  try:
+    found = {x[4][0] for x in socket.getaddrinfo(host, None)}
+  except OSError:
+    return ''
+  own = [str(address) for address in found if _is_own(str(address))]
+  if len(own) != 1 or (_is_loopback(own[0]) and host != own[0]):
+    return ''
+  return own[0]
+
+
+def _is_own(address: str) -> bool:
+  try:
+    _listen(address, 0).close()
+  except OSError:
+    return False
+  return True
+
+
+def _is_loopback(address: str) -> bool:
+  return ipaddress.ip_address(address).is_loopback
+
+
+def _bind_address(coordinator: str | None) -> str | None:
+  """Where JAX is to listen; None: at all addresses, or as the user told it."""
+  if not coordinator or BIND in os.environ:
+    return None
+  address = _own_address(_host(coordinator))
+  port = coordinator.rpartition(':')[2]
+  if not address:
+    return None
+  return f'[{address}]:{port}' if ':' in address else f'{address}:{port}'
 
 
 def _host(address: str) -> str:
@@ -361,10 +633,13 @@ def _address() -> str:
 def _stdout_of_the_first() -> Iterator[None]:
   """Process 0 prints, the others do not; nor does Gloo, past Python."""
   sys.stdout.flush()
-  with os.fdopen(os.dup(1), 'w') as real, open(os.devnull, 'w') as null:
+  kept = os.dup(1)
+  with streams.results(kept) as real, open(os.devnull, 'w') as null:
     os.dup2(null.fileno(), 1)
     try:
       with contextlib.redirect_stdout(real if leads() else null):
         yield
     finally:
-      os.dup2(real.fileno(), 1)
+      real.flush()
+      os.dup2(kept, 1)
+      os.close(kept)

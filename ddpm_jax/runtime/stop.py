@@ -1,4 +1,8 @@
-"""Ctrl-C and SIGTERM, as a request that a loop can honour at the next step."""
+"""Ctrl-C and SIGTERM, as a request that a loop can honour at the next step.
+
+So are SIGHUP, of a terminal that is lost, and SIGUSR1, which Slurm can send;
+but where they were ignored at the start, as by nohup, they stay so.
+"""
 
 import contextlib
 import os
@@ -17,6 +21,9 @@ from ddpm_jax.runtime import processes
 
 _STOPPING = 'stopping after this step'
 _AGAIN = f'{_STOPPING}; press again to quit'
+# A second one of these ends the program at once. Of others it may well come by
+# itself: a shell passes on the SIGHUP that the terminal has sent too.
+_INSISTENT = signal.SIGINT, signal.SIGTERM
 
 
 @contextlib.contextmanager
@@ -24,9 +31,9 @@ def requests() -> Iterator[Callable[[int], bool]]:
   """Gives a function that tells, before each step, whether to stop there.
 
   Of several processes one is asked, and all stop at the same step. The first
-  signal is answered at once, and the second ends the program at once, even
-  while XLA compiles. What is being saved then is as after a kill: the
-  checkpoint before it is whole.
+  signal is answered at once, and a second SIGINT or SIGTERM ends the program at
+  once, even while XLA compiles. What is being saved then is as after a kill:
+  the checkpoint before it is whole.
   """
   if jax.process_count() > 1:
     with _of_many() as asked_at:
@@ -35,12 +42,13 @@ def requests() -> Iterator[Callable[[int], bool]]:
   asked: list[int] = []
 
   def hear(signum: int) -> None:
-    if asked:
+    if signum in asked and signum in _INSISTENT:
       _quit(signum)
     asked.append(signum)
-    logs.say(_AGAIN if signum == signal.SIGINT else _STOPPING)
+    if signum == signal.SIGINT or len(asked) == 1:
+      logs.say(_AGAIN if signum == signal.SIGINT else _STOPPING)
 
-  with _heard(hear, signal.SIGINT, signal.SIGTERM):
+  with _heard(hear, signal.SIGTERM, signal.SIGINT, *_others()):
     yield lambda step: bool(asked)
 
 
@@ -64,18 +72,20 @@ def second_quits() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _of_many() -> Iterator[Callable[[int], bool]]:
-  """SIGTERM is heard by JAX, which tells the others; Ctrl-C becomes one.
+  """SIGTERM is heard by JAX, which tells the others; the rest become one.
 
   JAX keeps SIGTERM to itself until the step at which all stop.
   """
   asked: list[int] = []
 
   def hear(signum: int) -> None:
-    if asked:
+    if signum in asked and signum in _INSISTENT:
       _quit(signum)
     asked.append(signum)
-    logs.say(_AGAIN)
-    os.kill(os.getpid(), signal.SIGTERM)
+    if signum == signal.SIGINT or len(asked) == 1:
+      logs.say(_AGAIN if signum == signal.SIGINT else _STOPPING)
+    if len(asked) == 1:
+      os.kill(os.getpid(), signal.SIGTERM)
 
   def asked_at(step: int) -> bool:
     stops = multihost_utils.reached_preemption_sync_point(step)
@@ -84,10 +94,16 @@ def _of_many() -> Iterator[Callable[[int], bool]]:
     return stops
 
   try:
-    with _heard(hear, signal.SIGINT):
+    with _heard(hear, signal.SIGINT, *_others()):
       yield asked_at
   finally:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _others() -> list[int]:
+  """SIGHUP and SIGUSR1, where this program was not told to ignore them."""
+  numbers = signal.SIGHUP, signal.SIGUSR1
+  return [s for s in numbers if signal.getsignal(s) != signal.SIG_IGN]
 
 
 def _quit(signum: int) -> None:

@@ -88,21 +88,24 @@ def add_up(
 def everyones(
   mine: fidelity.Sums | None, folder: pathlib.Path
 ) -> fidelity.Sums:
-  """The sums of all processes, by way of files in a folder."""
+  """The sums of all processes, by way of files in a folder.
+
+  Other evaluations may use the folder: the names are of this one alone.
+  """
   if jax.process_count() == 1:
     assert mine
     return mine
-  files = [folder / f'.sums_of_{i}' for i in range(jax.process_count())]
+  name, count = processes.shared_name(), jax.process_count()
+  files = [folder / f'.sums_{name}_of_{i}' for i in range(count)]
   own = files[jax.process_index()]
-  own.unlink(missing_ok=True)
   if mine:
-    with own.open('wb') as file:
-      np.savez(file, *jax.tree.leaves(mine))
+    with own.open('wb') as written:
+      np.savez(written, *jax.tree.leaves(mine))
   processes.wait('sums written')
   parts = []
-  for name in files:
-    if name.exists():
-      with np.load(name) as arrays:
+  for file in files:
+    if file.exists():
+      with np.load(file) as arrays:
         parts.append(jax.tree.unflatten(fidelity.TREE, arrays.values()))
   processes.wait('sums read')
   own.unlink(missing_ok=True)
