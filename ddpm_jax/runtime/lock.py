@@ -25,7 +25,7 @@ from ddpm_jax.runtime import processes
 
 NAME = '.lock'
 BEAT = 20.0  # seconds
-# For the last program to save: a launcher that starts a run again may be faster.
+# For the last program to save: who starts a run again may be faster.
 WAIT = 20.0
 # Without a beat for so long a program counts as gone.
 GONE = 3 * BEAT
