@@ -49,7 +49,8 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ],
     ['workdir'],
     ['logs'],
-    ['account', 'arithmetic', 'fingerprint', 'processes'],
+    ['paths'],
+    ['account', 'arithmetic', 'bucket', 'fingerprint', 'processes'],
   ],
   'metrics': [
     ['fidelity', 'small', 'weights'],

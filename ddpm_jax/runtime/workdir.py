@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ddpm_jax import errors
+from ddpm_jax.runtime import paths
 
 
 def default(recipe: str) -> pathlib.Path:
@@ -33,6 +34,9 @@ def check(path: pathlib.Path) -> None:
   Raises:
     UserError: if it is a file, or cannot be written.
   """
+  if paths.is_remote(path):
+    paths.check(path, write=True)
+    return
   here = path.absolute()
   _try(path, next(p for p in (here, *here.parents) if os.path.lexists(p)))
 
@@ -48,6 +52,9 @@ def create(path: pathlib.Path) -> None:
 
 def _try(path: pathlib.Path, there: pathlib.Path) -> None:
   """Makes the folder `there`, and tries to write into it, for `path`."""
+  if paths.is_remote(there):
+    paths.check(there, write=True)
+    return
   try:
     there.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=there):
@@ -136,9 +143,8 @@ def _read(file: pathlib.Path, kind: type, otherwise: str) -> Any:
 
 
 def _write(file: pathlib.Path, values: Any) -> None:
-  part = file.with_name(f'.{file.name}.part')
-  part.write_text(json.dumps(values, indent=2) + '\n')
-  os.replace(part, file)
+  with paths.whole(file) as part:
+    part.write_text(json.dumps(values, indent=2) + '\n')
 
 
 def mark_imported(path: pathlib.Path, whence: str) -> None:

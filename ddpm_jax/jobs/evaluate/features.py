@@ -96,13 +96,13 @@ def everyones(
   own = files[jax.process_index()]
   own.unlink(missing_ok=True)
   if mine:
-    with own.open('wb') as file:
+    with pictures.whole(own) as part, part.open('wb') as file:
       np.savez(file, *jax.tree.leaves(mine))
   processes.wait('sums written')
   parts = []
   for name in files:
     if name.exists():
-      with np.load(name) as arrays:
+      with name.open('rb') as file, np.load(file) as arrays:
         parts.append(jax.tree.unflatten(fidelity.TREE, arrays.values()))
   processes.wait('sums read')
   own.unlink(missing_ok=True)
@@ -148,14 +148,14 @@ def parts(
 ) -> Iterator[tuple[Span, inception.Features]]:
   """What `in_parts` has written."""
   for span in batches:
-    with np.load(_file(folder, span)) as file:
+    with _file(folder, span).open('rb') as whole, np.load(whole) as file:
       arrays = (file[name] for name in inception.Features._fields)
       yield span, inception.Features(*arrays)
 
 
 def images(folder: pathlib.Path, batches: list[Span]) -> Iterator[np.ndarray]:
   for span in batches:
-    with np.load(_file(folder, span)) as file:
+    with _file(folder, span).open('rb') as whole, np.load(whole) as file:
       yield file['images']
 
 
