@@ -18,11 +18,14 @@ from typing import Self
 
 # Before epath looks: it would take TensorFlow where that is installed.
 os.environ['EPATH_USE_TF'] = 'false'
+# Else gcsfs asks for the kind of a bucket before each call, and warns each time
+# where it may not; only zonal buckets need it.
+os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
 
-import fsspec  # noqa: E402
-from etils.epath import gpath  # noqa: E402
+import fsspec
+from etils.epath import gpath
 
-from ddpm_jax import errors  # noqa: E402
+from ddpm_jax import errors
 
 # TensorStore and other processes write too: what was listed before is stale.
 fsspec.config.conf.setdefault('gs', {})['use_listings_cache'] = False
@@ -109,8 +112,12 @@ class Path(gpath.PosixGPath):
     return Log(self)
 
   def unlink(self, missing_ok: bool = False) -> None:
-    with self._named():
-      super().unlink(missing_ok)
+    try:
+      with self._named():
+        self._fs.rm_file(str(self))
+    except FileNotFoundError:
+      if not missing_ok:
+        raise
 
   def rmtree(self, missing_ok: bool = False) -> None:
     with self._named():

@@ -11,17 +11,23 @@ import re
 import secrets
 import shutil
 import tempfile
+from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 from typing import TextIO
+from typing import TypeVar
 
 from ddpm_jax import errors
+
+T = TypeVar('T')
 
 GS = 'gs://'
 # `gs:/bucket` is what is left of gs:// where a script has tidied it up.
 _URL = re.compile(
   r'://|^\s*(gs|gcs|s3|s3a|az|abfs|hf|https?|hdfs|file):', re.IGNORECASE
 )
+# Patterns and parts of URLs, to Orbax and fsspec.
+_ODD = re.compile(r'://|[*?#%\[\]\x00-\x1f]')
 
 
 def path(text: str) -> pathlib.Path:
@@ -33,17 +39,18 @@ def path(text: str) -> pathlib.Path:
   if not text.startswith(GS):
     return local(text)
   bucket, _, name = text.removeprefix(GS).partition('/')
-  parts = name.split('/')
-  if not bucket or not name.strip('/') or '..' in parts or '://' in name:
+  odd = _ODD.search(name)
+  if not bucket or not name.strip('/') or '..' in name.split('/') or odd:
     raise errors.UserError(
       f'{text} is not a folder or file of a bucket: write gs://BUCKET/NAME'
+      + (f', without {odd[0]!r}' if odd else '')
     )
   errors.find_optional(
     'gcsfs', what=f'{GS} (object storage)', install="pip install -e '.[gcs]'"
   )
   from ddpm_jax.runtime import bucket as buckets
 
-  return buckets.path(text)  # type: ignore[return-value]
+  return buckets.path(text)
 
 
 def local(text: str) -> pathlib.Path:
@@ -62,6 +69,14 @@ def local(text: str) -> pathlib.Path:
       'machine, or gs://BUCKET/NAME'
     )
   return pathlib.Path(text)
+
+
+def of_key(key: str, text: str, read: Callable[[str], T]) -> T:
+  """`read(text)`, with the key of the recipe in what is wrong with it."""
+  try:
+    return read(text)
+  except errors.UserError as e:
+    raise errors.UserError(f'--config.{key}: {e}') from None
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:

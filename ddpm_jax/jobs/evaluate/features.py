@@ -102,7 +102,7 @@ def everyones(
   parts = []
   for name in files:
     if name.exists():
-      with name.open('rb') as file, np.load(file) as arrays:
+      with name.open('rb') as whole, np.load(whole) as arrays:
         parts.append(jax.tree.unflatten(fidelity.TREE, arrays.values()))
   processes.wait('sums read')
   own.unlink(missing_ok=True)

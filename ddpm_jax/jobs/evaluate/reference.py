@@ -94,7 +94,9 @@ def from_data(
 def cache(config: ConfigDict, folder: pathlib.Path | None) -> pathlib.Path:
   """The folder of statistics, which is made if need be."""
   runs = folder.parent if folder else pathlib.Path('runs')
-  path = paths.path(str(config.evaluate.cache or runs / 'reference'))
+  path = runs / 'reference'
+  if config.evaluate.cache:
+    path = paths.of_key('evaluate.cache', config.evaluate.cache, paths.path)
   workdir.create(path)
   return path
 
