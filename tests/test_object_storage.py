@@ -41,7 +41,7 @@ class Handler(emulator.RequestHandler):
 
   That is `x-goog-generation` in what is downloaded, and the conditions
   `ifGenerationMatch` and `ifGenerationNotMatch`: two writers of one file are
-  told apart by them. The bucket `forbidden` is not for us.
+  told apart by them. The buckets `forbidden` and `readonly` are not for us.
   """
 
   lock = threading.Lock()
@@ -55,7 +55,9 @@ class Handler(emulator.RequestHandler):
     url = urllib.parse.urlparse(self.path)
     query = urllib.parse.parse_qs(url.query)
     bucket, name = re.search(r'/b/([^/]+)(?:/o/?([^/]*))?', url.path).groups()
-    if bucket == 'forbidden':
+    if bucket == 'forbidden' or (
+      bucket == 'readonly' and self.command != 'GET'
+    ):
       return 403
     name = query.get('name', [urllib.parse.unquote(name or '')])[0]
     try:
@@ -106,7 +108,8 @@ def endpoint():
   for name in ('gcp_storage_emulator', 'api.object'):
     logging.getLogger(name).setLevel(logging.CRITICAL)
   storage = emulated.Storage(use_memory_fs=True)
-  buckets.create_bucket('bucket', storage)
+  for name in ('bucket', 'readonly'):
+    buckets.create_bucket(name, storage)
   server = Server(('127.0.0.1', 0), functools.partial(Handler, storage))
   thread = threading.Thread(target=server.serve_forever)
   thread.start()
@@ -433,8 +436,18 @@ def test_a_bucket_that_is_missing_is_refused_and_not_made(here, empty):
 
 def test_a_bucket_that_is_not_ours_is_refused(here, empty):
   line = refusal(*TRAIN, '--workdir=gs://forbidden/run')
-  assert 'gs://forbidden/run cannot be used' in line
+  assert 'gs://forbidden/run cannot be read' in line
   assert 'credentials' in line
+  with pytest.raises(errors.UserError, match='run cannot be written .*403'):
+    workdir.check(paths.path('gs://readonly/run'))
+
+
+def test_a_file_of_a_bucket_is_no_workdir(folder):
+  folder.write_text('x')
+  with pytest.raises(errors.UserError, match='is a file: name a folder'):
+    workdir.check(folder)
+  with pytest.raises(errors.UserError, match='is a file'):
+    workdir.create(folder)
 
 
 def test_gcsfs_is_named_where_it_is_missing(monkeypatch, empty):

@@ -24,6 +24,7 @@ os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
 
 import fsspec
 from etils.epath import gpath
+from google.cloud import storage
 
 from ddpm_jax import errors
 
@@ -124,7 +125,7 @@ class Path(gpath.PosixGPath):
       super().rmtree(missing_ok)
 
   def check(self, *, write: bool) -> None:
-    """Asks the server for something, and writes something.
+    """Asks the server for something; for a folder to write, writes something.
 
     Raises:
       UserError: it is not there, or does not allow that.
@@ -135,7 +136,9 @@ class Path(gpath.PosixGPath):
         'GET', 'b/{}/o', name, maxResults=1, prefix='/'.join(self.parts[3:])
       )
       if write:
-        probe = self.with_name(f'.write_test_{secrets.token_hex(4)}')
+        # As Orbax asks, much later, before it removes an old checkpoint.
+        storage.Client().get_bucket(name)
+        probe = self / f'.write_test_{secrets.token_hex(4)}'
         self._fs.pipe_file(str(probe), b'')
         self._fs.rm_file(str(probe))
     except FileNotFoundError:
@@ -143,10 +146,13 @@ class Path(gpath.PosixGPath):
         f'{self}: there is no bucket {name}: make it, or name another'
       ) from None
     except Exception as e:  # of aiohttp, google.auth, gcsfs
+      what = 'written' if write else 'read'
       raise errors.UserError(
-        f'{self} cannot be used ({_line(e)}); `gcloud auth application-default '
-        'login` gives this machine credentials'
+        f'{self} cannot be {what} ({_line(e)}); `gcloud auth '
+        'application-default login` gives this machine credentials'
       ) from None
+    if write and self.is_file():
+      raise errors.UserError(f'{self} is a file: name a folder')
 
   @contextlib.contextmanager
   def _named(self) -> Iterator[None]:
