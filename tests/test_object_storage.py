@@ -37,11 +37,12 @@ from ddpm_jax.runtime import workdir
 
 
 class Handler(emulator.RequestHandler):
-  """The emulator, with what it lacks and TensorStore's database relies on.
+  """The emulator, with what it lacks.
 
-  That is `x-goog-generation` in what is downloaded, and the conditions
-  `ifGenerationMatch` and `ifGenerationNotMatch`: two writers of one file are
-  told apart by them. The buckets `forbidden` and `readonly` are not for us.
+  TensorStore tells two writers of one file apart by `x-goog-generation` in what
+  is downloaded, and by the conditions `ifGenerationMatch` and
+  `ifGenerationNotMatch`; gcsfs renames by `moveTo`. The buckets
+  `forbidden` and `readonly` are not for us.
   """
 
   lock = threading.Lock()
@@ -73,6 +74,10 @@ class Handler(emulator.RequestHandler):
     return 0
 
   def _do(self, method):
+    source, moved, target = self.path.partition('/moveTo/o/')
+    if moved:  # gcsfs renames by it
+      bucket, name = re.search(r'/b/([^/]+)/o/([^/]+)$', source).groups()
+      self.path = f'{source}/copyTo/b/{bucket}/o/{target}'
     with self.lock:
       if status := '/b/' in self.path and self._refused():
         self.rfile.read(int(self.headers.get('Content-Length', 0)))
@@ -81,6 +86,8 @@ class Handler(emulator.RequestHandler):
         self.end_headers()
       else:
         emulator.Router(self).handle(method)
+        if moved:
+          self.storage.delete_file(bucket, urllib.parse.unquote(name))
 
   def do_GET(self):
     self._do('GET')
@@ -438,7 +445,7 @@ def test_a_bucket_that_is_not_ours_is_refused(here, empty):
   line = refusal(*TRAIN, '--workdir=gs://forbidden/run')
   assert 'gs://forbidden/run cannot be read' in line
   assert 'credentials' in line
-  with pytest.raises(errors.UserError, match=r'run cannot be written .*Forbidden'):
+  with pytest.raises(errors.UserError, match=r'be written .*Forbidden'):
     workdir.check(paths.path('gs://readonly/run'))
 
 

@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import fnmatch
 import io
+import logging
 import os
 import secrets
 import time
@@ -30,6 +31,9 @@ from ddpm_jax import errors
 
 # TensorStore and other processes write too: what was listed before is stale.
 fsspec.config.conf.setdefault('gs', {})['use_listings_cache'] = False
+
+# It logs pages of what it raises anyway.
+logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
 
 SECONDS = 30  # between two puts of a log that grows
 
