@@ -34,6 +34,7 @@ from ddpm_jax.diffusion import variances
 from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import paths
 from ddpm_jax.runtime import workdir
 
 # Keys that are read whatever the name of their section is: by conditioning.py,
@@ -184,6 +185,7 @@ def source(
     UserError: the data are missing or do not fit, or have no splits and one is
       named.
   """
+  paths.of_key('data.path', config.data.get('path') or '.', paths.local)
   function = registry.named(sources, config.data.name, None, 'data set')
   if not _takes(function, 'split'):
     _refuse_split(config, 'data.split', config.data.split, 'train')

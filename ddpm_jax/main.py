@@ -6,6 +6,7 @@ import logging
 import pathlib
 import pkgutil
 import sys
+from collections.abc import Callable
 from typing import Any
 from typing import NoReturn
 
@@ -13,6 +14,7 @@ from ddpm_jax import errors
 from ddpm_jax import jobs
 from ddpm_jax import ranges
 from ddpm_jax.runtime import machine
+from ddpm_jax.runtime import paths
 from ddpm_jax.runtime import streams
 
 DESCRIPTION = """\
@@ -71,6 +73,20 @@ class Parser(argparse.ArgumentParser):
     raise errors.UserError(f'{message} (--help lists the flags)')
 
 
+def a_path(
+  text: str, read: Callable[[str], pathlib.Path] = paths.path
+) -> pathlib.Path:
+  """The type of a flag: argparse names the flag in what is wrong with it."""
+  try:
+    return read(text)
+  except errors.UserError as e:
+    raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def a_local_path(text: str) -> pathlib.Path:
+  return a_path(text, paths.local)
+
+
 def parser() -> Parser:
   """The flags. The modes are the files of jobs/."""
   modes = [job.name for job in pkgutil.iter_modules(jobs.__path__)]
@@ -92,8 +108,9 @@ def parser() -> Parser:
   )
   p.add_argument(
     '--workdir',
-    type=pathlib.Path,
-    help='the folder of the run (default: a new one under runs/)',
+    type=a_path,
+    help='the folder of the run, here or gs://BUCKET/NAME (default: a new one '
+    'under runs/)',
   )
   p.add_argument(
     '--num_samples',
@@ -120,7 +137,7 @@ def parser() -> Parser:
     '--num_samples is then of each (default: 8)',
   )
   p.add_argument(
-    '--prompts', type=pathlib.Path, metavar='FILE', help='the same, a line each'
+    '--prompts', type=a_local_path, metavar='FILE', help='the same, a line each'
   )
   p.add_argument(
     '--label',
@@ -137,7 +154,7 @@ def parser() -> Parser:
   )
   p.add_argument(
     '--output',
-    type=pathlib.Path,
+    type=a_path,
     help='where images go: a folder (a PNG each), a .png (one grid) or an .npz '
     '(uint8 NHWC, `images`); default: a folder in --workdir, named by the '
     'settings. Of convert: the new folder',
@@ -162,20 +179,20 @@ def parser() -> Parser:
   )
   p.add_argument(
     '--image',
-    type=pathlib.Path,
+    type=a_local_path,
     metavar='FILE',
     help='for --mode=edit: the image to make others of',
   )
   p.add_argument(
     '--mask',
-    type=pathlib.Path,
+    type=a_local_path,
     metavar='FILE',
     help='for --mode=edit: white where --image is made anew, black where it is '
     'kept; of its size',
   )
   p.add_argument(
     '--to',
-    type=pathlib.Path,
+    type=a_local_path,
     metavar='FILE',
     help='for --mode=edit: the image that --image turns into',
   )
@@ -205,14 +222,14 @@ def parser() -> Parser:
   )
   p.add_argument(
     '--compare',
-    type=pathlib.Path,
+    type=a_local_path,
     metavar='FILE',
     help='for --mode=benchmark: what an earlier one with --json has printed; '
     'ratios to it are printed',
   )
   p.add_argument(
     '--profile',
-    type=pathlib.Path,
+    type=a_local_path,
     metavar='FOLDER',
     help='for --mode=benchmark: trace a few train steps into this folder, for '
     'TensorBoard or Perfetto, and print the ten costliest kinds of operation',
@@ -220,21 +237,21 @@ def parser() -> Parser:
   scores = p.add_argument_group('for --mode=evaluate')
   scores.add_argument(
     '--inception',
-    type=pathlib.Path,
+    type=a_local_path,
     metavar='FILE',
     help='the weights of Inception-v3, .safetensors or .pth: FID and the like '
     'need them',
   )
   scores.add_argument(
     '--reference',
-    type=pathlib.Path,
+    type=a_local_path,
     metavar='FILE.npz',
     help='statistics to compare with, `mu` and `sigma`; default: of the data '
     'set, computed once',
   )
   scores.add_argument(
     '--images',
-    type=pathlib.Path,
+    type=a_local_path,
     metavar='PATH',
     help='score these, a folder or an .npz, in the place of samples; for '
     '--mode=compress and --figure=codec: what to send, an image too',
@@ -319,6 +336,8 @@ def run(argv: list[str]) -> None:
   for name, only in ONLY.items():
     if getattr(args, name) is not None and args.mode not in only:
       raise errors.UserError(f'--{name} is for --mode={" or ".join(only)}')
+  for named in (args.workdir, args.output):
+    paths.check(named)
   asked = args.prompt or args.prompts or args.label
   if args.guidance is not None:
     changes['sampler.guidance'] = args.guidance

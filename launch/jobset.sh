@@ -8,8 +8,9 @@
 # --dry-run as the first word prints the YAML. What else is given goes to
 # `python -m ddpm_jax.main` on all hosts. IMAGE holds this repository, installed,
 # and is where its commands start. CLAIM is a volume that can be written by many
-# (ReadWriteMany), with WORKDIR in it. When a host is taken away or fails, JobSet
-# starts all of them again, and the run goes on.
+# (ReadWriteMany), with WORKDIR in it; WORKDIR=gs://BUCKET/NAME needs none, and an
+# IMAGE with gcsfs. When a host is taken away or fails, JobSet starts all of them
+# again, and the run goes on.
 set -euo pipefail
 
 dry_run=
@@ -19,8 +20,13 @@ if [[ ${1:-} == --dry-run ]]; then
 fi
 : "${NAME:?is not set: what to call the JobSet}"
 : "${IMAGE:?is not set: of the container}"
-: "${CLAIM:?is not set: the PersistentVolumeClaim of runs}"
-: "${WORKDIR:?is not set: the folder of the run, in that volume}"
+: "${WORKDIR:?is not set: the folder of the run, in the volume CLAIM}"
+if [[ $WORKDIR == gs://* ]]; then
+  workdir=$WORKDIR
+else
+  : "${CLAIM:?is not set: the PersistentVolumeClaim of runs}"
+  workdir=/runs/$WORKDIR
+fi
 : "${HOSTS:?is not set: how many VMs the slice has}"
 : "${CHIPS:?is not set: how many chips a VM has}"
 : "${ACCELERATOR:?is not set: such as tpu-v5-lite-podslice}"
@@ -30,10 +36,22 @@ spot=${SPOT:+$'                cloud.google.com/gke-spot: "true"\n'}
 
 arguments() { # as strings of JSON, which YAML reads
   local word
-  for word in "--workdir=/runs/$WORKDIR" --stopped_code=75 "$@"; do
+  for word in "--workdir=$workdir" --stopped_code=75 "$@"; do
     word=${word//\\/\\\\}
     printf '                    - "%s"\n' "${word//\"/\\\"}"
   done
+}
+
+volume() {
+  cat <<END
+                  volumeMounts:
+                    - name: runs
+                      mountPath: /runs
+              volumes:
+                - name: runs
+                  persistentVolumeClaim:
+                    claimName: $CLAIM
+END
 }
 
 yaml() {
@@ -92,14 +110,8 @@ $(arguments "$@")
                   resources:
                     limits:
                       google.com/tpu: $CHIPS
-                  volumeMounts:
-                    - name: runs
-                      mountPath: /runs
-              volumes:
-                - name: runs
-                  persistentVolumeClaim:
-                    claimName: $CLAIM
 END
+  [[ $WORKDIR == gs://* ]] || volume
 }
 
 if [[ $dry_run ]]; then

@@ -6,7 +6,8 @@
 #     bash launch/slurm.sh --config=configs/cifar.py
 #
 # --dry-run as the first word prints what would be done. What else is given goes
-# to `python -m ddpm_jax.main`. WORKDIR must lie on a disk that all nodes share.
+# to `python -m ddpm_jax.main`. WORKDIR must lie on a disk that all nodes share, or
+# be gs://BUCKET/NAME: Slurm's own log is then in the folder that this starts in.
 set -euo pipefail
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then # on the login node: hand this file in
@@ -20,10 +21,14 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then # on the login node: hand this file in
   : "${GPUS:?is not set: how many GPUs a node}"
   : "${TIME:=24:00:00}" "${RESTARTS:=20}" "${PYTHON:=python}" "${CPUS:=8}"
   export WORKDIR RESTARTS PYTHON
+  logs=$WORKDIR
+  if [[ $WORKDIR == gs://* ]]; then
+    logs=.
+  fi
   job=(
     sbatch --job-name=ddpm_jax --nodes="$NODES" --time="$TIME"
     --ntasks-per-node="$GPUS" --gpus-per-node="$GPUS" --cpus-per-task="$CPUS"
-    --requeue --open-mode=append --output="$WORKDIR/slurm-%j.log"
+    --requeue --open-mode=append --output="$logs/slurm-%j.log"
     # To the processes, five minutes before the end of the time.
     --signal=TERM@300
   )
@@ -37,7 +42,7 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then # on the login node: hand this file in
     printf '\n'
     exit
   fi
-  mkdir -p "$WORKDIR"
+  mkdir -p "$logs"
   exec "${job[@]}"
 fi
 

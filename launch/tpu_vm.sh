@@ -8,7 +8,8 @@
 #
 # --dry-run as the first word prints what would be done. What else is given goes
 # to `python -m ddpm_jax.main` on all hosts. SETUP is run on each host first, and
-# mounts the disk of WORKDIR, which all must share. The project is gcloud's.
+# mounts the disk of WORKDIR, which all must share; WORKDIR=gs://BUCKET/NAME needs
+# none. The project is gcloud's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -72,7 +73,7 @@ install() {
     run "${tpus[@]}" tpu-vm scp "$code" "$NAME:" --zone="$ZONE" --worker=all &&
     hosts "set -e; mkdir -p ddpm_jax; tar xzf ddpm_jax.tar.gz -C ddpm_jax
 command -v $PYTHON || sudo apt-get install -qy $PYTHON $PYTHON-venv
-$PYTHON -m venv venv; venv/bin/pip install -q -e ./ddpm_jax 'jax[tpu]'
+$PYTHON -m venv venv; venv/bin/pip install -q -e './ddpm_jax[gcs]' 'jax[tpu]'
 $SETUP"
 }
 

@@ -109,6 +109,30 @@ def test_all_end_in_the_same_line(script):
   assert list(changes) == ['model.multipliers']
 
 
+@pytest.mark.parametrize('script', NEEDS)
+def test_a_run_in_a_bucket_needs_no_disk(script):
+  words = started(
+    script, dry_run(script, WORKDIR='gs://bucket/cifar', CLAIM='')
+  )
+  assert '--workdir=gs://bucket/cifar' in words
+
+
+def test_Slurm_makes_no_folder_that_is_called_gs(tmp_path):
+  (tmp_path / 'sbatch').write_text('#!/bin/sh\necho "$@"\n')
+  (tmp_path / 'sbatch').chmod(0o755)
+  done = subprocess.run(
+    ['bash', str(ROOT / 'launch' / 'slurm.sh'), *ARGS],
+    env=NEEDS['slurm.sh']
+    | {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'WORKDIR': 'gs://bucket/a'},
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert '--output=./slurm-%j.log' in done.stdout
+  assert [path.name for path in tmp_path.iterdir()] == ['sbatch']
+
+
 def test_the_local_launcher_says_what_it_would_start():
   local = [sys.executable, 'launch/local.py', '--dry-run']
   done = call(*local, '--processes=3', '--workdir=/cifar', *ARGS)

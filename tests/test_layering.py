@@ -49,7 +49,9 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ],
     ['lock', 'workdir'],
     ['logs'],
-    ['account', 'arithmetic', 'fingerprint', 'jsonfile', 'processes'],
+    ['paths'],
+    ['account', 'arithmetic', 'bucket'],
+    ['fingerprint', 'jsonfile', 'processes'],
     ['streams'],
   ],
   'metrics': [

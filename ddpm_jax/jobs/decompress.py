@@ -21,6 +21,7 @@ from ddpm_jax.runtime import bitstream
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import outputs
 from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import paths
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
@@ -37,7 +38,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     )
   if args.bytes is not None and args.bytes < 0:
     raise errors.UserError(f'--bytes={args.bytes} is below 0')
-  path = pathlib.Path(args.input)
+  path = paths.path(args.input)
   data = read_bytes(path)[: args.bytes]
   with of_file(path):
     header, _ = bitstream.read_header(data)

@@ -12,6 +12,7 @@ from ddpm_jax import errors
 from ddpm_jax.jobs import sample
 from ddpm_jax.metrics import classifier as classifiers
 from ddpm_jax.metrics import small
+from ddpm_jax.runtime import images
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import results
 from ddpm_jax.runtime import workdir as workdirs
@@ -103,5 +104,6 @@ def judge(
   made = classifiers.train(
     data['image'], data['label'], len(source.class_names)
   )
-  classifiers.save(path, made)
+  with images.whole(path) as part:
+    classifiers.save(part, made)
   return data, made

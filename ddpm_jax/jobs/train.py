@@ -306,6 +306,7 @@ def train(
       if step % config.checkpoint.every == 0:
         read(*unread)
         unread = None
+        log.sync()  # first: no checkpoint is ahead of the log
         save(state, step)
       drawn_every = config.log.pictures_every
       # The end draws its own.
@@ -319,6 +320,7 @@ def train(
 
     if unread:
       read(*unread)
+    log.sync()
     save(state, step)
   return state
 

@@ -177,7 +177,10 @@ def load(path: pathlib.Path) -> tuple[Statistics, dict[str, Any]]:
       f'{path} is not a file; statistics are an .npz with `mu` and `sigma`'
     )
   try:
-    with np.load(path, allow_pickle=False) as file:
+    with (
+      path.open('rb') as whole,
+      np.load(whole, allow_pickle=False) as file,
+    ):
       parts = {name: file[name] for name in file if not name.startswith('arr_')}
   except Exception as error:  # zipfile's, zlib's and NumPy's own
     raise errors.UserError(

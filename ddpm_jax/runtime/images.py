@@ -1,12 +1,8 @@
 """Pictures: grids, strips and curves, as PNG files; GIFs where time moves."""
 
-import contextlib
 import io
 import math
-import os
 import pathlib
-import secrets
-from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,19 +11,9 @@ from matplotlib import figure
 from matplotlib.backends import backend_agg
 from PIL import Image
 
+from ddpm_jax.runtime import paths
 
-@contextlib.contextmanager
-def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A file to write that becomes `path` when it is done: never half a file.
-
-  It has a name of its own: others may be writing the same file.
-  """
-  part = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.part')
-  try:
-    yield part
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
+whole = paths.whole
 
 
 def encode(

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 
 from ddpm_jax import errors
 from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import paths
 from ddpm_jax.runtime import processes
 
 NAME = '.lock'
@@ -47,11 +48,15 @@ def held(folder: pathlib.Path, *, new: bool = False) -> Iterator[None]:
   if not processes.leads():
     yield
     return
+  file = folder / NAME
+  if paths.is_remote(folder):
+    with _beating(file):
+      yield
+    return
   made = [path for path in (folder, *folder.parents) if not path.exists()]
   folder.mkdir(parents=True, exist_ok=True)
-  file = folder / NAME
   try:
-    with _posix(file) if os.path.isdir(folder) else _beating(file):
+    with _posix(file):
       yield
   finally:
     if made or new:

@@ -25,6 +25,7 @@ from PIL import Image
 
 from ddpm_jax import errors
 from ddpm_jax.runtime import jsonfile
+from ddpm_jax.runtime import paths
 from ddpm_jax.runtime import processes
 
 T = TypeVar('T')
@@ -68,19 +69,27 @@ def read(path: pathlib.Path) -> list[dict[str, float]]:
 class Board:
   """TensorBoard's event files; nothing where tensorboardX is not installed."""
 
-  def __init__(self, events: Any) -> None:
-    self._events = events
+  def __init__(
+    self, events: Any, send: Callable[[], None] = lambda: None
+  ) -> None:
+    self._events, self._send = events, send
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     for name, value in values.items():
       if self._events:
         self._events.add_scalar(name, value, step)
 
+  def sync(self) -> None:
+    """Returns when what was added is on disk, or in the bucket."""
+    if self._events:
+      self._events.flush()
+      self._send()
+
   def pictures(self, step: int, files: dict[str, pathlib.Path]) -> None:
     """Adds PNG files by name. Those that are not there are passed over."""
     for name, path in files.items():
       if self._events and path.exists():
-        with Image.open(path) as image:
+        with path.open('rb') as file, Image.open(file) as image:
           pixels = np.asarray(image.convert('RGB'))
         self._events.add_image(name, pixels, step, dataformats='HWC')
 
@@ -100,9 +109,11 @@ def tensorboard(workdir: pathlib.Path, start: int) -> Iterator[Board]:
     what='the log for TensorBoard',
     install="pip install -e '.[tensorboard]'",
   )
-  folder = str(workdir / 'tensorboard')
-  with tensorboardX.SummaryWriter(folder, purge_step=start + 1) as events:
-    yield Board(events)
+  with (
+    paths.mirrored(workdir / 'tensorboard') as folder,
+    tensorboardX.SummaryWriter(str(folder), purge_step=start + 1) as events,
+  ):
+    yield Board(events, lambda: paths.send(folder, workdir / 'tensorboard'))
 
 
 class Metrics:
@@ -141,6 +152,11 @@ class Metrics:
     self._file.write(json.dumps({'step': step, **line}) + '\n')
     self._board.scalars(step, line)
 
+  def sync(self) -> None:
+    """Returns when what was written is on disk, or in the bucket."""
+    self._file.flush()
+    self._board.sync()
+
 
 def _is_number(value: Any) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool)
@@ -164,10 +180,9 @@ def metrics(
     path = pathlib.Path(os.devnull)
   kept = [line for line in read(path) if line['step'] <= start]
   if processes.leads():
-    part = path.with_name('.metrics.jsonl.part')
-    part.write_text(''.join(json.dumps(line) + '\n' for line in kept))
-    os.replace(part, path)
-  with path.open('a', buffering=1) as file:
+    with paths.whole(path) as part:
+      part.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+  with paths.append(path) as file:
     yield Metrics(
       file,
       board,

@@ -6,7 +6,6 @@ the place of an entry that was made in the very same way, and of no other.
 
 import json
 import logging
-import os
 import pathlib
 import time
 from collections.abc import Collection
@@ -15,6 +14,7 @@ from typing import Any
 from ddpm_jax import errors
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import jsonfile
+from ddpm_jax.runtime import paths
 
 Entry = dict[str, Any]
 
@@ -100,8 +100,7 @@ def add(
   try:
     before = _read(path, name, mark)
   except errors.UserError as e:
-    aside = path.with_name(f'{path.name}.damaged-{time.time_ns()}')
-    os.replace(path, aside)
+    aside = paths.move(path, f'{path.name}.damaged-{time.time_ns()}')
     logging.warning('%s; it is kept as %s', e, aside.name)
     before = {}
   others = [e for e in before.get(name, []) if made(e) != made(entry)]

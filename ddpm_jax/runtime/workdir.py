@@ -11,7 +11,6 @@ import logging
 import os
 import pathlib
 import re
-import secrets
 import tempfile
 import time
 import zipfile
@@ -22,6 +21,7 @@ import numpy as np
 
 from ddpm_jax import errors
 from ddpm_jax.runtime import jsonfile
+from ddpm_jax.runtime import paths
 
 
 def default(recipe: str) -> pathlib.Path:
@@ -53,6 +53,9 @@ def check(path: pathlib.Path) -> None:
   Raises:
     UserError: if it is a file, or cannot be written.
   """
+  if paths.is_remote(path):
+    paths.check(path, write=True)
+    return
   here = path.absolute()
   _try(path, next(p for p in (here, *here.parents) if os.path.lexists(p)))
 
@@ -68,6 +71,9 @@ def create(path: pathlib.Path) -> None:
 
 def _try(path: pathlib.Path, there: pathlib.Path) -> None:
   """Makes the folder `there`, and tries to write into it, for `path`."""
+  if paths.is_remote(there):
+    paths.check(there, write=True)
+    return
   try:
     there.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=there):
@@ -153,9 +159,8 @@ def _read(file: pathlib.Path, kind: type, otherwise: str) -> Any:
 
 
 def _write(file: pathlib.Path, values: Any) -> None:
-  part = file.with_name(f'.{file.name}.{secrets.token_hex(4)}.part')
-  part.write_text(json.dumps(values, indent=2) + '\n')
-  os.replace(part, file)
+  with paths.whole(file) as part:
+    part.write_text(json.dumps(values, indent=2) + '\n')
 
 
 def read_data(path: pathlib.Path) -> tuple[np.ndarray, ...] | None:
@@ -176,11 +181,8 @@ def read_data(path: pathlib.Path) -> tuple[np.ndarray, ...] | None:
 
 def write_data(path: pathlib.Path, arrays: Sequence[np.ndarray]) -> None:
   """Keeps what tells whether the data of the run are still the same."""
-  file = io.BytesIO()
-  np.savez(file, *arrays)
-  part = path / f'.data.npz.{secrets.token_hex(4)}.part'
-  part.write_bytes(file.getvalue())
-  os.replace(part, path / 'data.npz')
+  with paths.whole(path / 'data.npz') as part, part.open('wb') as file:
+    np.savez(file, *arrays)
 
 
 def add_change(path: pathlib.Path, change: dict[str, Any]) -> None:

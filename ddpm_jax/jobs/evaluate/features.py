@@ -99,13 +99,13 @@ def everyones(
   files = [folder / f'.sums_{name}_of_{i}' for i in range(count)]
   own = files[jax.process_index()]
   if mine:
-    with own.open('wb') as written:
+    with pictures.whole(own) as part, part.open('wb') as written:
       np.savez(written, *jax.tree.leaves(mine))
   processes.wait('sums written')
   parts = []
   for file in files:
     if file.exists():
-      with np.load(file) as arrays:
+      with file.open('rb') as whole, np.load(whole) as arrays:
         parts.append(jax.tree.unflatten(fidelity.TREE, arrays.values()))
   processes.wait('sums read')
   own.unlink(missing_ok=True)
@@ -151,14 +151,14 @@ def parts(
 ) -> Iterator[tuple[Span, inception.Features]]:
   """What `in_parts` has written."""
   for span in batches:
-    with np.load(_file(folder, span)) as file:
+    with _file(folder, span).open('rb') as whole, np.load(whole) as file:
       arrays = (file[name] for name in inception.Features._fields)
       yield span, inception.Features(*arrays)
 
 
 def images(folder: pathlib.Path, batches: list[Span]) -> Iterator[np.ndarray]:
   for span in batches:
-    with np.load(_file(folder, span)) as file:
+    with _file(folder, span).open('rb') as whole, np.load(whole) as file:
       yield file['images']
 
 

@@ -14,6 +14,7 @@ from ddpm_jax.jobs.evaluate import features
 from ddpm_jax.metrics import fidelity
 from ddpm_jax.runtime import images as pictures
 from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import paths
 from ddpm_jax.runtime import processes
 from ddpm_jax.runtime import workdir
 
@@ -93,7 +94,9 @@ def from_data(
 def cache(config: ConfigDict, folder: pathlib.Path | None) -> pathlib.Path:
   """The folder of statistics, which is made if need be."""
   runs = folder.parent if folder else pathlib.Path('runs')
-  path = pathlib.Path(config.evaluate.cache or runs / 'reference')
+  path = runs / 'reference'
+  if config.evaluate.cache:
+    path = paths.of_key('evaluate.cache', config.evaluate.cache, paths.path)
   workdir.create(path)
   return path
 

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import json
-import shutil
 import zlib
 
 import numpy as np
@@ -26,6 +25,7 @@ from ddpm_jax.runtime import images as pictures
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import outputs
 from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import paths
 from ddpm_jax.runtime import processes
 from ddpm_jax.runtime import results
 
@@ -101,7 +101,7 @@ def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
     drawn = logs.watched(features.images(folder, spans), 'saving', count)
     outputs.save(args.output, drawn, count, about)
     logs.say(f'{count} images: {args.output}')
-  shutil.rmtree(folder)
+  paths.remove_tree(folder)
   print(record.table(entries) + record.best(entries, entry))
   print(record.details(entry))
   logs.say(f'all of it            {args.workdir}/{record.NAME}')
