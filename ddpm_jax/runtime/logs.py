@@ -20,9 +20,9 @@ from typing import TypeVar
 import jax
 import numpy as np
 import tqdm
-from PIL import Image
 
 from ddpm_jax import errors
+from ddpm_jax import imagefile
 from ddpm_jax.runtime import processes
 
 T = TypeVar('T')
@@ -60,7 +60,7 @@ class Board:
     """Adds PNG files by name. Those that are not there are passed over."""
     for name, path in files.items():
       if self._events and path.exists():
-        with Image.open(path) as image:
+        with imagefile.opened(path) as image:
           pixels = np.asarray(image.convert('RGB'))
         self._events.add_image(name, pixels, step, dataformats='HWC')
 

@@ -17,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import functions
+from ddpm_jax import npz
 from ddpm_jax.metrics import fidelity
 from ddpm_jax.metrics import inception
 from ddpm_jax.runtime import images as pictures
@@ -102,8 +103,8 @@ def everyones(
   parts = []
   for name in files:
     if name.exists():
-      with np.load(name) as arrays:
-        parts.append(jax.tree.unflatten(fidelity.TREE, arrays.values()))
+      arrays = npz.load(name)
+      parts.append(jax.tree.unflatten(fidelity.TREE, arrays.values()))
   processes.wait('sums read')
   own.unlink(missing_ok=True)
   return functools.reduce(fidelity.merge, parts)
@@ -148,15 +149,14 @@ def parts(
 ) -> Iterator[tuple[Span, inception.Features]]:
   """What `in_parts` has written."""
   for span in batches:
-    with np.load(_file(folder, span)) as file:
-      arrays = (file[name] for name in inception.Features._fields)
-      yield span, inception.Features(*arrays)
+    names = inception.Features._fields
+    arrays: Any = npz.load(_file(folder, span), names.__contains__)
+    yield span, inception.Features(**arrays)
 
 
 def images(folder: pathlib.Path, batches: list[Span]) -> Iterator[np.ndarray]:
   for span in batches:
-    with np.load(_file(folder, span)) as file:
-      yield file['images']
+    yield npz.load(_file(folder, span), 'images'.__eq__)['images']
 
 
 def _file(folder: pathlib.Path, span: Span) -> pathlib.Path:
