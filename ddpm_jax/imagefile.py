@@ -69,7 +69,9 @@ _in_flight = _Budget(MAX_PIXELS)
 
 
 @contextlib.contextmanager
-def opened(source: str | os.PathLike | BinaryIO) -> Iterator[ImageFile.ImageFile]:
+def opened(
+  source: str | os.PathLike | BinaryIO,
+) -> Iterator[ImageFile.ImageFile]:
   """An image whose header has been read, and whose pixels have not.
 
   Leave it before the next is opened: its pixels count until then, and other

@@ -68,7 +68,7 @@ def _open(path: str) -> tuple[np.ndarray, Any]:
     ) from error
   if pair[0] not in arrays:
     raise errors.UserError(
-      f'{path} has no `images`, only: {", ".join(keys)}; save numpy.savez(path, '
-      'images=..., labels=...)'
+      f'{path} has no `images`, only: {", ".join(keys)}; save '
+      'numpy.savez(path, images=..., labels=...)'
     )
   return arrays[pair[0]], arrays.get(pair[1])
