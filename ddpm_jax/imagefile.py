@@ -40,9 +40,10 @@ MAX_BYTES = 2**30  # of a file
 LARGE = 2**24
 
 # Pillow checks the size too, in more places. Between its limit and twice that
-# it only warns: `opened` refuses.
+# it only warns: `opened` refuses. It also warns of damaged EXIF, which a good
+# photo may have.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
+warnings.filterwarnings('ignore', module=r'PIL\.')
 
 
 class _Budget:
