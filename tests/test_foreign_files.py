@@ -220,7 +220,7 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path, monkeypatch, caplog):
   scandir = os.scandir
 
   def refusing(path):
-    if str(path).endswith('b'):
+    if str(path).rstrip('/').endswith('b'):
       raise PermissionError(13, 'Permission denied', path)
     return scandir(path)
 
@@ -329,7 +329,8 @@ def test_no_text_in_a_PNG_spoils_it(tmp_path):
   for i in range(3):
     text.add_text(f'prompt {i}', 'x' * 2**26, zip=True)
   text.add_itxt('workflow', 'y' * 2**21)
-  text.add_text('after', 'z' * 2**25, zip=True, after_idat=True)
+  after = b'after\0\0' + zlib.compress(b'z' * 2**25)
+  text.add(b'zTXt', after, after_idat=True)
   exif = Image.Exif()
   exif[0x112] = 3
   path = tmp_path / 'a.png'
