@@ -98,6 +98,9 @@ def opened(
     except UnidentifiedImageError:
       raise ValueError(f'it is none of {", ".join(FORMATS)}') from None
     _check_size(*stack.enter_context(image).size)
+    if image.format == 'TIFF':  # A tile is decoded whole, and may be larger.
+      tags = image.tag_v2  # type: ignore[attr-defined]
+      _check_size(tags.get(322, 1), tags.get(323, 1))
     if size <= LARGE:
       stack.enter_context(_in_flight.take(image.width * image.height))
     yield image

@@ -384,6 +384,17 @@ def test_a_huge_image_is_refused_by_its_header(tmp_path, size, monkeypatch):
     given.load(tmp_path)
 
 
+def test_a_huge_tile_of_a_small_TIFF_is_refused(tmp_path):
+  values = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 277: 1}
+  values |= {322: 60_000, 323: 60_000, 324: 8, 325: 64}
+  fields = [struct.pack('<HHII', tag, 4, 1, x) for tag, x in values.items()]
+  body = struct.pack('<H', len(fields)) + b''.join(fields) + bytes(4)
+  path = tmp_path / 'a.tif'
+  path.write_bytes(b'II*\0\x08\0\0\0' + body)
+  with pytest.raises(ValueError, match='60000x60000 pixels'):
+    decode.read(str(path), (8, 8, 3))
+
+
 def test_a_huge_file_is_refused_by_its_length(tmp_path):
   path = tmp_path / 'a.webp'
   with path.open('wb') as file:
