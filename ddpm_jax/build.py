@@ -191,6 +191,9 @@ def source(
     _refuse_split(config, 'data.split', config.data.split, 'train')
   data = dict(config.data) | {'image_size': recipe.image_size(config)}
   data |= {'split': split} if split else {}
+  data['needs_labels'] = (
+    config.condition.name == 'label' or config.data.captions == 'classes'
+  )
   if (
     folder
     and _takes(function, 'class_order')

@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import errors
+from ddpm_jax import npz
 from ddpm_jax import recipe
 from ddpm_jax.data import captions
 from ddpm_jax.data import store
@@ -128,8 +129,7 @@ def encode(config: ConfigDict, texts: Sequence[str]) -> Any:
     made: Any = minilm.encode(texts, c.length)
     with images.whole(path) as part, part.open('wb') as file:
       np.savez(file, **made)
-  with np.load(path) as file:
-    return dict(file)
+  return npz.load(path)
 
 
 def attach(config: ConfigDict, source: store.Source) -> store.Source:

@@ -17,7 +17,8 @@ LAYERS = [
   ['conditioning'],
   ['recipe', 'registry'],
   ['diffusion', 'models', 'data', 'metrics', 'interop', 'runtime'],
-  ['ranges'],
+  ['imagefile', 'npz', 'ranges'],
+  ['regular'],
   ['errors'],
 ]
 INSIDE = {  # Rooms whose files have an order of their own.

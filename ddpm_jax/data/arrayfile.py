@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax import errors
+from ddpm_jax import npz
 from ddpm_jax.data import listing
 
 
@@ -52,21 +53,22 @@ def _open(path: str) -> tuple[np.ndarray, Any]:
       f'{path!r} is not a file; set --config.data.path to a .npz or .npy'
     )
   try:
-    # Pages of a .npy come from disk when they are read.
-    loaded = np.load(path, mmap_mode='r')
-    if isinstance(loaded, np.ndarray):
-      return loaded, None
-    with loaded as file:
-      arrays = {k: file[k] for k in ('images', 'labels') if k in file}
-      keys = ', '.join(file)
+    if not npz.is_npz(path):
+      return npz.mapped(path), None
+    keys = npz.names(path)
+    # The second pair is of numpy.savez(path, images, labels), as the samples
+    # of OpenAI's evaluations are.
+    pairs = ('images', 'labels'), ('arr_0', 'arr_1')
+    pair = next((x for x in pairs if x[0] in keys), pairs[0])
+    arrays = npz.load(path, pair.__contains__)
   except Exception as error:  # zipfile's, zlib's and NumPy's own
     raise errors.UserError(
       f'{path} cannot be read ({" ".join(str(error).split())}); save it again '
       'with numpy.savez or numpy.save'
     ) from error
-  if 'images' not in arrays:
+  if pair[0] not in arrays:
     raise errors.UserError(
-      f'{path} has no `images`, only: {keys}; save numpy.savez(path, '
-      'images=..., labels=...)'
+      f'{path} has no `images`, only: {", ".join(keys)}; save '
+      'numpy.savez(path, images=..., labels=...)'
     )
-  return arrays['images'], arrays.get('labels')
+  return arrays[pair[0]], arrays.get(pair[1])

@@ -2,9 +2,11 @@
 
 import csv
 import dataclasses
+import io
 import os
-import posixpath
+import re
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -12,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax import errors
+from ddpm_jax import regular
 from ddpm_jax.data import listing
 from ddpm_jax.data import store
 
 KEYS = ('text', 'caption')  # what a caption is called in files
+MOST = 2**30  # bytes of captions.csv, which is read whole
 
 Captions = Sequence[tuple[str, ...]]  # those of an image, or of a class
 
@@ -28,7 +32,10 @@ def tokens(texts: Sequence[str], length: int) -> np.ndarray:
   """
   rows = np.zeros((len(texts), length), np.uint8)
   for row, text in zip(rows, texts, strict=True):
-    code = text.strip().encode()
+    try:
+      code = text.strip().encode()
+    except UnicodeEncodeError:  # such as bytes of a file's name
+      raise errors.UserError(f'the text {text[:40]!r} is not Unicode') from None
     if len(code) > length or 0 in code:
       raise errors.UserError(
         f'the text {text[:40]!r} has {len(code)} bytes of UTF-8, of which '
@@ -78,16 +85,20 @@ def of_folder(folder: str, names: Sequence[str]) -> list[tuple[str, ...]]:
     UserError: if there are none, or a line is not like that.
   """
   given: dict[str, list[str]] = {name: [] for name in names}
+  match = listing.matcher(names)
   for where, entry in _entries(folder):
-    name = posixpath.normpath(str(entry.get('file_name')))
-    if name not in given:
-      raise errors.UserError(f'{where}: no image {name!r} beside it')
+    name = match(entry.get('file_name'))
+    if name is None:
+      raise errors.UserError(
+        f'{where}: no image {entry.get("file_name")!r:.300} beside it; each '
+        'entry needs the file_name of one'
+      )
     found: Any = next((entry[k] for k in KEYS if entry.get(k)), [])
     texts = [found] if isinstance(found, str) else found
     if not isinstance(texts, list) or not all(
       isinstance(text, str) for text in texts
     ):
-      raise errors.UserError(f'{where}: caption {found!r} is not a string')
+      raise errors.UserError(f'{where}: caption {found!r:.80} is not a string')
     given[name] += texts
   if not any(given.values()):
     raise errors.UserError(
@@ -97,20 +108,69 @@ def of_folder(folder: str, names: Sequence[str]) -> list[tuple[str, ...]]:
   return [tuple(texts) for texts in given.values()]
 
 
-def _entries(folder: str) -> Any:
-  """(where it stands, dict) of each line of the files of captions."""
+def _entries(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+  """(where it stands, entry) of each line of the files of captions."""
   path = os.path.join(folder, 'metadata.jsonl')
-  if os.path.isfile(path):
+  if os.path.exists(path):
     yield from listing.lines(path)
   path = os.path.join(folder, 'captions.csv')
-  if os.path.isfile(path):
+  if os.path.exists(path):
+    yield from _rows(path)
+
+
+def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+  """The rows of a CSV file, with commas, semicolons or tabs, as Excel has them.
+
+  Raises:
+    UserError: it is not text, or lacks a column.
+  """
+  text = _text(path)
+  start = 0
+  if first := re.match(r'sep=(.)\r?\n', text):  # for Excel's eyes only
+    text, start = text[first.end() :], 1
+  titles: dict[str, list[str]] = {}
+  for delimiter in ',;\t':
+    rows = csv.reader(io.StringIO(text, newline=''), delimiter=delimiter)
     try:
-      with open(path, encoding='utf-8', newline='') as file:
-        rows = list(csv.DictReader(file))
-    except (csv.Error, UnicodeDecodeError) as error:
-      raise errors.UserError(f'{path}: not a CSV file ({error})') from None
-    for number, row in enumerate(rows, 2):
-      yield f'{path}:{number}', row
+      titles[delimiter] = [x.strip().lower() for x in next(rows, [])]
+      if 'file_name' not in titles[delimiter]:
+        continue
+      if not {*KEYS} & {*titles[delimiter]}:
+        continue
+      for row in rows:
+        if any(map(str.strip, row)):
+          where = f'{listing.shown(path)}:{rows.line_num + start}'
+          yield where, dict(zip(titles[delimiter], row, strict=False))
+      return
+    except csv.Error as error:
+      raise errors.UserError(
+        f'{listing.shown(path)}:{rows.line_num + start}: not CSV ({error})'
+      ) from None
+  there = max(titles.values(), key=len)
+  raise errors.UserError(
+    f'{listing.shown(path)}: its columns are {", ".join(map(repr, there))}; '
+    f'captions need file_name, and {" or ".join(KEYS)}'
+  )
+
+
+def _text(path: str) -> str:
+  """A text file in UTF-8, or in what its first bytes say: UTF-16."""
+  with listing.opened(path) as file:
+    size = regular.length(file)
+    if size > MOST:
+      raise errors.UserError(
+        f'{listing.shown(path)} has {size} bytes, of at most {MOST}: write '
+        'the captions as metadata.jsonl'
+      )
+    data = file.read()
+  utf_16 = data.startswith(listing.UTF_16)
+  try:
+    return data.decode('utf-16' if utf_16 else 'utf-8-sig')
+  except UnicodeDecodeError as error:
+    raise errors.UserError(
+      f'{listing.shown(path)}: not UTF-8 ({error.reason} at byte '
+      f'{error.start}); save it as "CSV UTF-8"'
+    ) from None
 
 
 def attach(

@@ -1,6 +1,7 @@
 """What a data set holds, in 16 bytes an image: to tell if it has changed."""
 
 import hashlib
+import os
 from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,14 @@ def of(items: Iterable[tuple[Any, Any]]) -> Contents:
   pairs = [(_hash(name), _hash(mark)) for name, mark in items]
   table = np.array(sorted(pairs), np.uint64).reshape(-1, 2)
   return Contents(table[:, 0], table[:, 1])
+
+
+def size(file: str) -> int:
+  """In bytes; -1 of a file that is not there."""
+  try:
+    return os.stat(file).st_size
+  except OSError:
+    return -1
 
 
 def of_array(images: np.ndarray, marks: Sequence[Any]) -> Contents:

@@ -14,13 +14,16 @@ from collections.abc import Callable
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import ExifTags
 from PIL import Image
-from PIL import ImageOps
+
+from ddpm_jax import imagefile
 
 Shape = tuple[int, int, int]  # (H, W, C); C is 1: gray, or 3: RGB
 
 DEPTHS = (8, 10, 12, 14, 16)  # bits that an image of 16 bits may use
 PROBED = 64  # images
+_BAND = 2**20  # pixels that are worked out at a time
 
 
 def probe(largest: Callable[[int], int | None], n: int) -> int:
@@ -57,10 +60,10 @@ def probe_files(paths: Sequence[str]) -> int:
   colours = [0]
 
   def largest(i: int) -> int | None:
-    with Image.open(paths[i]) as image:
+    with imagefile.opened(paths[i]) as image:
       # Only images of 16 bits need be decoded.
       if _is_16_bits(image):
-        return _largest(upright(paths[i]))
+        return _largest(_turned(image))
       if image.tile and ';16' in str(image.tile[0].args):
         colours.append(int(np.asarray(image.convert('RGB')).max()))
     return None
@@ -103,17 +106,57 @@ def read(path: str, shape: Shape, max_value: int = 0) -> np.ndarray:
   SyntaxError, ValueError, struct.error, DecompressionBombError, ...; and
   ValueError for an image of 16 bits with a value above `max_value`.
   """
-  return fit(upright(path), shape, max_value)
+  with imagefile.opened(path) as image:
+    return fit(_turned(image), shape, max_value)
 
 
 def upright(path: str) -> Image.Image:
   """The image file at `path`, as it was meant to be held; raises as `read`."""
-  with Image.open(path) as image:
-    image.load()
-    if image.format == 'PPM' and _is_16_bits(image):
-      # These files name their largest value, and Pillow makes it 65535.
-      return Image.fromarray(_to_8_bits(np.asarray(image), 65535))
-    return ImageOps.exif_transpose(image)
+  with imagefile.opened(path) as image:
+    return _turned(image)
+
+
+def shape_of(path: str) -> Shape:
+  """The shape of an upright image file, which is not decoded."""
+  with imagefile.opened(path) as image:
+    # Pillow gives the upright size of a TIFF.
+    lies = image.format != 'TIFF' and _orientation(image) >= 5
+    W, H = image.size[::-1] if lies else image.size
+    return H, W, 1 if image.mode in ('1', 'L') or _is_16_bits(image) else 3
+
+
+_TURNED = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
+
+
+def _turned(image: Image.Image) -> Image.Image:
+  """An opened image, decoded and upright.
+
+  Not `ImageOps.exif_transpose`, which writes EXIF anew and fails for a photo
+  of which one other field is wrong.
+  """
+  image.load()
+  if image.format == 'PPM' and _is_16_bits(image):
+    # These files name their largest value, and Pillow makes it 65535.
+    return Image.fromarray(_to_8_bits(np.asarray(image), 65535))
+  way = _TURNED.get(_orientation(image))
+  return image if way is None else image.transpose(way)
+
+
+def _orientation(image: Image.Image) -> int:
+  """EXIF's 1 to 8; 1 where it says nothing, or cannot be read."""
+  try:
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+  except Exception:  # Pillow's are of many types
+    return 1
+  return value if type(value) is int else 1
 
 
 def fit_array(
@@ -149,10 +192,20 @@ def _opaque(image: Image.Image, max_value: int) -> Image.Image:
   if image.mode == 'F':
     raise ValueError('its pixels are floats, whose range is not known')
   if image.has_transparency_data:
-    image = image.convert('RGBA')
-    white = Image.new('RGBA', image.size, 'white')
-    return Image.alpha_composite(white, image).convert('RGB')
-  return image if image.mode == 'L' else image.convert('RGB')
+    return _on_white(image)
+  return image if image.mode in ('L', 'RGB') else image.convert('RGB')
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+  """RGB, in bands: whole, the steps between would take five times as much."""
+  made = Image.new('RGB', image.size)
+  rows = max(1, _BAND // image.width)
+  for top in range(0, image.height, rows):
+    below = min(top + rows, image.height)
+    band = image.crop((0, top, image.width, below)).convert('RGBA')
+    white = Image.new('RGBA', band.size, 'white')
+    made.paste(Image.alpha_composite(white, band).convert('RGB'), (0, top))
+  return made
 
 
 def _to_8_bits(pixels: np.ndarray, max_value: int) -> np.ndarray:
@@ -170,7 +223,12 @@ def _to_8_bits(pixels: np.ndarray, max_value: int) -> np.ndarray:
       f'its largest value {high} is above {max_value}: set '
       '--config.data.max_value'
     )
-  return np.round(pixels / (max_value / 255)).astype(np.uint8)
+  made = np.empty(pixels.shape, np.uint8)
+  rows = max(1, _BAND * len(pixels) // pixels.size)
+  for top in range(0, len(pixels), rows):
+    band = slice(top, top + rows)
+    made[band] = np.round(pixels[band] / (max_value / 255))
+  return made
 
 
 def _cover(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
 
 from ddpm_jax import errors
 from ddpm_jax.data import arrayfile
@@ -71,11 +70,8 @@ def _folder(
 
 
 def _header(file: str) -> decode.Shape:
-  """The shape of an image, without decoding it."""
-  with _named(file), Image.open(file) as image:
-    turned = image.getexif().get(0x0112, 1) >= 5  # by a quarter, when shown
-    W, H = image.size[::-1] if turned else image.size
-    return H, W, 1 if image.mode in ('1', 'L') or image.mode[0] == 'I' else 3
+  with _named(file):
+    return decode.shape_of(file)
 
 
 @contextlib.contextmanager

@@ -1,28 +1,32 @@
 """The image files of a folder, and their labels."""
 
+import codecs
+import contextlib
 import json
 import logging
 import os
 import posixpath
 import re
+import unicodedata
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from typing import Any
+from typing import BinaryIO
 
 import numpy as np
-from PIL import features
 
 from ddpm_jax import errors
-
-SUFFIXES = (
-  *('.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.webp', '.bmp', '.gif'),
-  *('.tif', '.tiff', '.ppm', '.pgm', '.pnm'),
-  # Pillow can be built without it.
-  *(('.avif',) if features.check('avif') else ()),
-)
+from ddpm_jax import imagefile
+from ddpm_jax import regular
 
 # More are not classes but, say, the numbers of the images.
 MOST_CLASSES = 1_000_000
+
+LONGEST = 2**24  # bytes of a line of a .jsonl file
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+log = logging.getLogger(__name__)
 
 Labels = tuple[np.ndarray, tuple[str, ...]]  # int32 (n,), names of classes
 
@@ -30,8 +34,11 @@ Labels = tuple[np.ndarray, tuple[str, ...]]  # int32 (n,), names of classes
 def find(folder: str) -> list[str]:
   """Paths of the images under `folder`, relative to it, with /, sorted.
 
-  Links are followed. Hidden files and folders are passed over, and so are
-  workdirs, whose pictures are not data.
+  Links are followed, and each folder is entered once; a link to an image that
+  is there by its own name is passed over. So are hidden files and folders,
+  workdirs, whose pictures are not data, and what is not a regular file: pipes,
+  sockets, devices. A link that leads nowhere is listed, as an image that cannot
+  be read.
 
   Raises:
     UserError: `folder` is not a folder, or holds no image.
@@ -40,28 +47,33 @@ def find(folder: str) -> list[str]:
     raise errors.UserError('which folder? set --config.data.path')
   if not os.path.isdir(folder):
     what = 'is not a folder' if os.path.exists(folder) else 'does not exist'
-    raise errors.UserError(f'{folder} {what}; set --config.data.path')
+    raise errors.UserError(
+      f'{shown(folder)} {what}; set --config.data.path to a folder of images'
+    )
   if is_run(folder):
     raise errors.UserError(
-      f'{folder} is the workdir of a run, whose pictures are not data: keep '
-      'them apart, and set --config.data.path'
+      f'{shown(folder)} is the workdir of a run, whose pictures are not data: '
+      'keep them apart, and set --config.data.path'
     )
-  names = []
-  for here, folders, files in os.walk(folder, followlinks=True):
-    folders[:] = [
-      f
-      for f in folders
-      if not (f.startswith('.') or is_run(os.path.join(here, f)))
-    ]
-    below = os.path.relpath(here, folder).replace(os.sep, '/')
-    names += [
-      posixpath.normpath(posixpath.join(below, name))
-      for name in files
-      if name.lower().endswith(SUFFIXES) and not name.startswith('.')
-    ]
+  names, links, others = _walk(folder)
+  real = {os.path.realpath(os.path.join(folder, x)) for x in links and names}
+  twice = 0
+  for name in sorted(links):
+    target = os.path.realpath(os.path.join(folder, name))
+    if target in real:
+      twice += 1
+    else:
+      names.append(name)
+  if twice:
+    log.warning('%d links to images that are listed are passed over', twice)
+  if others:
+    log.warning(
+      'not regular files, passed over: %s', ', '.join(map(shown, others[:3]))
+    )
   if not names:
     raise errors.UserError(
-      f'{folder} holds no image ({" ".join(SUFFIXES)}); set --config.data.path'
+      f'{shown(folder)} holds no image ({" ".join(imagefile.SUFFIXES)}); set '
+      '--config.data.path to a folder of images'
     )
   return sorted(names)
 
@@ -72,27 +84,122 @@ def is_run(folder: str) -> bool:
   return all(os.path.exists(os.path.join(folder, part)) for part in parts)
 
 
+def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
+  """Names of images: of files, of links to files, and of what is neither."""
+  names: list[str] = []
+  links: list[str] = []
+  others: list[str] = []
+  entered = set()
+  # Folders by their own names come before those that links name.
+  below = ['']
+  linked: list[str] = []
+  while below or linked:
+    here = below.pop() if below else linked.pop(0)
+    path = os.path.join(folder, here)
+    try:
+      status = os.stat(path)
+      if (status.st_dev, status.st_ino) in entered:
+        continue
+      entered.add((status.st_dev, status.st_ino))
+      if here and is_run(path):
+        continue
+      with os.scandir(path) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+      if not here:
+        raise errors.UserError(
+          f'{shown(folder)} cannot be read ({error.strerror})'
+        ) from error
+      log.warning('folder left out: %s (%s)', shown(here), error.strerror)
+      continue
+    for entry in found:
+      if entry.name.startswith('.'):
+        continue
+      name = posixpath.join(here, entry.name)
+      if entry.is_dir(follow_symlinks=False):
+        below.append(name)
+      elif entry.is_symlink() and os.path.isdir(entry.path):
+        linked.append(name)
+      elif not name.lower().endswith(imagefile.SUFFIXES):
+        continue
+      elif entry.is_symlink():
+        there = os.path.exists(entry.path)
+        fine = regular.is_regular(entry.path) or not there
+        (links if fine else others).append(name)
+      else:
+        fine = entry.is_file(follow_symlinks=False)
+        (names if fine else others).append(name)
+  return names, links, others
+
+
+def shown(name: str) -> str:
+  """A file's name for a message of one line, whatever is in it."""
+  return name if name.isprintable() else repr(name)
+
+
 def natural(name: str) -> Any:
   """A key to sort by that compares digits as numbers: img2 before img10."""
   parts: list[Any] = re.split('([0-9]+)', name)
-  parts[1::2] = map(int, parts[1::2])
+  # By length first: no limit on the digits of an integer is met.
+  digits = (part.lstrip('0') for part in parts[1::2])
+  parts[1::2] = [(len(part), part) for part in digits]
   return parts, name  # the name itself decides between 1 and 01
 
 
+def matcher(names: Iterable[str]) -> Callable[[Any], str | None]:
+  """A function from a name in a text file to that of `names` it means, or None.
+
+  The same name is taken, or else the only one that differs in nothing but its
+  Unicode normalisation (macOS writes é in two characters), \\ for /, or the
+  case of its suffix.
+  """
+  known = set(names)
+  alike: dict[str, list[str]] = {}
+  for name in known:
+    alike.setdefault(_loose(name), []).append(name)
+
+  def match(given: Any) -> str | None:
+    if not isinstance(given, str) or not given:
+      return None
+    name = posixpath.normpath(given.strip())
+    if name in known:
+      return name
+    found = alike.get(_loose(name), [])
+    return found[0] if len(found) == 1 else None
+
+  return match
+
+
+def _loose(name: str) -> str:
+  name = unicodedata.normalize('NFC', name.replace('\\', '/'))
+  stem, suffix = posixpath.splitext(posixpath.normpath(name))
+  return stem + suffix.lower()
+
+
 def label(
-  folder: str, names: list[str], class_order: Callable[[str], Any] = natural
+  folder: str,
+  names: list[str],
+  class_order: Callable[[str], Any] = natural,
+  *,
+  needed: bool = True,
 ) -> Labels:
   """Labels of the images `names` of `folder`; -1 where there is none.
 
   `metadata.jsonl` in `folder` gives them, a line {"file_name": ..., "label":
   integer or string} an image; else the first-level sub-folders do. Classes that
-  have names are numbered in the order of the key `class_order`.
+  have names are numbered in the order of the key `class_order`. If no labels
+  are `needed`, a file that does not give them is of no concern: a warning.
   """
   path = os.path.join(folder, 'metadata.jsonl')
-  if os.path.isfile(path):
-    labels = _from_metadata(path, names, class_order)
-    if (labels[0] >= 0).any():
-      return labels
+  if os.path.exists(path):
+    try:
+      labels = _from_metadata(path, names, class_order)
+      if (labels[0] >= 0).any():
+        return labels
+    except errors.UserError as error:
+      if needed:
+        raise
+      log.warning('%s; no labels are taken from it', error)
   classes = [name.split('/')[0] if '/' in name else None for name in names]
   return _number(classes, class_order)
 
@@ -117,28 +224,29 @@ def _from_metadata(
 ) -> Labels:
   given: dict[str, Any] = dict.fromkeys(names)
   kinds, foreign = set(), None
+  match = matcher(names)
   for where, entry in lines(path):
     value = entry.get('label')
-    name = posixpath.normpath(str(entry.get('file_name')))
-    if name not in given:
-      foreign = foreign or (where, name)
+    name = match(entry.get('file_name'))
+    if name is None:
+      foreign = foreign or (where, entry.get('file_name'))
       continue
     number = type(value) is int and 0 <= value < MOST_CLASSES
     if not (number or isinstance(value, str | None)):
       raise errors.UserError(
-        f'{where}: label {value!r}; use an integer from 0 to '
+        f'{where}: label {value!r:.80}; use an integer from 0 to '
         f'{MOST_CLASSES - 1}, or a string'
       )
     given[name] = value
     kinds.add(type(value))
   if foreign and kinds:
     raise errors.UserError(
-      f'{foreign[0]}: no image {foreign[1]!r} beside it; each line needs the '
-      '"file_name" of one'
+      f'{foreign[0]}: no image {foreign[1]!r:.300} beside it; each line needs '
+      'the "file_name" of one'
     )
   if foreign:
-    logging.getLogger(__name__).warning(
-      '%s: no image %r beside it, and no line names another: the file is '
+    log.warning(
+      '%s: no image %.300r beside it, and no line names another: the file is '
       'ignored',
       *foreign,
     )
@@ -153,16 +261,48 @@ def _from_metadata(
 
 def lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
   """The entries of a .jsonl file, each with where it stands."""
-  with open(path, 'rb') as file:
-    for number, line in enumerate(file, 1):
+  with opened(path) as file:
+    for number, line in enumerate(_lines(file), 1):
+      where = f'{shown(path)}:{number}'
+      if len(line) > LONGEST:
+        raise errors.UserError(
+          f'{where}: more than {LONGEST} bytes; put each image on its own line'
+        )
       if not line.strip():
         continue
       try:
         entry = json.loads(line)
-      except ValueError as error:
+      except (ValueError, RecursionError) as error:
         raise errors.UserError(
-          f'{path}:{number}: not JSON ({error}); mend the line'
+          f'{where}: not JSON ({error}); mend the line'
         ) from None
       if not isinstance(entry, dict):
-        raise errors.UserError(f'{path}:{number}: not a JSON object')
-      yield f'{path}:{number}', entry
+        raise errors.UserError(f'{where}: not a JSON object')
+      yield where, entry
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+  """Lines, of LONGEST + 1 bytes at most. UTF-16 becomes UTF-8."""
+  if file.read(2) in UTF_16:
+    file.seek(0)
+    yield from file.read().decode('utf-16', 'replace').encode().split(b'\n')
+    return
+  file.seek(0)
+  while line := file.readline(LONGEST + 1):
+    yield line
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[BinaryIO]:
+  """A text file among the images; raises UserError if it cannot be read."""
+  try:
+    with regular.opened(path) as file:
+      yield file
+  except OSError as error:
+    raise errors.UserError(
+      f'{shown(path)} cannot be read ({error.strerror})'
+    ) from error
+  except ValueError as error:
+    if isinstance(error, errors.UserError):
+      raise
+    raise errors.UserError(f'{shown(path)}: {error}') from error

@@ -74,16 +74,20 @@ def folder(
   max_value: int = 0,
   captions: str = '',
   class_order: Callable[[str], Any] = listing.natural,
+  needs_labels: bool = True,
 ) -> store.Source:
   """Image files under `path`, of any size and mode.
 
   Their classes are the first-level sub-folders, or in `metadata.jsonl`; so are
   captions, if they are asked for as 'file', or in `captions.csv`. Names of
-  classes are sorted by the key `class_order`.
+  classes are sorted by the key `class_order`. With `needs_labels` false, a
+  `metadata.jsonl` that gives none is passed over with a warning.
   """
   path = os.path.expanduser(path)
   names = listing.find(path)
-  labels, class_names = listing.label(path, names, class_order)
+  labels, class_names = listing.label(
+    path, names, class_order, needed=needs_labels
+  )
   texts = caption_files.of_folder(path, names) if captions == 'file' else []
   shape = (*image_size, channels)
   files = [os.path.join(path, name) for name in names]
@@ -96,11 +100,13 @@ def folder(
     classes = [*class_names, None]
     told = texts or [()] * len(names)
     return contents.of(
-      (names[i], (os.stat(files[i]).st_size, classes[labels[i]], told[i]))
+      (names[i], (contents.size(files[i]), classes[labels[i]], told[i]))
       for i in range(len(names))
     )
 
-  found = store.Files(len(names), read, names.__getitem__, class_names)
+  found = store.Files(
+    len(names), read, lambda i: listing.shown(names[i]), class_names
+  )
   made = store.from_files(found, shape, max_unreadable)
   return dataclasses.replace(
     made, captions=tuple(texts), max_value=largest, held=held

@@ -14,8 +14,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import ExifTags
-from PIL import Image
 
 from ddpm_jax import checks
 from ddpm_jax import errors
@@ -97,7 +95,7 @@ def read(path: pathlib.Path, config: ConfigDict) -> np.ndarray:
   H, W, C = recipe.shape(config)
   shape = H, W, C
   options: dict[str, Any] = {'image_size': (H, W), 'channels': C}
-  if path.suffix in ('.npz', '.npy'):
+  if path.suffix.lower() in ('.npz', '.npy'):
     source = sources.arrays(path=str(path), **options)
     every, _ = arrayfile.load(str(path))
     h, w = every.shape[1:3]
@@ -116,9 +114,8 @@ def read(path: pathlib.Path, config: ConfigDict) -> np.ndarray:
 
 def size_of(path: pathlib.Path) -> tuple[int, int]:
   """(width, height) of an upright image file, which is not decoded."""
-  with Image.open(path) as image:
-    lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    return (image.height, image.width) if lies else image.size
+  height, width, _ = decode.shape_of(str(path))
+  return width, height
 
 
 def say_sizes(

@@ -15,6 +15,7 @@ import optax
 from flax import traverse_util
 
 from ddpm_jax import errors
+from ddpm_jax import npz
 
 BATCH = 500  # images whose features are computed at once
 
@@ -224,8 +225,7 @@ def load(path: str | os.PathLike) -> Classifier:
     UserError: the file is missing, damaged, or of another network.
   """
   try:
-    with np.load(path, allow_pickle=False) as file:
-      flat = dict(file)
+    flat: dict[str, Any] = dict(npz.load(path))
     accuracy = float(flat.pop('accuracy'))
     scale = float(flat.pop('scale'))
     H, W, C = (int(side) for side in flat.pop('shape'))

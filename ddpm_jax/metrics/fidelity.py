@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from ddpm_jax import errors
+from ddpm_jax import npz
 from ddpm_jax.metrics import distances
 from ddpm_jax.metrics import inception
 from ddpm_jax.metrics import running
@@ -177,29 +178,53 @@ def load(path: pathlib.Path) -> tuple[Statistics, dict[str, Any]]:
       f'{path} is not a file; statistics are an .npz with `mu` and `sigma`'
     )
   try:
-    with (
-      path.open('rb') as whole,
-      np.load(whole, allow_pickle=False) as file,
-    ):
-      parts = {name: file[name] for name in file if not name.startswith('arr_')}
+    # OpenAI's files hold images too, which are not needed here.
+    with path.open('rb') as file:
+      parts = npz.load(file, lambda name: not name.startswith('arr_'))
+      names = npz.names(file)
   except Exception as error:  # zipfile's, zlib's and NumPy's own
     raise errors.UserError(
       f'{path} cannot be read ({" ".join(str(error).split())}); statistics '
       'are an .npz with `mu` and `sigma`'
     ) from error
+  if 'mu' not in parts and {'images', 'arr_0'} & {*names}:
+    raise errors.UserError(
+      f'{path} has images, not their statistics `mu` and `sigma`: compare with '
+      f'them as data, --config.data.name=arrays --config.data.path={path}'
+    )
   pool = _moments(path, parts, 'mu', 'sigma', 2048)
   spatial = None
   if 'mu_s' in parts:
     spatial = _moments(path, parts, 'mu_s', 'sigma_s', 2023)
-  score = parts.get('inception_score')
-  count = parts.get('count')
-  return Statistics(
-    pool,
-    spatial,
-    parts.get('features'),
-    None if score is None else (float(score[0]), float(score[1])),
-    None if count is None else int(count),
-  ), json.loads(str(parts.get('provenance', '{}')))
+  try:
+    return Statistics(pool, spatial, *_extras(parts)), _provenance(parts)
+  except (ValueError, TypeError, RecursionError) as error:
+    raise errors.UserError(
+      f'{path} is damaged ({" ".join(str(error).split())}); delete it, and '
+      'make it again'
+    ) from error
+
+
+def _extras(parts: dict[str, np.ndarray]) -> tuple[Any, Any, Any]:
+  """Features, the Inception score and the count, where a file has them."""
+  features = parts.get('features')
+  if features is not None and (
+    features.shape[1:] != (2048,) or not np.isfinite(features).all()
+  ):
+    raise ValueError(f'`features` is {features.shape}, or not finite')
+  score, count = parts.get('inception_score'), parts.get('count')
+  return (
+    features,
+    None if score is None else tuple(map(float, score.reshape(2))),
+    None if count is None else int(count.reshape(())),
+  )
+
+
+def _provenance(parts: dict[str, np.ndarray]) -> dict[str, Any]:
+  told = json.loads(str(parts.get('provenance', '{}')))
+  if not isinstance(told, dict):
+    raise ValueError('`provenance` is not a JSON object')
+  return told
 
 
 def _moments(

@@ -11,6 +11,7 @@ from matplotlib import figure
 from matplotlib.backends import backend_agg
 from PIL import Image
 
+from ddpm_jax import imagefile
 from ddpm_jax.runtime import paths
 
 whole = paths.whole
@@ -36,7 +37,8 @@ def encode(
   else:
     inner = len(data) - 30  # RIFF 12, chunk 8, frame 10
   mode = 'L' if image.shape[-1] == 1 else 'RGB'
-  shown = np.asarray(Image.open(file).convert(mode)).reshape(image.shape)
+  with imagefile.opened(file) as coded:
+    shown = np.asarray(coded.convert(mode)).reshape(image.shape)
   return shown, len(data), inner
 
 

@@ -21,9 +21,9 @@ from typing import TypeVar
 import jax
 import numpy as np
 import tqdm
-from PIL import Image
 
 from ddpm_jax import errors
+from ddpm_jax import imagefile
 from ddpm_jax.runtime import jsonfile
 from ddpm_jax.runtime import paths
 from ddpm_jax.runtime import processes
@@ -89,7 +89,7 @@ class Board:
     """Adds PNG files by name. Those that are not there are passed over."""
     for name, path in files.items():
       if self._events and path.exists():
-        with path.open('rb') as file, Image.open(file) as image:
+        with path.open('rb') as file, imagefile.opened(file) as image:
           pixels = np.asarray(image.convert('RGB'))
         self._events.add_image(name, pixels, step, dataformats='HWC')
 

@@ -4,7 +4,6 @@ metrics.jsonl, checkpoints/, pictures.
 
 import contextlib
 import datetime
-import io
 import itertools
 import json
 import logging
@@ -13,13 +12,13 @@ import pathlib
 import re
 import tempfile
 import time
-import zipfile
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ddpm_jax import errors
+from ddpm_jax import npz
 from ddpm_jax.runtime import jsonfile
 from ddpm_jax.runtime import paths
 
@@ -172,9 +171,9 @@ def read_data(path: pathlib.Path) -> tuple[np.ndarray, ...] | None:
   if not file.exists():
     return None
   try:
-    with np.load(io.BytesIO(file.read_bytes())) as arrays:
-      return tuple(arrays[name] for name in arrays.files)
-  except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as e:
+    with file.open('rb') as whole:
+      return tuple(npz.load(whole).values())
+  except Exception as e:  # zipfile's, zlib's and NumPy's own
     logging.warning('%s is damaged, not used: %s', file, e)
     return None
 

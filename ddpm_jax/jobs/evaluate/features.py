@@ -17,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import functions
+from ddpm_jax import npz
 from ddpm_jax.metrics import fidelity
 from ddpm_jax.metrics import inception
 from ddpm_jax.runtime import images as pictures
@@ -105,8 +106,9 @@ def everyones(
   parts = []
   for file in files:
     if file.exists():
-      with file.open('rb') as whole, np.load(whole) as arrays:
-        parts.append(jax.tree.unflatten(fidelity.TREE, arrays.values()))
+      with file.open('rb') as whole:
+        arrays = npz.load(whole)
+      parts.append(jax.tree.unflatten(fidelity.TREE, arrays.values()))
   processes.wait('sums read')
   own.unlink(missing_ok=True)
   return functools.reduce(fidelity.merge, parts)
@@ -151,15 +153,16 @@ def parts(
 ) -> Iterator[tuple[Span, inception.Features]]:
   """What `in_parts` has written."""
   for span in batches:
-    with _file(folder, span).open('rb') as whole, np.load(whole) as file:
-      arrays = (file[name] for name in inception.Features._fields)
-      yield span, inception.Features(*arrays)
+    names = inception.Features._fields
+    with _file(folder, span).open('rb') as file:
+      arrays: Any = npz.load(file, names.__contains__)
+    yield span, inception.Features(**arrays)
 
 
 def images(folder: pathlib.Path, batches: list[Span]) -> Iterator[np.ndarray]:
   for span in batches:
-    with _file(folder, span).open('rb') as whole, np.load(whole) as file:
-      yield file['images']
+    with _file(folder, span).open('rb') as file:
+      yield npz.load(file, 'images'.__eq__)['images']
 
 
 def _file(folder: pathlib.Path, span: Span) -> pathlib.Path:
