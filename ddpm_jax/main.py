@@ -10,6 +10,7 @@ from typing import Any
 from typing import NoReturn
 
 from ddpm_jax import errors
+from ddpm_jax import expand
 from ddpm_jax import jobs
 from ddpm_jax import ranges
 from ddpm_jax.runtime import machine
@@ -51,6 +52,13 @@ ONLY = {
   'topology': ['plan'],
 }
 
+# The flags that are paths.
+PATHS = (
+  *('compare', 'config', 'image', 'images', 'inception', 'input', 'mask'),
+  *('output', 'profile', 'prompts', 'reference', 'to', 'workdir'),
+)
+# The modes that compute nothing, or for devices that are not here.
+NO_DEVICES = ('compare', 'plan')
 # The modes that work on a run, in --workdir. (evaluate: but for --images)
 OF_A_RUN = (
   *('compress', 'decompress', 'edit', 'evaluate', 'few_steps', 'figures'),
@@ -307,6 +315,7 @@ def run(argv: list[str]) -> None:
   if args.mode not in modes:
     raise errors.unknown('mode', args.mode, modes)
   ranges.check_flags(vars(args))
+  expand_paths(args)
   for name, only in ONLY.items():
     if getattr(args, name) is not None and args.mode not in only:
       raise errors.UserError(f'--{name} is for --mode={" or ".join(only)}')
@@ -320,6 +329,7 @@ def run(argv: list[str]) -> None:
   if args.mode == 'train' and args.output:
     raise errors.UserError('--output is for images: training has --workdir')
   # JAX and the rest take seconds to import; --help and mistakes need none.
+  machine.start_jax()
   from ddpm_jax.runtime import processes
   from ddpm_jax.runtime import stop
   from ddpm_jax.runtime import workdir
@@ -335,12 +345,29 @@ def run(argv: list[str]) -> None:
     peer_timeout=args.peer_timeout,
     can_stop=args.mode == 'train',
   ):
+    if args.mode not in NO_DEVICES:
+      machine.look_for_devices()
     if not getattr(job, 'many_processes', False):
       processes.only_one(f'--mode={args.mode}')
     needs_config = getattr(job, 'needs_config', True)
     config = config_of(args) if needs_config else None
     with stop.second_quits():
       job.run(config, args)
+
+
+def expand_paths(args: argparse.Namespace) -> None:
+  """Replaces ~ and $HOME in the flags that are paths.
+
+  Raises:
+    UserError: naming the flag, if there is no such home or variable.
+  """
+  for name in PATHS:
+    path = getattr(args, name)
+    if path:
+      try:
+        setattr(args, name, type(path)(expand.expanded(str(path))))
+      except errors.UserError as e:
+        raise errors.UserError(f'--{name}={e}') from None
 
 
 def config_of(args: argparse.Namespace) -> Any:
@@ -369,6 +396,7 @@ def main() -> NoReturn:
   code = 0
   try:
     machine.keep_memory()
+    machine.open_many_files()
     run(sys.argv[1:])
   except BaseException as e:
     if not errors.expected(e):

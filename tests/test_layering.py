@@ -16,8 +16,9 @@ LAYERS = [
   ['checks'],
   ['conditioning'],
   ['recipe', 'registry'],
-  ['diffusion', 'models', 'data', 'metrics', 'interop', 'runtime'],
-  ['ranges'],
+  ['interop'],
+  ['diffusion', 'models', 'data', 'metrics', 'runtime'],
+  ['expand', 'ranges'],
   ['errors'],
 ]
 INSIDE = {  # Rooms whose files have an order of their own.
@@ -49,7 +50,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ],
     ['workdir'],
     ['logs'],
-    ['account', 'arithmetic', 'fingerprint', 'processes'],
+    ['account', 'arithmetic', 'fingerprint', 'jsonfile', 'processes'],
   ],
   'metrics': [
     ['fidelity', 'small', 'weights'],

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PROGRAM = """
 import resource
 from ddpm_jax.runtime import machine
-machine.keep_memory()
+machine.restart_with_memory()
 import numpy as np
 
 def faults_of_a_large_array():

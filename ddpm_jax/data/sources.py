@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax import errors
+from ddpm_jax import expand
 from ddpm_jax.data import arrayfile
 from ddpm_jax.data import captions as caption_files
 from ddpm_jax.data import decode
@@ -77,7 +78,7 @@ def folder(
   captions, if they are asked for as 'file', or in `captions.csv`. Names of
   classes are sorted by the key `class_order`.
   """
-  path = os.path.expanduser(path)
+  path = expand.expanded(path)
   names = listing.find(path)
   labels, class_names = listing.label(path, names, class_order)
   texts = caption_files.of_folder(path, names) if captions == 'file' else []
@@ -111,7 +112,7 @@ def tfds(
   """
   from ddpm_jax.data import records  # imports TFDS
 
-  path = os.path.expanduser(path)
+  path = expand.expanded(path)
   data, class_names = records.load(tfds, path, split)
   texts = []
   if captions not in ('', 'classes'):

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import expand
 from ddpm_jax import recipe
 from ddpm_jax.jobs.evaluate import features
 from ddpm_jax.metrics import fidelity
@@ -93,7 +94,8 @@ def from_data(
 def cache(config: ConfigDict, folder: pathlib.Path | None) -> pathlib.Path:
   """The folder of statistics, which is made if need be."""
   runs = folder.parent if folder else pathlib.Path('runs')
-  path = pathlib.Path(config.evaluate.cache or runs / 'reference')
+  named = expand.expanded(config.evaluate.cache)
+  path = pathlib.Path(named) if named else runs / 'reference'
   workdir.create(path)
   return path
 
