@@ -281,6 +281,10 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
         )
     if name not in at:
       at[name] = value
+    elif isinstance(at[name], ConfigDict):
+      raise errors.UserError(
+        f'config.json is damaged: {key} is a section of keys'
+      )
   return config.lock()
 
 

@@ -13,7 +13,9 @@ import safetensors
 from safetensors import numpy as safetensors_numpy
 
 from ddpm_jax import errors
+from ddpm_jax.runtime import jsonfile
 
+LIMIT = 2**20  # bytes of a configuration, which has a few hundred
 WEIGHTS = 'diffusion_pytorch_model'
 UNET = ('unet/config.json', 'config.json')
 SCHEDULER = ('scheduler/scheduler_config.json', 'scheduler_config.json')
@@ -84,9 +86,9 @@ def _one_of(folder: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
-    fields = json.loads(path.read_text())
-  except ValueError as e:
-    raise errors.UserError(f'{path} is damaged: {e}') from None
+    fields = jsonfile.read(path, limit=LIMIT)
+  except OSError as e:
+    raise errors.UserError(f'{path}: {e.strerror}') from None
   if not isinstance(fields, dict):
     raise errors.UserError(f'{path} is damaged: it holds no fields')
   return fields
