@@ -64,6 +64,8 @@ OF_A_RUN = (
   *('compress', 'decompress', 'edit', 'evaluate', 'few_steps', 'figures'),
   *('sample', 'score'),
 )
+# Those that write into it; the others do if no --output is named.
+INTO_THE_RUN = ('evaluate', 'few_steps', 'score')
 # Those that take one device, or devices that are not here.
 OTHER_DEVICES = ('compress', 'decompress', 'plan')
 # Those that read config.sampler.variance whatever the sampler: the bound does.
@@ -336,6 +338,8 @@ def run(argv: list[str]) -> None:
 
   if args.mode in OF_A_RUN and not (args.mode == 'evaluate' and args.images):
     workdir.check_run(args.workdir)
+    if args.mode in INTO_THE_RUN or not args.output:
+      check_writable(args)
   machine.keep_compiled()
   args.changes = changes
   job = importlib.import_module(f'ddpm_jax.jobs.{args.mode}')
@@ -353,6 +357,19 @@ def run(argv: list[str]) -> None:
     config = config_of(args) if needs_config else None
     with stop.second_quits():
       job.run(config, args)
+
+
+def check_writable(args: argparse.Namespace) -> None:
+  """Refuses a --workdir that cannot be written, before there is any work."""
+  from ddpm_jax.runtime import workdir
+
+  try:
+    workdir.check(args.workdir)
+  except errors.UserError as e:
+    elsewhere = 'copy the run, and name its copy'
+    if args.mode not in INTO_THE_RUN:
+      elsewhere = 'name another place with --output'
+    raise errors.UserError(f'{e}: {elsewhere}') from None
 
 
 def expand_paths(args: argparse.Namespace) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 from typing import NamedTuple
 
 import numpy as np
-import safetensors
 from safetensors import numpy as safetensors_numpy
 
 from ddpm_jax import errors
@@ -105,8 +104,9 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   if path.suffix == '.safetensors':
     try:
       return safetensors_numpy.load_file(path)
-    except (safetensors.SafetensorError, OSError, TypeError, KeyError) as e:
-      raise errors.UserError(f'{path} cannot be read: {e}') from None
+    except Exception as e:  # of its own, or NumPy's
+      reason = errors.short(str(e), 200)
+      raise errors.UserError(f'{path} cannot be read: {reason}') from None
   torch = errors.optional(
     'torch',
     what=f'{path} is a pickle, which could run code; to read it safely one',
