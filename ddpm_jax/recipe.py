@@ -223,8 +223,8 @@ def override(config: ConfigDict, changes: dict[str, str]) -> None:
       config.update_from_flattened_dict({key: value})
     except (TypeError, ValueError):
       raise errors.UserError(
-        f'config.{key}={text}: not of type {type(flat[key]).__name__}, like '
-        f'{flat[key]!r}'
+        f'config.{key}={errors.short(text)}: not of type '
+        f'{type(flat[key]).__name__}, like {flat[key]!r}'
       ) from None
 
 

@@ -386,9 +386,8 @@ def _wrong(
   for field, value in whole.items():
     if field not in known:
       if not field.startswith('_'):
-        lines.append(
-          f'{errors.short(field)}={errors.short(repr(value))} (an unknown field)'
-        )
+        shown = f'{errors.short(field)}={errors.short(repr(value))}'
+        lines.append(f'{shown} (an unknown field)')
       continue
     value = list(value) if isinstance(value, tuple) else value
     fits = allowed.get(field, [value])

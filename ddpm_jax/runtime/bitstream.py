@@ -161,7 +161,7 @@ def check_header(header: dict[str, Any], length: int) -> None:
   N, S, D = header['images'], of_codec['steps'], _count(header['shape'])
   numbers = N * D * S
   for field, wrong in {
-    f'images={N}': N > IMAGES_A_BYTE * length,
+    f'images={N}': IMAGES_A_BYTE * length < N,
     f'squares of {len(header["squares"])} steps': len(header['squares']) != S,
     f'batch_size={of_codec["batch_size"]}': of_codec['batch_size'] > N,
     f'{N} images of {D} numbers in {S} steps, more than memory holds,': (

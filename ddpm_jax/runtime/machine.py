@@ -126,7 +126,7 @@ def start_jax() -> None:
   jax.config.update('jax_enable_x64', False)
   if jax.config.values['jax_disable_jit']:
     raise errors.UserError(
-      'JAX_DISABLE_JIT is set, and this program is compiled as a whole: unset it'
+      'JAX_DISABLE_JIT is set, and this program is compiled whole: unset it'
     )
 
 
