@@ -76,7 +76,8 @@ class Parser(argparse.ArgumentParser):
   """One line for a mistake, where argparse would print the usage as well."""
 
   def error(self, message: str) -> NoReturn:
-    raise errors.UserError(f'{message} (--help lists the flags)')
+    said = errors.short(message, 300)
+    raise errors.UserError(f'{said} (--help lists the flags)')
 
 
 def parser() -> Parser:

@@ -260,6 +260,17 @@ def test_a_header_is_bounded_whatever_it_unpacks_to():
     bitstream.read_header(packed(many))
 
 
+def test_more_steps_than_the_header_tells_of_are_not_read():
+  """A bit that is expected costs nearly nothing: they could go on for long."""
+  header, end = bitstream.read_header(DATA)
+  front = DATA[:end]
+  chunk = b'\xff\xff\xff\x7f' + b'\0' + b'\0\0'
+  crc = zlib.crc32(chunk, int.from_bytes(front[-4:], 'big'))
+  assert header['bytes'] > len(chunk) + 4
+  with pytest.raises(errors.UserError, match=f'damaged after byte {end}'):
+    bitstream.read(front + chunk + struct.pack('>I', crc), RULES)
+
+
 def test_a_bit_that_was_never_seen_can_be_told():
   """Else the coder shifts zeros for ever, once 32768 others were seen."""
   odds = arithmetic.Odds()

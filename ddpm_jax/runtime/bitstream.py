@@ -197,6 +197,8 @@ def read(data: bytes, rules: Rules) -> tuple[Read, bool]:
   ends: dict[int, int] = {0: at}
   odds, before = arithmetic.Odds(), np.full(N, len(rules.sizes) - 1)
   for steps, coded, check, end in chunks(data, at, header['bytes']):
+    if len(size) + steps > S:
+      raise errors.UserError(damaged(ends))
     coder = arithmetic.Decoder(odds, coded)
     for _ in range(steps):
       of_step = np.zeros((N, D), np.int32)
