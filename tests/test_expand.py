@@ -81,6 +81,8 @@ def test_every_flag_that_is_a_path_is_expanded(home):
 def test_so_are_the_paths_of_a_recipe(home):
   (home / 'mine.py').write_text('from configs.digits import get_config\n')
   assert recipe.load('~/mine.py').data.name == 'digits'
-  for function in (sources.folder, sources.arrays):
-    with pytest.raises(errors.UserError, match=f'{home}/none'):
-      function(path='~/none', image_size=(8, 8), channels=3, max_unreadable=0)
+  given = {'path': '~/none', 'image_size': (8, 8), 'channels': 3}
+  with pytest.raises(errors.UserError, match=f'{home}/none'):
+    sources.folder(**given, max_unreadable=0)
+  with pytest.raises(errors.UserError, match=f'{home}/none'):
+    sources.arrays(**given)
