@@ -45,9 +45,10 @@ class Range(NamedTuple):
 
   def holds(self, value: Any) -> bool:
     """Whether a key may be `value`."""
-    if self.lengths is None or (self.alone and not isinstance(value, tuple)):
+    several = isinstance(value, tuple | list)
+    if self.lengths is None or (self.alone and not several):
       return self._is_one(value)
-    if not isinstance(value, tuple | list) or len(value) not in self.lengths:
+    if not several or len(value) not in self.lengths:
       return False
     return all(self._is_one(x) for x in value)
 

@@ -123,7 +123,9 @@ _TYPES = ranges.Range(
 )
 # What the rest relies on. No network is larger.
 KINDS: Mapping[str, ranges.Range] = {
-  'sample_size': ranges.KEYS['data.image_size'],
+  'sample_size': ranges.KEYS['data.image_size']._replace(
+    lengths=(2,), like='32, or (32, 48): sides in pixels'
+  ),
   'in_channels': ranges.POSITIVE,
   'block_out_channels': ranges.KEYS['model.channels']._replace(
     lengths=range(1, 17), like='(128, 256): 1 to 16 integers of 4 to 65536'
@@ -328,12 +330,9 @@ def _attended(types: Sequence[str]) -> list[int]:
 
 def _check_kinds(u: Fields, s: Fields) -> None:
   """Refuses what is not even of the type or size that the rest relies on."""
-  size = u['sample_size']
-  sides = size if isinstance(size, list | tuple) else [size, size]
   classes = u['num_class_embeds']
   found = {
     **{field: s[field] if field in s else u[field] for field in KINDS},
-    'sample_size': size if len(sides) == 2 else None,
     'num_class_embeds': 1 if classes is None else classes,
   }
   try:
