@@ -88,7 +88,7 @@ class Range(NamedTuple):
     if self.low > -math.inf:
       words = 'above' if self.open_low else 'at least'
       parts.append(f'{words} {written(self.low)}')
-    if self.high < LARGEST or (self.high == LARGEST and beyond):
+    if self.high < math.inf and (self.high != LARGEST or beyond):
       words = 'below' if self.open_high else 'at most'
       parts.append(f'{words} {written(self.high)}')
     or_also = ''.join(f', or {written(x)}' for x in self.also)

@@ -392,7 +392,7 @@ def mistake(*args):
   ('args', 'message'),
   [
     (['--config=configs/none/digits.py'], 'no such config'),
-    (['--config=configs'], 'no such config'),
+    (['--config=configs'], 'is a folder'),
     (['--config=README.md'], 'README.md'),
     (['--config=configs/lsun.py:bedrom'], "did you mean 'bedroom'"),
     (['--mode=sampel'], "did you mean 'sample'"),
