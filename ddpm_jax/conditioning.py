@@ -123,9 +123,11 @@ def encode(config: ConfigDict, texts: Sequence[str]) -> Any:
     return captions.tokens(texts, c.length)
   # What a frozen encoder says never changes.
   told = repr((c.name, c.length, *texts)).encode()
-  path = workdir.cache() / f'{hashlib.sha256(told).hexdigest()[:32]}.npz'
+  cache = workdir.cache()
+  if cache is None:
+    return minilm.encode(texts, c.length)
+  path = cache / f'{hashlib.sha256(told).hexdigest()[:32]}.npz'
   if not path.exists():
-    workdir.create(path.parent)
     made: Any = minilm.encode(texts, c.length)
     with images.whole(path) as part, part.open('wb') as file:
       np.savez(file, **made)

@@ -21,6 +21,16 @@ class UserError(ValueError):
   """
 
 
+def short(value: Any, limit: int = 80) -> str:
+  """A value in a message: text as it is, on one line, and not at length."""
+  try:
+    text = value if isinstance(value, str) else repr(value)
+  except (ValueError, RecursionError):  # 10**5000; lists within lists
+    text = f'a very long {type(value).__name__}'
+  text = ' '.join(text[: 4 * limit].split())
+  return text if len(text) <= limit else f'{text[:limit]}...'
+
+
 def unknown(
   kind: str, name: str, known: Iterable[str], *, others: str = ''
 ) -> UserError:
@@ -29,7 +39,7 @@ def unknown(
   A short list is given in full. Of a long one the nearest three are named, and
   `others` says where the rest are listed.
   """
-  known = sorted(known)
+  known, name = sorted(known), short(name)
   close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   hint = f'did you mean {close[0]!r}? ' if close else ''
   if len(known) <= SHORT:

@@ -11,6 +11,7 @@ from typing import Any
 from typing import NoReturn
 
 from ddpm_jax import errors
+from ddpm_jax import expand
 from ddpm_jax import jobs
 from ddpm_jax import ranges
 from ddpm_jax.runtime import machine
@@ -55,11 +56,20 @@ ONLY = {
   'topology': ['plan'],
 }
 
+# The flags that are paths.
+PATHS = (
+  *('compare', 'config', 'image', 'images', 'inception', 'input', 'mask'),
+  *('output', 'profile', 'prompts', 'reference', 'to', 'workdir'),
+)
+# The modes that compute nothing, or for devices that are not here.
+NO_DEVICES = ('compare', 'plan')
 # The modes that work on a run, in --workdir. (evaluate: but for --images)
 OF_A_RUN = (
   *('compress', 'decompress', 'edit', 'evaluate', 'few_steps', 'figures'),
   *('sample', 'score'),
 )
+# Those that write into it; the others do if no --output is named.
+INTO_THE_RUN = ('evaluate', 'few_steps', 'score')
 # Those that take one device, or devices that are not here.
 OTHER_DEVICES = ('compress', 'decompress', 'plan')
 # Those that read config.sampler.variance whatever the sampler: the bound does.
@@ -70,7 +80,8 @@ class Parser(argparse.ArgumentParser):
   """One line for a mistake, where argparse would print the usage as well."""
 
   def error(self, message: str) -> NoReturn:
-    raise errors.UserError(f'{message} (--help lists the flags)')
+    said = errors.short(message, 300)
+    raise errors.UserError(f'{said} (--help lists the flags)')
 
 
 def a_path(
@@ -333,6 +344,7 @@ def run(argv: list[str]) -> None:
   if args.mode not in modes:
     raise errors.unknown('mode', args.mode, modes)
   ranges.check_flags(vars(args))
+  expand_paths(args)
   for name, only in ONLY.items():
     if getattr(args, name) is not None and args.mode not in only:
       raise errors.UserError(f'--{name} is for --mode={" or ".join(only)}')
@@ -348,12 +360,15 @@ def run(argv: list[str]) -> None:
   if args.mode == 'train' and args.output:
     raise errors.UserError('--output is for images: training has --workdir')
   # JAX and the rest take seconds to import; --help and mistakes need none.
+  machine.start_jax()
   from ddpm_jax.runtime import processes
   from ddpm_jax.runtime import stop
   from ddpm_jax.runtime import workdir
 
   if args.mode in OF_A_RUN and not (args.mode == 'evaluate' and args.images):
     workdir.check_run(args.workdir)
+    if args.mode in INTO_THE_RUN or not args.output:
+      check_writable(args)
   machine.keep_compiled()
   args.changes, args.allow = changes, args.allow or []
   job = importlib.import_module(f'ddpm_jax.jobs.{args.mode}')
@@ -363,12 +378,42 @@ def run(argv: list[str]) -> None:
     peer_timeout=args.peer_timeout,
     can_stop=args.mode == 'train',
   ):
+    if args.mode not in NO_DEVICES:
+      machine.look_for_devices()
     if not getattr(job, 'many_processes', False):
       processes.only_one(f'--mode={args.mode}')
     needs_config = getattr(job, 'needs_config', True)
     config = config_of(args) if needs_config else None
     with stop.second_quits():
       job.run(config, args)
+
+
+def check_writable(args: argparse.Namespace) -> None:
+  """Refuses a --workdir that cannot be written, before there is any work."""
+  from ddpm_jax.runtime import workdir
+
+  try:
+    workdir.check(args.workdir)
+  except errors.UserError as e:
+    elsewhere = 'copy the run, and name its copy'
+    if args.mode not in INTO_THE_RUN:
+      elsewhere = 'name another place with --output'
+    raise errors.UserError(f'{e}: {elsewhere}') from None
+
+
+def expand_paths(args: argparse.Namespace) -> None:
+  """Replaces ~ and $HOME in the flags that are paths.
+
+  Raises:
+    UserError: naming the flag, if there is no such home or variable.
+  """
+  for name in PATHS:
+    path = getattr(args, name)
+    if path and not paths.is_remote(path):
+      try:
+        setattr(args, name, type(path)(expand.expanded(str(path))))
+      except errors.UserError as e:
+        raise errors.UserError(f'--{name}={e}') from None
 
 
 def config_of(args: argparse.Namespace) -> Any:
@@ -402,6 +447,7 @@ def main() -> NoReturn:
   code = 0
   try:
     machine.keep_memory()
+    machine.open_many_files()
     try:
       run(sys.argv[1:])
     except SystemExit as e:  # of --help, or with --stopped_code

@@ -1,7 +1,6 @@
 """The type and the range of every key of a recipe, and of numeric flags."""
 
 import math
-import sys
 from collections.abc import Collection
 from collections.abc import Mapping
 from typing import Any
@@ -9,14 +8,21 @@ from typing import NamedTuple
 
 from ddpm_jax import errors
 
-TYPES = {int: 'an integer', float: 'a number', bool: 'true or false', str: ''}
+LARGEST = 2**31 - 1  # that counters and indices hold
+TYPES = {
+  int: 'an integer',
+  float: 'a number',
+  bool: 'true or false',
+  str: 'a string',
+  dict: 'an object',
+}
 
 
 class Range(NamedTuple):
   """What a key may be: one value, or a tuple of such values.
 
   Attributes:
-    kind: int, float, bool or str; an integer is a float too.
+    kind: int, float, bool, str or dict; an integer is a float too.
     low: of a number, its least value; or, with `open_low`, a bound below it.
     high: the largest; or, with `open_high`, a bound above it.
     also: numbers outside of the bounds that mean something.
@@ -39,14 +45,15 @@ class Range(NamedTuple):
 
   def holds(self, value: Any) -> bool:
     """Whether a key may be `value`."""
-    if self.lengths is None or (self.alone and not isinstance(value, tuple)):
+    several = isinstance(value, tuple | list)
+    if self.lengths is None or (self.alone and not several):
       return self._is_one(value)
-    if not isinstance(value, tuple | list) or len(value) not in self.lengths:
+    if not several or len(value) not in self.lengths:
       return False
     return all(self._is_one(x) for x in value)
 
   def is_of_kind(self, value: Any) -> bool:
-    if self.kind in (bool, str):
+    if self.kind in (bool, str, dict):
       return isinstance(value, self.kind)
     kinds = int if self.kind is int else (int, float)
     return isinstance(value, kinds) and not isinstance(value, bool)
@@ -56,29 +63,32 @@ class Range(NamedTuple):
       return False
     if self.kind is str:
       return not self.choices or value in self.choices
-    if self.kind is bool or value in self.also:
+    if self.kind in (bool, dict) or value in self.also:
       return True
     above = value > self.low if self.open_low else value >= self.low
     below = value < self.high if self.open_high else value <= self.high
-    return above and below and math.isfinite(value)
+    # An integer is finite, be it too large for `math.isfinite`.
+    return above and below and (isinstance(value, int) or math.isfinite(value))
 
   def describe(self, value: Any) -> str:
     """What `value` must be, after 'must be'."""
     if self.lengths is not None:
       return f'like {self.like}'
-    if self.kind in (bool, str):
-      return TYPES[self.kind] or 'a string'
-    bounds = self._bounds()
+    if self.kind in (bool, str, dict):
+      return TYPES[self.kind]
+    bounds = self._bounds(value)
     named = not bounds or not self.is_of_kind(value)
     parts = [TYPES[self.kind], *bounds] if named else bounds
     return f'{parts[0]}, {parts[1]}' if len(parts) == 2 else parts[0]
 
-  def _bounds(self) -> list[str]:
+  def _bounds(self, value: Any) -> list[str]:
+    # That there is an end to all numbers is said where it is reached.
+    beyond = self.is_of_kind(value) and value > LARGEST
     parts = []
     if self.low > -math.inf:
       words = 'above' if self.open_low else 'at least'
       parts.append(f'{words} {written(self.low)}')
-    if self.high < math.inf:
+    if self.high < math.inf and (self.high != LARGEST or beyond):
       words = 'below' if self.open_high else 'at most'
       parts.append(f'{words} {written(self.high)}')
     or_also = ''.join(f', or {written(x)}' for x in self.also)
@@ -89,11 +99,15 @@ def written(value: Any) -> str:
   """A value as one writes it: 2 for 2.0, text without quotes."""
   if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
     return str(int(value))
-  return str(value)
+  return errors.short(value)
 
 
-NATURAL = Range(int, 0)
-POSITIVE = Range(int, 1)
+WHOLE = Range(int)
+NATURAL = Range(int, 0, LARGEST)
+POSITIVE = Range(int, 1, LARGEST)
+# Sides, channels and other sizes that memory is taken for.
+SIZE = Range(int, 1, 2**16)
+LAYERS = Range(int, 1, 1000)
 ABOVE_0 = Range(float, 0, open_low=True)
 SHARE = Range(float, 0, 1)  # both ends may be
 BELOW_1 = Range(float, 0, 1, open_high=True)
@@ -101,7 +115,7 @@ INSIDE = Range(float, 0, 1, open_low=True, open_high=True)
 SEED = Range(int, 0, 2**32 - 1)
 FLAG = Range(bool)
 TEXT = Range(str)
-ANY, SOME = range(sys.maxsize), range(1, sys.maxsize)
+ANY = range(1000)  # as many as there may be of any tuple
 TEXTS = Range(str, lengths=ANY, like="('one', 'two'): a tuple of strings")
 
 KEYS = {
@@ -114,12 +128,12 @@ KEYS = {
   'data.path': TEXT,
   'data.split': TEXT,
   'data.points': TEXT,
-  'data.image_size': POSITIVE._replace(
+  'data.image_size': SIZE._replace(
     lengths=(0, 2),
     alone=True,
     like='32, or (32, 48): sides in pixels, or () for points',
   ),
-  'data.channels': POSITIVE,
+  'data.channels': SIZE,
   'data.captions': TEXT,
   'data.templates': TEXTS,
   'data.names': TEXTS,
@@ -130,27 +144,31 @@ KEYS = {
   'model.predict': TEXT,
   'model.variance': TEXT,
   # The embedding of the time has half as many frequencies, at least two.
-  'model.channels': Range(int, 4),
-  'model.multipliers': POSITIVE._replace(
-    lengths=SOME, like='(1, 2, 2): one positive integer or more'
+  'model.channels': Range(int, 4, 2**16),
+  'model.multipliers': Range(
+    int,
+    1,
+    1024,
+    lengths=range(1, 17),
+    like='(1, 2, 2): 1 to 16 integers of 1 to 1024',
   ),
-  'model.blocks': POSITIVE,
-  'model.attention': POSITIVE._replace(
+  'model.blocks': LAYERS,
+  'model.attention': SIZE._replace(
     lengths=ANY, like='(16, 8): positive integers, or () for none'
   ),
-  'model.groups': POSITIVE,
+  'model.groups': SIZE,
   'model.dropout': BELOW_1,
   'model.dtype': Range(str, choices=('float32', 'bfloat16')),
   'model.remat': FLAG,
-  'model.patch': POSITIVE,
+  'model.patch': SIZE,
   'condition.name': Range(str, choices=('', 'label', 'text', 'minilm')),
   'condition.drop': BELOW_1,
-  'condition.classes': NATURAL,
-  'condition.length': POSITIVE,
-  'condition.width': POSITIVE,
-  'condition.depth': POSITIVE,
+  'condition.classes': Range(int, 0, 10**6),
+  'condition.length': SIZE,
+  'condition.width': SIZE,
+  'condition.depth': LAYERS,
   'schedule.name': TEXT,
-  'schedule.T': POSITIVE,
+  'schedule.T': Range(int, 1, 10**6),
   'schedule.beta_1': INSIDE,
   'schedule.beta_T': INSIDE,
   'schedule.zero_terminal_snr': FLAG,
@@ -227,6 +245,22 @@ def check(flat: Mapping[str, Any]) -> None:
   for key, value in flat.items():
     if key in KEYS:
       _check(f'config.{key}', value, KEYS[key])
+
+
+def check_fields(
+  fields: Mapping[str, Any], allowed: Mapping[str, Range]
+) -> None:
+  """The same of fields that a file holds: all of them, and no others.
+
+  Raises:
+    UserError: naming the first field that is missing, unknown or wrong.
+  """
+  for name in [*allowed, *fields]:
+    if name not in fields:
+      raise errors.UserError(f'the field {name} is missing')
+    if name not in allowed:
+      raise errors.UserError(f'{errors.short(name)} is no field of it')
+    _check(name, fields[name], allowed[name])
 
 
 def check_flags(flags: Mapping[str, Any]) -> None:

@@ -3,11 +3,15 @@
 import ast
 import contextlib
 import difflib
+import importlib
+import inspect
 import json
 import logging
 import pathlib
 import runpy
 import sys
+import traceback
+import types
 from collections.abc import Collection
 from collections.abc import Iterator
 from typing import Any
@@ -15,10 +19,22 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ddpm_jax import errors
+from ddpm_jax import expand
 from ddpm_jax import ranges
 from ddpm_jax.runtime import workdir
 
-CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+# Beside this package in a checkout, in it where it was installed.
+CONFIGS = next(
+  (
+    path
+    for path in (
+      pathlib.Path(__file__).parent / 'configs',
+      pathlib.Path(__file__).parents[1] / 'configs',
+    )
+    if path.is_dir()
+  ),
+  pathlib.Path(__file__).parents[1] / 'configs',
+)
 # Sections and keys that may change under a run that has begun: they say how
 # long, where and how it is watched, not what is learned.
 FREE = (
@@ -126,48 +142,122 @@ def load(spec: str) -> ConfigDict:
     UserError: if there is no such file, or it is no recipe.
   """
   name, _, argument = spec.partition(':')
-  path = pathlib.Path(name)
-  if not path.is_file():
-    others = [str(p) for p in sorted(path.parent.glob('*.py'))]
-    close = difflib.get_close_matches(name, others, n=1, cutoff=0.3)
-    hint = f'; did you mean {close[0]}?' if close else ''
-    raise errors.UserError(f'no such config: {name}{hint}')
-  with _importing_configs(), _one_line(name):
-    get_config = runpy.run_path(name)['get_config']
-    config = get_config(argument) if argument else get_config()
+  path = _find(name)
+  with _importing_configs(), _one_line(name, path):
+    # What it prints is no output of this program.
+    with contextlib.redirect_stdout(sys.stderr):
+      get_config = runpy.run_path(str(path)).get('get_config')
+      if not inspect.isfunction(get_config):
+        raise errors.UserError(
+          f'{name} has no function get_config: see configs/digits.py'
+        )
+      where = f'{name}: line {get_config.__code__.co_firstlineno}: get_config'
+      try:
+        arguments = [argument] if argument else []
+        inspect.signature(get_config).bind(*arguments)
+      except TypeError as e:
+        given = f':{errors.short(argument)}' if argument else 'no :ARGUMENT'
+        raise errors.UserError(f'{where} with {given}: {e}') from None
+      config = get_config(*arguments)
+    _check_kind(where, config)
   return config.lock()
 
 
+def _find(name: str) -> pathlib.Path:
+  """The file of that name, or else the one of configs/, wherever that is."""
+  path = pathlib.Path(expand.expanded(name))
+  if path.is_file():
+    return path
+  if path.is_dir():
+    raise errors.UserError(f'--config={name} is a folder: name a file in it')
+  if path.parent == pathlib.Path('configs') and (CONFIGS / path.name).is_file():
+    return CONFIGS / path.name
+  others = [str(p) for p in sorted(path.parent.glob('*.py'))]
+  close = difflib.get_close_matches(name, others, n=1, cutoff=0.3)
+  hint = f'; did you mean {close[0]}?' if close else ''
+  raise errors.UserError(f'no such config: {name}{hint}')
+
+
+def _check_kind(where: str, config: Any) -> None:
+  """Refuses what is no recipe, or not a whole one."""
+  if type(config) is not ConfigDict:
+    raise errors.UserError(
+      f'{where} returns {type(config).__name__} where a ConfigDict is wanted: '
+      'see configs/digits.py'
+    )
+  try:
+    here, whole = flatten(config), defaults()
+    to_json(config)
+  except (TypeError, ValueError, RecursionError) as e:
+    raise errors.UserError(
+      f'{where} returns what cannot be saved: {errors.short(str(e), 200)}'
+    ) from None
+  lacks = [key for key in whole if key not in here]
+  if lacks:
+    raise errors.UserError(
+      f'{where} returns a recipe without {", ".join(lacks[:3])} '
+      f'({len(lacks)} in all): begin with base.get_config(), as '
+      'configs/digits.py does'
+    )
+
+
 def shipped(name: str) -> ConfigDict:
-  """The recipe of that name in configs/, wherever the program was started."""
+  """The recipe of that name in configs/, wherever the program was started.
+
+  Raises:
+    UserError: if configs/ is not here.
+  """
+  if not CONFIGS.is_dir():
+    raise errors.UserError(
+      f'configs/ is not installed beside {pathlib.Path(__file__).parent}: name '
+      'a recipe with --config'
+    )
   return load(str(CONFIGS / f'{name}.py'))
 
 
 @contextlib.contextmanager
 def _importing_configs() -> Iterator[None]:
-  """Lets a recipe say `from configs import base`, wherever one stands."""
-  checkout = str(CONFIGS.parent)
-  sys.path.append(checkout)
+  """Lets a recipe say `from configs import base`, and get this program's.
+
+  A folder of the same name may be where a user works: its other files can be
+  imported too.
+  """
+
+  def known() -> list[str]:
+    return [x for x in sys.modules if x.partition('.')[0] == 'configs']
+
+  others = {name: sys.modules.pop(name) for name in known()}
+  package = types.ModuleType('configs')
+  package.__path__ = [str(CONFIGS), str(pathlib.Path('configs').absolute())]
+  sys.modules['configs'] = package
   try:
     yield
   finally:
-    sys.path.remove(checkout)
+    for name in known():
+      del sys.modules[name]
+    sys.modules.update(others)
 
 
 @contextlib.contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def _one_line(name: str, path: pathlib.Path) -> Iterator[None]:
+  """Says what goes wrong in the file `path`, which the user called `name`."""
   try:
     yield
-  except errors.UserError:
+  except (errors.UserError, KeyboardInterrupt):
     raise
-  except Exception as e:  # Anything may go wrong in a user's file.
-    trace, line = e.__traceback__, ''
-    while trace:
-      if trace.tb_frame.f_code.co_filename.endswith(name):
-        line = f' line {trace.tb_lineno}:'
-      trace = trace.tb_next
+  except BaseException as e:  # Anything may go wrong in a user's file.
+    lines = [
+      frame.lineno
+      for frame in traceback.extract_tb(e.__traceback__)
+      if frame.filename == str(path)
+    ]
+    if isinstance(e, SyntaxError) and e.filename == str(path):
+      lines, e.filename, e.lineno = [e.lineno], None, None
+    where = f' line {lines[-1]}:' if lines else ''
     reason = ' '.join(str(e).split())
-    raise errors.UserError(f'{name}:{line} {type(e).__name__}: {reason}') from e
+    raise errors.UserError(
+      f'{name}:{where} {type(e).__name__}: {reason:.500}'
+    ) from e
 
 
 def override(config: ConfigDict, changes: dict[str, str]) -> None:
@@ -190,8 +280,8 @@ def override(config: ConfigDict, changes: dict[str, str]) -> None:
       config.update_from_flattened_dict({key: value})
     except (TypeError, ValueError):
       raise errors.UserError(
-        f'config.{key}={text}: not of type {type(flat[key]).__name__}, like '
-        f'{flat[key]!r}'
+        f'config.{key}={errors.short(text)}: not of type '
+        f'{type(flat[key]).__name__}, like {flat[key]!r}'
       ) from None
 
 
@@ -200,8 +290,8 @@ def _parse(text: str) -> Any:
     return text.lower() == 'true'
   try:
     return _tuples(ast.literal_eval(text))
-  except (ValueError, SyntaxError):
-    return text
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
+    return text  # also what is nested too deep to be read
 
 
 def _tuples(value: Any) -> Any:
@@ -248,14 +338,17 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
         )
     if name not in at:
       at[name] = value
+    elif isinstance(at[name], ConfigDict):
+      raise errors.UserError(
+        f'config.json is damaged: {key} is a section of keys'
+      )
   return config.lock()
 
 
 def defaults() -> dict[str, Any]:
   """The flattened configs/base.py; {} where configs/ is not here."""
   with contextlib.suppress(ImportError), _importing_configs():
-    from configs import base
-
+    base = importlib.import_module('configs.base')
     return flatten(base.get_config())
   return {}
 

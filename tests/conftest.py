@@ -55,14 +55,17 @@ def user_env(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def tiny_run(tmp_path_factory, user_env):
-  """A run of 200 steps that nothing happened to: (workdir, stderr)."""
+  """A run of 200 steps that nothing happened to: (workdir, stderr).
+
+  Nor does it, or a library that it uses, warn of anything.
+  """
   workdir = tmp_path_factory.mktemp('runs') / 'undisturbed'
   process = subprocess.run(
     [
       *(sys.executable, '-m', 'ddpm_jax.main', *TINY),
       *('--config.steps=200', f'--workdir={workdir}'),
     ],
-    env=user_env,
+    env=user_env | {'PYTHONWARNINGS': 'error'},
     capture_output=True,
     text=True,
     check=True,

@@ -2,6 +2,9 @@
 
 import collections
 import json
+import struct
+import time
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -14,7 +17,20 @@ from ddpm_jax.runtime import bitstream
 SIZES = [1, 2, 3, 4, 6, 8, 12, 16]
 STEPS, N, SHAPE = 12, 20, (4, 4, 1)
 RULES = bitstream.Rules(SIZES, [0.1 * k for k in range(1, STEPS + 1)])
-HEADER = {'codec': {'steps': STEPS}, 'images': N, 'shape': SHAPE}
+HEADER = {
+  'model': 1234567890,
+  'images': N,
+  'shape': SHAPE,
+  'codec': {
+    'steps': STEPS,
+    'log2_candidates': 14,
+    'group_bits': 8.0,
+    'batch_size': N,
+  },
+  'seed': 0,
+  'squares': [0.1] * STEPS,
+  'software': {'jax': '1.2.3', 'device': 'cpu'},
+}
 
 
 def some_code(seed=0):
@@ -160,12 +176,107 @@ def test_numbers_of_any_size_come_back():
 def test_noise_is_not_read_for_ever():
   """A CRC lets nothing through but what was written; this is without one."""
   decoder = arithmetic.Decoder(arithmetic.Odds(), b'')
-  with pytest.raises(ValueError, match='no number'):
+  with pytest.raises(ValueError, match=r'no number|more is told'):
     collections.deque(
       arithmetic.whole(decoder, ('a',), None) for _ in range(99)
     )
 
 
 def test_a_header_is_small():
-  assert AROUND < 200
+  assert AROUND < 300
   assert zlib.decompress(DATA[9 : 9 + int.from_bytes(DATA[7:9], 'big')])
+
+
+def packed(header):
+  """The bytes of a file with that header, and nothing after it."""
+  text = zlib.compress(header, 9)
+  front = bitstream.MAGIC + struct.pack('>BH', bitstream.VERSION, len(text))
+  return front + text + struct.pack('>I', zlib.crc32(front + text))
+
+
+WHOLE = {**bitstream.read_header(DATA)[0]}
+DEEP = b'[' * 10_000 + b']' * 10_000
+ABSURD = [
+  *(None, 'x', '', -1, 0, 1.5, True, 10**9, 10**30, 10**400, [], {}, [[]]),
+  *(float('nan'), float('inf'), [1] * 10_000, {'a': {}}, 'x' * 100_000),
+]
+
+
+def refused_quickly(data):
+  """Whether a file is refused; in one short line, soon, with little memory."""
+  tracemalloc.start()
+  begun, told = time.monotonic(), ''
+  try:
+    bitstream.read(data, RULES)
+  except errors.UserError as e:
+    told = str(e)
+  seconds = time.monotonic() - begun
+  _, most = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert seconds < 2
+  assert most < 100 * 2**20
+  assert '\n' not in told
+  assert len(told) < 300
+  return bool(told)
+
+
+def test_a_header_alone_is_read():
+  assert not refused_quickly(packed(json.dumps(WHOLE).encode()))
+
+
+@pytest.mark.parametrize('field', WHOLE)
+def test_a_field_that_is_absurd_is_refused(field):
+  good = {'model': (0, -1, 10**9, 10**30, 10**400), 'seed': (0, 10**9)}
+  good |= {'bytes': (0, 10**9), 'software': ({},)}
+  for value in ABSURD:
+    data = packed(json.dumps({**WHOLE, field: value}).encode())
+    fine = type(value) is not bool and value in good.get(field, ())
+    assert refused_quickly(data) != fine, value
+  less = {key: x for key, x in WHOLE.items() if key != field}
+  with pytest.raises(errors.UserError, match=f'{field} is missing'):
+    bitstream.read_header(packed(json.dumps(less).encode()))
+  deep = json.dumps({**WHOLE, field: 0}).encode()
+  assert refused_quickly(packed(deep.replace(b'0', DEEP, 1)))
+
+
+@pytest.mark.parametrize('field', WHOLE['codec'])
+def test_so_is_a_field_of_the_codec(field):
+  for value in [*ABSURD, 25, 10**6]:
+    if field == 'group_bits' and value == 1.5:
+      continue
+    codec = {**WHOLE['codec'], field: value}
+    if codec == WHOLE['codec']:
+      continue
+    data = packed(json.dumps({**WHOLE, 'codec': codec}).encode())
+    assert refused_quickly(data), value
+
+
+def test_a_header_is_bounded_whatever_it_unpacks_to():
+  assert refused_quickly(packed(b' ' * 10**7))
+  assert refused_quickly(packed(b'\xff'))
+  assert refused_quickly(packed(b'[]'))
+  many = json.dumps({**WHOLE, 'images': 10**9}).encode()
+  with pytest.raises(errors.UserError, match='images=1000000000 in'):
+    bitstream.read_header(packed(many))
+
+
+def test_more_steps_than_the_header_tells_of_are_not_read():
+  """A bit that is expected costs nearly nothing: they could go on for long."""
+  header, end = bitstream.read_header(DATA)
+  front = DATA[:end]
+  chunk = b'\xff\xff\xff\x7f' + b'\0' + b'\0\0'
+  crc = zlib.crc32(chunk, int.from_bytes(front[-4:], 'big'))
+  assert header['bytes'] > len(chunk) + 4
+  with pytest.raises(errors.UserError, match=f'damaged after byte {end}'):
+    bitstream.read(front + chunk + struct.pack('>I', crc), RULES)
+
+
+def test_a_bit_that_was_never_seen_can_be_told():
+  """Else the coder shifts zeros for ever, once 32768 others were seen."""
+  odds = arithmetic.Odds()
+  odds.counts['a'] = [40_000, 0]
+  encoder = arithmetic.Encoder(odds)
+  encoder.bit('a', 1)
+  odds = arithmetic.Odds()
+  odds.counts['a'] = [40_000, 0]
+  assert arithmetic.Decoder(odds, encoder.finish()).bit('a', None) == 1

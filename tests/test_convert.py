@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import functions
 from ddpm_jax import main
+from ddpm_jax import ranges
 from ddpm_jax import recipe
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
@@ -437,6 +439,78 @@ def test_the_only_step_of_one_is_the_same_both_ways():
   whole = recipe.flatten(recipe.shipped('cifar')) | keys
   _, scheduler = fields.from_recipe(whole, [0.5])
   assert scheduler['trained_betas'] == [0.5]
+
+
+ABSURD = [
+  *(None, 'x', '', -1, 0, 1.5, True, False, 10**9, 10**30, 10**400),
+  *([], {}, [[]], [10**9], [4] * 17, ['x'] * 17, [1] * 10_000, 'x' * 100_000),
+  *(float('nan'), float('inf'), {'a': {}}),
+]
+
+
+@pytest.mark.parametrize('field', [*fields.UNET_DEFAULTS, *SCHEDULER, 'other'])
+def test_no_number_of_a_configuration_is_absurd(field):
+  """It is refused at once in one line, or is a recipe that is within bounds."""
+  begun, refused = time.monotonic(), 0
+  for value in ABSURD:
+    change = {field: value}
+    for of_unet in (True, False):
+      try:
+        keys = fields.to_recipe(
+          CIFAR | change if of_unet else CIFAR,
+          SCHEDULER if of_unet else SCHEDULER | change,
+        )
+        ranges.check(keys)
+      except errors.UserError as e:
+        refused += 1
+        told = str(e)
+        assert '\n' not in told, value
+        assert len(told) < 1500, value
+  assert refused > len(ABSURD) / 2 or field == '_diffusers_version'
+  assert time.monotonic() - begun < 2
+
+
+@pytest.mark.parametrize('text', [b'', b'\xff', b'[]', b'{"a":' * 100_000])
+def test_a_configuration_that_is_none_is_a_line(text, tmp_path):
+  folder = copy_of('rgb', tmp_path / 'in')
+  for name in (files.UNET[0], files.SCHEDULER[0]):
+    path = folder / name
+    whole = path.read_bytes()
+    path.write_bytes(text)
+    with pytest.raises(errors.UserError, match=f'{path.name} is damaged'):
+      files.read_model(folder)
+    path.write_bytes(b' ' * 2**21 + whole)
+    with pytest.raises(errors.UserError, match='longer than'):
+      files.read_model(folder)
+    path.write_bytes(whole)
+
+
+def test_a_network_deeper_than_its_weights_is_not_built(tmp_path):
+  folder = copy_of('rgb', tmp_path / 'in')
+  path = folder / files.UNET[0]
+  path.write_text(
+    json.dumps({**json.loads(path.read_text()), 'layers_per_block': 1000})
+  )
+  begun = time.monotonic()
+  with pytest.raises(errors.UserError, match='layers_per_block'):
+    convert(f'--input={folder}', f'--output={tmp_path}/out')
+  assert time.monotonic() - begun < 5
+  assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('part', ['dtype', 'shape', 'data_offsets'])
+def test_no_number_of_a_file_of_tensors_is_absurd(part, tmp_path):
+  whole = (golden.FOLDER / 'rgb' / files.SAFE[0]).read_bytes()
+  length = int.from_bytes(whole[:8], 'little')
+  head, path = json.loads(whole[8 : 8 + length]), tmp_path / 'a.safetensors'
+  name = next(name for name in head if name != '__metadata__')
+  for value in [*ABSURD, [0, 10**18], [-1]]:
+    text = json.dumps({**head, name: {**head[name], part: value}}).encode()
+    body = len(text).to_bytes(8, 'little') + text + whole[8 + length :]
+    path.write_bytes(body)
+    with pytest.raises(errors.UserError, match='cannot be read') as caught:
+      files.read_tensors(path)
+    assert len(str(caught.value)) < len(str(path)) + 300
 
 
 def copy_of(name, folder):

@@ -16,9 +16,11 @@ LAYERS = [
   ['checks'],
   ['conditioning'],
   ['recipe', 'registry'],
-  ['diffusion', 'models', 'data', 'metrics', 'interop', 'runtime'],
-  ['imagefile', 'npz', 'ranges'],
+  ['interop'],
+  ['diffusion', 'models', 'data', 'metrics', 'runtime'],
+  ['imagefile', 'npz'],
   ['regular'],
+  ['expand', 'ranges'],
   ['errors'],
 ]
 INSIDE = {  # Rooms whose files have an order of their own.

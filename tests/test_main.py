@@ -1,5 +1,6 @@
 """The program as a user runs it: real processes, real signals, real files."""
 
+import errno
 import json
 import os
 import pathlib
@@ -378,7 +379,7 @@ def mistake(*args):
   ('args', 'message'),
   [
     (['--config=configs/none/digits.py'], 'no such config'),
-    (['--config=configs'], 'no such config'),
+    (['--config=configs'], 'is a folder'),
     (['--config=README.md'], 'README.md'),
     (['--config=configs/lsun.py:bedrom'], "did you mean 'bedroom'"),
     (['--mode=sampel'], "did you mean 'sample'"),
@@ -452,6 +453,11 @@ def mistake(*args):
     ),
     (['--config=configs/ablation.py:eps'], 'eps_simple'),
     ([f'--config={DIGITS}', '--config.steps=-1'], 'steps'),
+    ([f'--config={DIGITS}', f'--config.steps={10**30}'], 'at most 2147483647'),
+    ([f'--config={DIGITS}', '--config.model.blocks=1000000'], 'at most 1000'),
+    ([f'--config={DIGITS}', '--config.model.channels=0'], 'channels=0 must be'),
+    ([f'--config={DIGITS}', f'--seed={"9" * 5000}'], 'invalid int value'),
+    ([f'--config={DIGITS}', f'--num_samples={10**30}'], 'at most 2147483647'),
     (['--mode=sample', '--workdir=runs/none'], 'runs/none'),
     (['--mode=sample', f'--config={DIGITS}'], '--workdir'),
   ],
@@ -490,6 +496,21 @@ def test_a_workdir_that_is_a_file_or_inside_one(tmp_path):
 def test_a_workdir_that_cannot_be_written(monkeypatch, tmp_path):
   message = mistake(f'--config={DIGITS}', '--workdir=/proc/here')
   assert 'cannot write into /proc/here' in message
+
+
+@pytest.mark.parametrize('mode', ['sample', 'edit', *main.INTO_THE_RUN])
+def test_a_run_that_cannot_be_written_is_said_before_any_work(
+  mode, begun, monkeypatch
+):
+  def read_only(**_):
+    raise OSError(errno.EROFS, 'Read-only file system')
+
+  monkeypatch.setattr('tempfile.TemporaryFile', read_only)
+  monkeypatch.setattr(f'ddpm_jax.jobs.{mode}.run', None)
+  message = mistake(f'--mode={mode}', f'--workdir={begun}')
+  assert f'cannot write into {begun}: Read-only file system: ' in message
+  elsewhere = mode not in main.INTO_THE_RUN
+  assert ('name another place with --output' in message) == elsewhere
 
 
 def test_another_recipe_under_an_existing_workdir(begun):

@@ -664,6 +664,31 @@ CLUSTERS = {
   ),
   'Slurm, one task': ({'SLURM_STEP_NODELIST': 'a', 'SLURM_NTASKS': '1'}, False),
   'Slurm, not in srun': ({'SLURM_NTASKS': '2'}, False),
+  'Slurm, a shell of salloc': (
+    {
+      'SLURM_STEP_NODELIST': 'a',
+      'SLURM_NTASKS': '4',
+      'SLURM_STEP_NUM_TASKS': '1',
+    },
+    False,
+  ),
+  'Slurm, a shell of srun --pty': (
+    {
+      'SLURM_STEP_NODELIST': 'a',
+      'SLURM_NTASKS': '4',
+      'SLURM_STEP_NUM_TASKS': '4',
+      'SLURM_PTY_PORT': '12345',
+    },
+    False,
+  ),
+  'Slurm, in a script of srun': (
+    {
+      'SLURM_STEP_NODELIST': 'a',
+      'SLURM_NTASKS': '4',
+      'SLURM_TASK_PID': str(os.getppid()),
+    },
+    True,
+  ),
   'MPI': ({'OMPI_COMM_WORLD_SIZE': '4'}, True),
   'GKE, hosts of a slice': ({'TPU_WORKER_HOSTNAMES': 'a,b'}, True),
   'GKE, one host': ({'TPU_WORKER_HOSTNAMES': 'localhost'}, False),
@@ -675,11 +700,34 @@ CLUSTERS = {
 }
 
 
-@pytest.mark.parametrize('name', CLUSTERS)
-def test_a_cluster_is_known_by_its_variables(name, monkeypatch):
+@pytest.fixture
+def no_cluster(monkeypatch):
   for key in list(os.environ):
     if key.startswith(('SLURM_', 'OMPI_', 'TPU_', 'KUBERNETES_', 'JOB_')):
       monkeypatch.delenv(key)
+
+
+@pytest.mark.parametrize(
+  'left', [{'SLURM_TASK_PID': '999999999'}, {'SLURM_STEP_NUM_TASKS': '3'}]
+)
+def test_what_slurm_left_behind_is_said_and_not_waited_for(
+  left, no_cluster, monkeypatch
+):
+  for key, value in {
+    'SLURM_JOB_ID': '7',
+    'SLURM_STEP_NODELIST': 'a',
+    'SLURM_NTASKS': '2',
+    **left,
+  }.items():
+    monkeypatch.setenv(key, value)
+  with pytest.raises(errors.UserError, match='--num_processes=1'):
+    processes.found()
+  with processes.together(count=1):
+    pass  # which does not look
+
+
+@pytest.mark.parametrize('name', CLUSTERS)
+def test_a_cluster_is_known_by_its_variables(name, no_cluster, monkeypatch):
   variables, several = CLUSTERS[name]
   for key, value in variables.items():
     monkeypatch.setenv(key, value)

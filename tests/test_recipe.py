@@ -1,6 +1,8 @@
 """Recipes: overrides take the type of what they replace; JSON comes back."""
 
 import pathlib
+import sys
+import types
 
 import pytest
 
@@ -11,6 +13,7 @@ from ddpm_jax import build
 from ddpm_jax import checks
 from ddpm_jax import errors
 from ddpm_jax import functions
+from ddpm_jax import ranges
 from ddpm_jax import recipe
 from ddpm_jax.runtime import workdir
 
@@ -224,3 +227,150 @@ def test_a_saved_recipe_of_another_form_is_a_line_for_the_user(text, tmp_path):
   (tmp_path / 'config.json').write_text(text)
   with pytest.raises(errors.UserError, match=r'config\.'):
     recipe.resolve(None, tmp_path, {})
+
+
+BEGIN = """\
+from configs import base
+def get_config():
+  c = base.get_config()
+"""
+BAD_RECIPES = {
+  'nothing': (BEGIN, 'line 2: get_config returns NoneType'),
+  'a dict': (
+    'def get_config():\n  return {}\n',
+    'line 1: .* returns dict',
+  ),
+  'raises': (BEGIN + '  raise OSError("a\\nb")\n', 'line 4: OSError: a b'),
+  'memory': (BEGIN + '  raise MemoryError\n', 'line 4: MemoryError'),
+  'syntax': ('x = 1\ndef get_config(:\n', 'line 2: SyntaxError'),
+  'imports': ('import nowhere\n', 'line 1: ModuleNotFoundError: No module na'),
+  'exits': ('import sys\nsys.exit(0)\n', 'line 2: SystemExit'),
+  'quits': (BEGIN + '  quit()\n', 'line 4: SystemExit'),
+  'loop': (
+    BEGIN
+    + '  c.model.channels = c.get_ref("steps")\n'
+    + '  c.steps = c.model.get_ref("channels")\n  return c\n',
+    'line 5: MutabilityError',
+  ),
+  'itself': (
+    BEGIN + '  c.unlock()\n  c.me = c\n  return c\n',
+    'cannot be saved',
+  ),
+  'object': (
+    BEGIN + '  c.unlock()\n  c.mine = object()\n  return c\n',
+    'line 2: get_config returns what cannot be saved',
+  ),
+  'empty': ('', 'no function get_config'),
+  'a number': ('get_config = 3\n', 'no function get_config'),
+  'a typo': (BEGIN + '  c.model.chanels = 3\n', 'line 4: AttributeError'),
+  'a type': (BEGIN + '  c.steps = "x"\n', 'line 4: TypeError'),
+  'a key less': (
+    BEGIN + '  c.unlock()\n  del c.model.channels\n  return c\n',
+    'line 2: get_config returns a recipe without model.channels',
+  ),
+  'no section': (
+    BEGIN + '  c.unlock()\n  del c.model\n  c.model = 3\n  return c\n',
+    'a recipe without model.attention',
+  ),
+  'wants more': ('def get_config(a):\n  return a\n', 'line 1: .*no :ARGUMENT'),
+  'for ever': ('def get_config():\n  return get_config()\n', 'RecursionError'),
+  'NUL': ('\0', 'SyntaxError'),
+}
+
+
+@pytest.mark.parametrize('name', BAD_RECIPES)
+def test_a_bad_recipe_is_one_line_with_its_place(name, tmp_path):
+  text, told = BAD_RECIPES[name]
+  path = tmp_path / 'mine.py'
+  path.write_text(text)
+  with pytest.raises(errors.UserError, match=told) as caught:
+    recipe.load(str(path))
+  message = str(caught.value)
+  assert message.startswith(str(path))
+  assert '\n' not in message
+  assert len(message) < len(str(path)) + 700
+
+
+def test_a_file_that_is_no_text_is_no_recipe(tmp_path):
+  (tmp_path / 'latin.py').write_bytes(b'x = "\xe9"\n')
+  with pytest.raises(errors.UserError, match=r'latin\.py: .*SyntaxError'):
+    recipe.load(f'{tmp_path}/latin.py')
+  with pytest.raises(errors.UserError, match='is a folder: name a file'):
+    recipe.load(str(tmp_path))
+
+
+def test_an_argument_that_is_not_taken_is_said():
+  path = CONFIGS / 'digits.py'
+  with pytest.raises(errors.UserError, match=r'get_config with :x: too many'):
+    recipe.load(f'{path}:x')
+
+
+def test_what_a_recipe_prints_is_not_of_the_programs_output(tmp_path, capsys):
+  path = tmp_path / 'mine.py'
+  path.write_text(BEGIN + '  print("here")\n  return c\n')
+  recipe.load(str(path))
+  assert capsys.readouterr() == ('', 'here\n')
+
+
+def test_a_users_own_package_configs_is_not_ours(tmp_path, monkeypatch):
+  theirs = tmp_path / 'configs'
+  theirs.mkdir()
+  (theirs / '__init__.py').write_text('')
+  (theirs / 'base.py').write_text('raise ValueError("theirs")\n')
+  (theirs / 'more.py').write_text('STEPS = 77\n')
+  (theirs / 'mine.py').write_text(
+    'from configs import base, more\n'
+    'def get_config():\n  c = base.get_config()\n  c.steps = more.STEPS\n'
+    '  return c\n'
+  )
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(tmp_path)
+  module = types.ModuleType('configs')
+  monkeypatch.setitem(sys.modules, 'configs', module)
+  assert recipe.load('configs/mine.py').steps == 77
+  assert recipe.defaults() == recipe.flatten(base.get_config())
+  assert sys.modules['configs'] is module
+
+
+def test_our_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert recipe.load('configs/digits.py').data.name == 'digits'
+  with pytest.raises(errors.UserError, match='no such config: configs/none'):
+    recipe.load('configs/none.py')
+  monkeypatch.setattr(recipe, 'CONFIGS', tmp_path / 'configs')
+  with pytest.raises(errors.UserError, match=r'not installed.*--config'):
+    recipe.shipped('digits')
+
+
+def test_a_key_is_no_section():
+  saved = recipe.to_json(base.get_config())
+  with pytest.raises(errors.UserError, match='steps is a section'):
+    recipe.from_json(saved | {'steps': {'a': 1}})
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    '(' * 100_000,
+    '1' * 100_000,
+    '1e999',
+    str(10**30),
+    '-1',
+    '0x',
+    '１.５',
+    'nan',
+    'None',
+    'True',
+    '{}',
+    '[[]]',
+    'x' * 1_000_000,
+    '__import__("os")',
+  ],
+)
+def test_no_text_is_taken_for_a_number_that_it_is_not(text):
+  def take():
+    ranges.check(recipe.flatten(overridden(steps=text)))
+
+  with pytest.raises(errors.UserError, match=r'config\.steps=') as caught:
+    take()
+  assert len(str(caught.value)) < 300

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax import errors
+from ddpm_jax import expand
 from ddpm_jax import npz
 from ddpm_jax.data import listing
 
@@ -16,7 +17,7 @@ def load(path: str) -> tuple[np.ndarray, np.ndarray]:
   Raises:
     UserError: the file is missing, broken, or holds something else.
   """
-  path = os.path.expanduser(path)
+  path = expand.expanded(path)
   images, labels = _open(path)
   if images.dtype != np.uint8:
     raise errors.UserError(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax import errors
+from ddpm_jax import expand
 from ddpm_jax.data import arrayfile
 from ddpm_jax.data import captions as caption_files
 from ddpm_jax.data import contents
@@ -83,7 +84,7 @@ def folder(
   classes are sorted by the key `class_order`. With `needs_labels` false, a
   `metadata.jsonl` that gives none is passed over with a warning.
   """
-  path = os.path.expanduser(path)
+  path = expand.expanded(path)
   names = listing.find(path)
   labels, class_names = listing.label(
     path, names, class_order, needed=needs_labels
@@ -131,7 +132,7 @@ def tfds(
   """
   from ddpm_jax.data import records  # imports TFDS
 
-  path = os.path.expanduser(path)
+  path = expand.expanded(path)
   data, class_names = records.load(tfds, path, split)
   texts = []
   if captions not in ('', 'classes'):

@@ -155,7 +155,7 @@ def to_params(
   ):
     if some:
       raise errors.UserError(
-        f'the weights {what}: {", ".join(sorted(some)[:3])} ({len(some)} in '
+        f'the weights {what}: {_some(some)} ({len(some)} in '
         'all); they are of another network than the configuration'
       )
   return traverse_util.unflatten_dict(
@@ -164,6 +164,10 @@ def to_params(
       for path, x in wanted.items()
     }
   )
+
+
+def _some(names: set[str]) -> str:
+  return ', '.join(errors.short(name) for name in sorted(names)[:3])
 
 
 def from_params(params: Any, names: Names) -> dict[str, np.ndarray]:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ddpm_jax import errors
+from ddpm_jax import ranges
 
 Fields = Mapping[str, Any]
+MOST = 12  # fields that are named at once
 
 # What a field means that is absent, as in the files of older versions; None
 # also where that is an error further on.
@@ -116,6 +118,30 @@ VARIANCES = {
   'fixed_large': 'beta',
   'learned_range': 'learned_range',
 }
+_TYPES = ranges.Range(
+  str, lengths=range(1, 17), like="('DownBlock2D', 'AttnDownBlock2D')"
+)
+# What the rest relies on. No network is larger.
+KINDS: Mapping[str, ranges.Range] = {
+  'sample_size': ranges.KEYS['data.image_size']._replace(
+    lengths=(2,), like='32, or (32, 48): sides in pixels'
+  ),
+  'in_channels': ranges.POSITIVE,
+  'block_out_channels': ranges.KEYS['model.channels']._replace(
+    lengths=range(1, 17), like='(128, 256): 1 to 16 integers of 4 to 65536'
+  ),
+  'down_block_types': _TYPES,
+  'up_block_types': _TYPES,
+  'layers_per_block': ranges.KEYS['model.blocks'],
+  'norm_num_groups': ranges.KEYS['model.groups'],
+  'dropout': ranges.KEYS['model.dropout'],
+  'num_class_embeds': ranges.Range(int, 1, 10**6),
+  'num_train_timesteps': ranges.KEYS['schedule.T'],
+  'beta_start': ranges.KEYS['schedule.beta_1'],
+  'beta_end': ranges.KEYS['schedule.beta_T'],
+  'clip_sample': ranges.FLAG,
+  'rescale_betas_zero_snr': ranges.FLAG,
+}
 # `learned` is not among them: diffusers takes what the network says for σ²,
 # where it is log σ² here.
 
@@ -134,8 +160,9 @@ def to_recipe(unet: Fields, scheduler: Fields) -> dict[str, Any]:
     *_wrong(scheduler, s, SCHEDULER_DEFAULTS, {**SCHEDULER, **_allowed(s)}),
   ]
   if wrong:
+    more = f'; and {len(wrong) - MOST} more' if len(wrong) > MOST else ''
     raise errors.UserError(
-      f'this is not a model that we have: {"; ".join(wrong)}'
+      f'this is not a model that we have: {"; ".join(wrong[:MOST])}{more}'
     )
   channels = u['block_out_channels']
   size = u['sample_size']
@@ -302,44 +329,16 @@ def _attended(types: Sequence[str]) -> list[int]:
 
 
 def _check_kinds(u: Fields, s: Fields) -> None:
-  """Refuses what is not even of the type that the rest relies on."""
-
-  def positive(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x > 0
-
-  def many(x: Any, good: Any) -> bool:
-    return isinstance(x, list | tuple) and len(x) > 0 and all(map(good, x))
-
-  def text(x: Any) -> bool:
-    return isinstance(x, str)
-
-  def number(x: Any) -> bool:
-    return isinstance(x, int | float)
-
-  size = u['sample_size']
-  sizes = size if isinstance(size, list | tuple) else [size, size]
-  kinds = {
-    'sample_size': many(sizes, positive) and len(sizes) == 2,
-    'in_channels': u['in_channels'] in (1, 3),
-    'block_out_channels': many(u['block_out_channels'], positive),
-    'down_block_types': many(u['down_block_types'], text),
-    'up_block_types': many(u['up_block_types'], text),
-    'layers_per_block': positive(u['layers_per_block']),
-    'norm_num_groups': positive(u['norm_num_groups']),
-    'dropout': number(u['dropout']),
-    'num_class_embeds': u['num_class_embeds'] is None
-    or positive(u['num_class_embeds']),
-    'num_train_timesteps': positive(s['num_train_timesteps']),
-    'beta_start': number(s['beta_start']),
-    'beta_end': number(s['beta_end']),
-    'clip_sample': isinstance(s['clip_sample'], bool),
+  """Refuses what is not even of the type or size that the rest relies on."""
+  classes = u['num_class_embeds']
+  found = {
+    **{field: s[field] if field in s else u[field] for field in KINDS},
+    'num_class_embeds': 1 if classes is None else classes,
   }
-  for field, good in kinds.items():
-    if not good:
-      value = s[field] if field in s else u[field]
-      raise errors.UserError(
-        f'this is not a model that we have: {field}={value!r}'
-      )
+  try:
+    ranges.check_fields(found, KINDS)
+  except errors.UserError as e:
+    raise errors.UserError(f'this is not a model that we have: {e}') from None
 
 
 def _unet_allowed(u: Fields, s: Fields) -> dict[str, Any]:
@@ -353,6 +352,7 @@ def _unet_allowed(u: Fields, s: Fields) -> dict[str, Any]:
   first = channels[0]
   multiples = [max(1, c // first) * first for c in channels]
   return {
+    'in_channels': (1, 3),
     'block_out_channels': (multiples,),
     'down_block_types': (plain,),
     'up_block_types': ([t.replace('Down', 'Up') for t in reversed(plain)],),
@@ -385,7 +385,8 @@ def _wrong(
   for field, value in whole.items():
     if field not in known:
       if not field.startswith('_'):
-        lines.append(f'{field}={value!r} (an unknown field)')
+        shown = f'{errors.short(field)}={errors.short(repr(value))}'
+        lines.append(f'{shown} (an unknown field)')
       continue
     value = list(value) if isinstance(value, tuple) else value
     fits = allowed.get(field, [value])
@@ -394,5 +395,7 @@ def _wrong(
     ):
       default = '' if field in given else ', its default'
       wanted = ' or '.join(repr(fit) for fit in fits)
-      lines.append(f'{field}={value!r}{default} (ours: {wanted})')
+      lines.append(
+        f'{field}={errors.short(repr(value))}{default} (ours: {wanted:.300})'
+      )
   return lines

@@ -9,11 +9,12 @@ from typing import Any
 from typing import NamedTuple
 
 import numpy as np
-import safetensors
 from safetensors import numpy as safetensors_numpy
 
 from ddpm_jax import errors
+from ddpm_jax.runtime import jsonfile
 
+LIMIT = 2**20  # bytes of a configuration, which has a few hundred
 WEIGHTS = 'diffusion_pytorch_model'
 UNET = ('unet/config.json', 'config.json')
 SCHEDULER = ('scheduler/scheduler_config.json', 'scheduler_config.json')
@@ -84,9 +85,9 @@ def _one_of(folder: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
-    fields = json.loads(path.read_text())
-  except ValueError as e:
-    raise errors.UserError(f'{path} is damaged: {e}') from None
+    fields = jsonfile.read(path, limit=LIMIT)
+  except OSError as e:
+    raise errors.UserError(f'{path}: {e.strerror}') from None
   if not isinstance(fields, dict):
     raise errors.UserError(f'{path} is damaged: it holds no fields')
   return fields
@@ -103,8 +104,9 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   if path.suffix == '.safetensors':
     try:
       return safetensors_numpy.load_file(path)
-    except (safetensors.SafetensorError, OSError, TypeError, KeyError) as e:
-      raise errors.UserError(f'{path} cannot be read: {e}') from None
+    except Exception as e:  # of its own, or NumPy's
+      reason = errors.short(str(e), 200)
+      raise errors.UserError(f'{path} cannot be read: {reason}') from None
   torch = errors.optional(
     'torch',
     what=f'{path} is a pickle, which could run code; to read it safely one',

@@ -53,8 +53,25 @@ def load() -> tuple[Any, Weights]:
   """
   tokenizers = errors.optional('tokenizers', what=WHAT, install=INSTALL)
   path = folder()
-  tokenizer = tokenizers.Tokenizer.from_file(str(path / 'tokenizer.json'))
-  return tokenizer, safetensors.numpy.load_file(path / 'model.safetensors')
+  try:
+    tokenizer = tokenizers.Tokenizer.from_file(str(path / 'tokenizer.json'))
+    weights = safetensors.numpy.load_file(path / 'model.safetensors')
+    check(weights)
+  except Exception as e:  # of either package's own, or of another network
+    raise errors.UserError(
+      f'{path} does not hold all-MiniLM-L6-v2 ({type(e).__name__}: '
+      f'{errors.short(str(e), 200)}): install it anew, {INSTALL}'
+    ) from None
+  return tokenizer, weights
+
+
+def check(weights: Weights) -> None:
+  """Raises an exception of some kind if `forward` cannot be of them."""
+  text = jax.ShapeDtypeStruct((1, LONGEST), np.int32)
+  mask = jax.ShapeDtypeStruct((1, LONGEST), np.bool_)
+  found = jax.eval_shape(forward, weights, text, mask)
+  if found.shape != (1, LONGEST, FEATURES):
+    raise ValueError(f'the states are {found.shape}')
 
 
 def encode(texts: Sequence[str], length: int) -> dict[str, np.ndarray]:

@@ -85,9 +85,10 @@ def take_in(args: argparse.Namespace) -> None:
     raise errors.UserError(
       f'{path} is a U-Net without a condition, which {args.config} is not'
     )
+  tensors = files.read_tensors(weights)
+  check_depth(config, len(tensors), weights)
   mesh = build.mesh(config)
   abstract = jax.eval_shape(functools.partial(functions.init_state, config))
-  tensors = files.read_tensors(weights)
   params = diffusers.to_params(abstract.params, tensors, names)
   workdir.check(args.output)
   with lock.held(args.output):
@@ -106,6 +107,23 @@ def take_in(args: argparse.Namespace) -> None:
     '  python -m ddpm_jax.main --mode=sample --num_samples=64 '
     f'--workdir={again}'
   )
+
+
+def check_depth(config: ConfigDict, count: int, path: pathlib.Path) -> None:
+  """Refuses a network of far more layers than a file has tensors for.
+
+  To build it would take as long as it is deep.
+
+  Raises:
+    UserError: naming the key.
+  """
+  c = config.model
+  blocks = len(c.multipliers) * (2 * c.blocks + 1)
+  if 2 * blocks > count:  # A block has ten, or five if it is small.
+    raise errors.UserError(
+      f'{path} holds {count} tensors, too few for {blocks} blocks: '
+      f'config.model.blocks={c.blocks} (layers_per_block) is of another network'
+    )
 
 
 def recipe_of(args: argparse.Namespace, keys: dict[str, Any]) -> ConfigDict:

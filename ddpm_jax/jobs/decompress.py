@@ -109,7 +109,9 @@ def check_same(
     )
   here, there = compress.software(), header['software']
   others = [
-    f'{k} {there.get(k)} -> {v}' for k, v in here.items() if there.get(k) != v
+    f'{k} {errors.short(there.get(k, "unknown"))} -> {v}'
+    for k, v in here.items()
+    if there.get(k) != v
   ]
   if others:
     logs.say(
@@ -165,6 +167,9 @@ def receive(
     raise errors.UserError(
       'the network computes other numbers here than where this was '
       'compressed: use the same machine and the same software, '
-      + ', '.join(f'{k} {v}' for k, v in header['software'].items())
+      + ', '.join(
+        f'{errors.short(k)} {errors.short(v)}'
+        for k, v in list(header['software'].items())[:4]
+      )
     )
   return done, passed.shown[done], seconds

@@ -20,6 +20,7 @@ from ddpm_jax import build
 from ddpm_jax import checks
 from ddpm_jax import conditioning
 from ddpm_jax import errors
+from ddpm_jax import expand
 from ddpm_jax import functions
 from ddpm_jax import recipe
 from ddpm_jax.data import pipeline
@@ -78,7 +79,7 @@ def check_apart(config: ConfigDict, folder: pathlib.Path) -> None:
   Raises:
     UserError: it is the folder of the data.
   """
-  data = pathlib.Path(config.data.path).expanduser()
+  data = pathlib.Path(expand.expanded(config.data.path))
   if config.data.name == 'folder' and data.resolve() == folder.resolve():
     raise errors.UserError(
       f'--workdir={folder} is the folder of the data, and the pictures of the '

@@ -19,7 +19,8 @@ class Odds:
   def of_16_bits(self, context: object) -> int:
     """In 1..65535, of 65536."""
     zeros, ones = self.counts[context]
-    return min(65535, (2 * ones + 1) * 65536 // (2 * (zeros + ones + 1)))
+    odds = (2 * ones + 1) * 65536 // (2 * (zeros + ones + 1))
+    return min(65535, max(1, odds))
 
   def see(self, context: object, bit: int) -> None:
     self.counts[context][bit] += 1
@@ -99,6 +100,9 @@ class Decoder:
     return told
 
   def _next(self) -> None:
+    # Zeros follow, for as much as is read ahead.
+    if self.at > len(self.data) + 4:
+      raise ValueError('more is told than there are bytes')
     byte = self.data[self.at] if self.at < len(self.data) else 0
     self.value, self.at = self.value << 8 | byte, self.at + 1
 

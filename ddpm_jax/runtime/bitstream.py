@@ -10,6 +10,7 @@ chunk; a CRC goes on from that of the chunk before, so that none can be missing.
 
 import json
 import math
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -20,11 +21,17 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm_jax import errors
+from ddpm_jax import ranges
 from ddpm_jax.runtime import arithmetic
+from ddpm_jax.runtime import jsonfile
 
 MAGIC = b'\x89DDPMC'
 VERSION = 1
 CHUNK = 128  # bytes that a chunk has at least: framing takes about 9
+LONGEST = 2**20  # bytes of a header's JSON: some 100 000 steps
+# Of a file or the first part of one. Less than a bit tells an image at best,
+# but a header is of hundreds of bytes.
+IMAGES_A_BYTE = 1000
 
 
 class Rules(NamedTuple):
@@ -32,6 +39,26 @@ class Rules(NamedTuple):
 
   sizes: Sequence[int]  # that groups may be of
   expected: Sequence[float]  # bits of a dimension, by step
+
+
+FIELDS = {
+  'model': ranges.WHOLE,
+  'images': ranges.POSITIVE,
+  'shape': ranges.SIZE._replace(lengths=(3,), like='[32, 32, 3]'),
+  'codec': ranges.Range(dict),
+  'seed': ranges.SEED,
+  # Of numbers in [-1, 1].
+  'squares': ranges.Range(
+    float, 0, 4, open_low=True, lengths=range(10**6), like='[0.1, 0.2]'
+  ),
+  'software': ranges.Range(dict),
+  'bytes': ranges.NATURAL,
+}
+OF_CODEC = {
+  key.removeprefix('codec.'): allowed
+  for key, allowed in ranges.KEYS.items()
+  if key.startswith('codec.')
+}
 
 
 class Read(NamedTuple):
@@ -109,7 +136,47 @@ def read_header(data: bytes) -> tuple[dict[str, Any], int]:
   text, crc = data[: at + length], data[at + length : at + length + 4]
   if struct.pack('>I', zlib.crc32(text)) != crc:
     raise errors.UserError('its header is damaged')
-  return json.loads(zlib.decompress(text[at:])), at + length + 4
+  unpack = zlib.decompressobj()
+  try:
+    header = jsonfile.parse(unpack.decompress(text[at:], LONGEST))
+  except (zlib.error, ValueError):
+    raise errors.UserError('its header is damaged') from None
+  if unpack.unconsumed_tail or not isinstance(header, dict):
+    raise errors.UserError('its header is damaged')
+  check_header(header, len(data))
+  return header, at + length + 4
+
+
+def check_header(header: dict[str, Any], length: int) -> None:
+  """Refuses a header that `write` is not given; `length` is of its file.
+
+  Raises:
+    UserError: naming the first field that is wrong.
+  """
+  ranges.check_fields(header, FIELDS)
+  of_codec = header['codec']
+  ranges.check_fields(of_codec, OF_CODEC)
+  software = header['software']
+  ranges.check_fields(software, dict.fromkeys(software, ranges.TEXT))
+  N, S, D = header['images'], of_codec['steps'], _count(header['shape'])
+  numbers = N * D * S
+  for field, wrong in {
+    f'images={N}': IMAGES_A_BYTE * length < N,
+    f'squares of {len(header["squares"])} steps': len(header['squares']) != S,
+    f'batch_size={of_codec["batch_size"]}': of_codec['batch_size'] > N,
+    f'{N} images of {D} numbers in {S} steps, more than memory holds,': (
+      16 * numbers > _memory()  # int32, four times over on the way
+    ),
+  }.items():
+    if wrong:
+      raise errors.UserError(
+        f'its header tells of {field} in {length} bytes: it is damaged'
+      )
+
+
+def _memory() -> int:
+  """Bytes that this machine has."""
+  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
 def read(data: bytes, rules: Rules) -> tuple[Read, bool]:
@@ -130,6 +197,8 @@ def read(data: bytes, rules: Rules) -> tuple[Read, bool]:
   ends: dict[int, int] = {0: at}
   odds, before = arithmetic.Odds(), np.full(N, len(rules.sizes) - 1)
   for steps, coded, check, end in chunks(data, at, header['bytes']):
+    if len(size) + steps > S:
+      raise errors.UserError(damaged(ends))
     coder = arithmetic.Decoder(odds, coded)
     for _ in range(steps):
       of_step = np.zeros((N, D), np.int32)
@@ -228,4 +297,4 @@ def _from_leb128(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _count(shape: Sequence[int]) -> int:
-  return int(np.prod(shape))
+  return math.prod(shape)

@@ -1,18 +1,30 @@
 """Pictures: grids, strips and curves, as PNG files; GIFs where time moves."""
 
 import io
+import logging
 import math
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib import figure
-from matplotlib.backends import backend_agg
 from PIL import Image
 
 from ddpm_jax import imagefile
 from ddpm_jax.runtime import paths
+
+# Matplotlib reads it when it is imported, and fails if it does not know the
+# backend; a notebook's is not for the files that are written here. That there
+# is no home for its cache, it says at length.
+_backend = os.environ.pop('MPLBACKEND', None)
+logging.getLogger('matplotlib').setLevel(logging.ERROR)
+from matplotlib import figure  # noqa: E402
+from matplotlib.backends import backend_agg  # noqa: E402
+
+if _backend is not None:
+  os.environ['MPLBACKEND'] = _backend
+
 
 whole = paths.whole
 

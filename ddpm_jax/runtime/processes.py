@@ -96,7 +96,8 @@ def together(
     with _within(
       start_timeout,
       f'stopped: {who} has not met the others{where} within {start_timeout} '
-      'seconds (--start_timeout): start them all, alike but for --process_id',
+      'seconds (--start_timeout): start them all, alike but for --process_id; '
+      'or name --num_processes=1, if it is alone',
     ):
       try:
         if coordinator and count is not None and index is not None:
@@ -207,10 +208,9 @@ def found() -> bool:
   their library: how many hosts there are, JAX asks its metadata server.
   """
   env = os.environ
-  counts = (
-    env.get('SLURM_NTASKS', '1') if 'SLURM_STEP_NODELIST' in env else '1',
-    env.get('OMPI_COMM_WORLD_SIZE', '1'),
-  )
+  if _is_task_of_slurm():
+    return True
+  counts = (env.get('OMPI_COMM_WORLD_SIZE', '1'),)
   hosts = env.get('TPU_PROCESS_ADDRESSES') or env.get('TPU_WORKER_HOSTNAMES')
   in_job = 'KUBERNETES_SERVICE_HOST' in env and 'JOB_COMPLETION_INDEX' in env
   if any(n not in ('', '1') for n in counts) or (hosts and ',' in hosts):
@@ -224,6 +224,44 @@ def found() -> bool:
     and 'TPU_SKIP_MDS_QUERY' not in env  # JAX sets it where there are no TPUs
     and importlib.util.find_spec('libtpu')
   )
+
+
+def _is_task_of_slurm() -> bool:
+  """Whether srun started this program as one of several tasks.
+
+  What it sets is inherited by every program after it. A shell of `salloc` or
+  `srun --pty` is alone, whatever was asked for.
+
+  Raises:
+    UserError: if the variables are of another program's tasks.
+  """
+  env = os.environ
+  asked = env.get('SLURM_NTASKS', '1')
+  count = env.get('SLURM_STEP_NUM_TASKS', asked)
+  if 'SLURM_STEP_NODELIST' not in env or count in ('', '1'):
+    return False
+  if 'SLURM_PTY_PORT' in env:
+    return False
+  task = env.get('SLURM_TASK_PID', '')
+  if count != asked or (task and task not in _ancestors()):
+    raise errors.UserError(
+      f'the variables of Slurm here are of {asked} tasks, and this process was '
+      'not started as one of them: name --num_processes=1 if it is alone, else '
+      '--coordinator, --num_processes and --process_id'
+    )
+  return True
+
+
+def _ancestors() -> list[str]:
+  """The ids of this process, its parent, and so on; where /proc has them."""
+  every, process = [], str(os.getpid())
+  with contextlib.suppress(OSError):
+    while process != '0':
+      every.append(process)
+      with open(f'/proc/{process}/stat') as file:
+        # Its name, in brackets, may hold anything.
+        process = file.read().rpartition(')')[2].split()[1]
+  return every
 
 
 @contextlib.contextmanager

@@ -40,10 +40,20 @@ def default(recipe: str) -> pathlib.Path:
   raise AssertionError('there is no end of numbers')
 
 
-def cache() -> pathlib.Path:
-  """Where what is dear to make is kept for other runs."""
-  home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  return pathlib.Path(home).expanduser() / 'ddpm_jax'
+def cache() -> pathlib.Path | None:
+  """Where what is dear to make is kept for other runs; None: nowhere.
+
+  A user may have no home, or one that cannot be written.
+  """
+  home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  path = pathlib.Path(home) / 'ddpm_jax'
+  if not path.is_absolute():  # the ~ of nobody
+    return None
+  try:
+    create(path)
+  except errors.UserError:
+    return None
+  return path
 
 
 def check(path: pathlib.Path) -> None:

@@ -150,7 +150,7 @@ def seconds(do):
 
 
 def main():
-  machine.keep_memory()  # for PyTorch as well
+  machine.restart_with_memory()  # for PyTorch as well
   p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
   p.add_argument('--batch', type=int, default=8)
   p.add_argument('--rounds', type=int, default=7)

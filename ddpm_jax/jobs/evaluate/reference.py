@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import expand
 from ddpm_jax import recipe
 from ddpm_jax.jobs.evaluate import features
 from ddpm_jax.metrics import fidelity
@@ -95,8 +96,8 @@ def cache(config: ConfigDict, folder: pathlib.Path | None) -> pathlib.Path:
   """The folder of statistics, which is made if need be."""
   runs = folder.parent if folder else pathlib.Path('runs')
   path = runs / 'reference'
-  if config.evaluate.cache:
-    path = paths.of_key('evaluate.cache', config.evaluate.cache, paths.path)
+  if named := expand.expanded(config.evaluate.cache):
+    path = paths.of_key('evaluate.cache', named, paths.path)
   workdir.create(path)
   return path
 

@@ -20,6 +20,7 @@ from ddpm_jax.jobs.plan import measure
 from ddpm_jax.jobs.plan import programs
 from ddpm_jax.jobs.plan import table
 from ddpm_jax.runtime import logs
+from ddpm_jax.runtime import machine
 from ddpm_jax.runtime import target as targets
 
 
@@ -38,7 +39,12 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
       'pmap compiles for devices that are here: plan with parallel.engine=jit'
     )
   checks.basics(config)
-  target = targets.find(args.topology)
+  try:
+    target = targets.find(args.topology)
+  except (RuntimeError, AssertionError):
+    machine.look_for_devices()  # says it in one line
+    raise
+  machine.look_for_devices()
   level: str = jax.config.jax_optimization_level  # type: ignore[attr-defined]
   if not args.optimize:
     jax.config.update('jax_optimization_level', 'O0')
