@@ -18,7 +18,7 @@ LAYERS = [
   ['recipe', 'registry'],
   ['interop'],
   ['diffusion', 'models', 'data', 'metrics', 'runtime'],
-  ['imagefile', 'npz'],
+  ['imagefile', 'jsonfile', 'npz'],
   ['regular'],
   ['expand', 'ranges'],
   ['errors'],
@@ -54,7 +54,7 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['logs'],
     ['paths'],
     ['account', 'arithmetic', 'bucket'],
-    ['fingerprint', 'jsonfile', 'processes'],
+    ['fingerprint', 'processes'],
     ['streams'],
   ],
   'metrics': [

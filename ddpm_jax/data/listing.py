@@ -2,7 +2,6 @@
 
 import codecs
 import contextlib
-import json
 import logging
 import os
 import posixpath
@@ -18,6 +17,7 @@ import numpy as np
 
 from ddpm_jax import errors
 from ddpm_jax import imagefile
+from ddpm_jax import jsonfile
 from ddpm_jax import regular
 
 # More are not classes but, say, the numbers of the images.
@@ -271,7 +271,7 @@ def lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
       if not line.strip():
         continue
       try:
-        entry = json.loads(line)
+        entry = jsonfile.parse(line)
       except (ValueError, RecursionError) as error:
         raise errors.UserError(
           f'{where}: not JSON ({error}); mend the line'

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import numpy as safetensors_numpy
 
 from ddpm_jax import errors
-from ddpm_jax.runtime import jsonfile
+from ddpm_jax import jsonfile
 
 LIMIT = 2**20  # bytes of a configuration, which has a few hundred
 WEIGHTS = 'diffusion_pytorch_model'

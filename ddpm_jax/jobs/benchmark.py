@@ -23,13 +23,13 @@ from ddpm_jax import checks
 from ddpm_jax import conditioning
 from ddpm_jax import errors
 from ddpm_jax import functions
+from ddpm_jax import jsonfile
 from ddpm_jax import recipe
 from ddpm_jax.data import pipeline
 from ddpm_jax.data import store
 from ddpm_jax.jobs import sample
 from ddpm_jax.runtime import account
 from ddpm_jax.runtime import checkpoint
-from ddpm_jax.runtime import jsonfile
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime import processes

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from ddpm_jax import errors
+from ddpm_jax import jsonfile
 from ddpm_jax import npz
 from ddpm_jax.metrics import distances
 from ddpm_jax.metrics import inception
@@ -221,7 +222,7 @@ def _extras(parts: dict[str, np.ndarray]) -> tuple[Any, Any, Any]:
 
 
 def _provenance(parts: dict[str, np.ndarray]) -> dict[str, Any]:
-  told = json.loads(str(parts.get('provenance', '{}')))
+  told = jsonfile.parse(str(parts.get('provenance', '{}')))
   if not isinstance(told, dict):
     raise ValueError('`provenance` is not a JSON object')
   return told

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm_jax import errors
+from ddpm_jax import jsonfile
 from ddpm_jax import ranges
 from ddpm_jax.runtime import arithmetic
-from ddpm_jax.runtime import jsonfile
 
 MAGIC = b'\x89DDPMC'
 VERSION = 1

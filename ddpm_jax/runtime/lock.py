@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 
 from ddpm_jax import errors
+from ddpm_jax import jsonfile
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import paths
 from ddpm_jax.runtime import processes
@@ -79,7 +80,7 @@ def _me() -> dict[str, str | int]:
 
 def _refuse(file: pathlib.Path, text: str) -> errors.UserError:
   try:
-    said = json.loads(text)
+    said = jsonfile.parse(text)
     who = f' (process {said["process"]} on {said["host"]}, {said["since"]})'
   except (ValueError, KeyError, TypeError):
     who = ''

@@ -24,7 +24,7 @@ import tqdm
 
 from ddpm_jax import errors
 from ddpm_jax import imagefile
-from ddpm_jax.runtime import jsonfile
+from ddpm_jax import jsonfile
 from ddpm_jax.runtime import paths
 from ddpm_jax.runtime import processes
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax import errors
+from ddpm_jax import jsonfile
 from ddpm_jax.runtime import images
-from ddpm_jax.runtime import jsonfile
 from ddpm_jax.runtime import processes
 from ddpm_jax.runtime import workdir
 

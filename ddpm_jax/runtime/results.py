@@ -12,8 +12,8 @@ from collections.abc import Collection
 from typing import Any
 
 from ddpm_jax import errors
+from ddpm_jax import jsonfile
 from ddpm_jax.runtime import images
-from ddpm_jax.runtime import jsonfile
 from ddpm_jax.runtime import paths
 
 Entry = dict[str, Any]

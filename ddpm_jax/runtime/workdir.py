@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax import errors
+from ddpm_jax import jsonfile
 from ddpm_jax import npz
-from ddpm_jax.runtime import jsonfile
 from ddpm_jax.runtime import paths
 
 
