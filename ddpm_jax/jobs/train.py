@@ -184,7 +184,8 @@ def begin(
       now = datetime.datetime.now().isoformat(timespec='seconds')
       step = known[-1] if known else 0
       workdir.add_change(folder, {'step': step, 'time': now, **changed})
-      logs.say(f'changed from step {step}, see changes.json: {changed}')
+      names = ', '.join(changed)
+      logs.say(f'changed from step {step} on, as changes.json says: {names}')
     if not (known or workdir.keeps_no_classes(folder)):
       workdir.write_classes(folder, source.class_names)
     workdir.write_data(folder, held)
