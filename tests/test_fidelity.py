@@ -193,7 +193,7 @@ def test_statistics_come_back_and_the_common_file_is_read(tmp_path):
     (dict(mu=np.zeros(768), sigma=np.eye(768)), r'\(768,\), not \(2048,\)'),
     (dict(mu=np.zeros(2048), sigma=np.eye(3)), r'`sigma` of'),
     (dict(mu=np.full(2048, np.nan), sigma=np.eye(2048)), 'not finite'),
-    (dict(arr_0=np.zeros(2)), 'no `mu`, only: nothing'),
+    (dict(arr_0=np.zeros(2)), 'has images, not their statistics'),
   ],
 )
 def test_statistics_of_something_else_are_refused(tmp_path, arrays, message):

@@ -18,6 +18,7 @@ from ddpm_jax.data import contents
 from ddpm_jax.data import listing
 from ddpm_jax.data import sources
 from ddpm_jax.data import store
+from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import lock
 
 # Holds the lock of a workdir until it is killed.
@@ -175,6 +176,16 @@ def test_a_second_run_in_the_workdir_is_refused(trained, monkeypatch):
     holder.kill()
     holder.communicate()
   assert steps(trained) == [1, 2]
+
+
+def test_a_run_that_diverged_goes_on_from_its_last_checkpoint(trained):
+  rate = '--config.optimizer.learning_rate'
+  on_purpose = '--allow=optimizer'
+  with pytest.raises(errors.Diverged, match=r'of step 2\. To go on from it'):
+    go_on(f'{rate}=1e30', on_purpose)
+  assert checkpoint.steps(trained / 'run' / 'checkpoints') == [2]
+  go_on(f'{rate}=1e-6', on_purpose)
+  assert steps(trained) == [1, 2, 3, 4]
 
 
 def test_a_workdir_among_the_data_is_no_data(tmp_path):

@@ -220,7 +220,8 @@ def test_a_workdir_keeps_what_a_run_says_of_itself(folder):
   assert workdir.read_classes(folder) == ('x', 'y')
   workdir.check_run(folder)
   assert not workdir.has_checkpoint(folder)
-  results.add(folder / 'e.json', {}, 'scores', {'how': 1, 'fid': 2}, ['fid'])
+  entry = {'how': 1, 'fid': 2}
+  results.add(folder / 'e.json', 'scores', 'fid', entry, ['fid'])
   assert results.read(folder / 'e.json', 'scores', 'fid') == {
     'scores': [{'how': 1, 'fid': 2}]
   }
