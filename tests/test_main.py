@@ -323,7 +323,7 @@ def test_weights_that_grow_beyond_use_stop_the_run(run, tmp_path):
   )
   assert code == 2  # which no script tries again
   last = err.strip().splitlines()[-1]
-  assert last.startswith('stopped: after step 1 params/')
+  assert last.startswith('stopped: after step 2 ')
   assert 'no checkpoint was saved' in last
   assert not checkpoint.steps(workdir / 'checkpoints')
 
