@@ -131,7 +131,7 @@ def train_in(
     state = start(config, mesh, checkpoints, batches, args.allow)
 
     def save(state: training.TrainState, step: int) -> None:
-      check_weights(state, step, folder)
+      check_weights(state, step)
       checkpoint.save(
         checkpoints,
         step,
@@ -141,9 +141,14 @@ def train_in(
         config=recipe.to_json(config),
       )
 
-    state = train(
-      config, mesh, folder, step_fn, state, batches, save, pictures, stop_asked
-    )
+    try:
+      state = train(
+        *(config, mesh, folder, step_fn, state),
+        *(batches, save, pictures, stop_asked),
+      )
+    except errors.Diverged as e:
+      checkpoint.wait(checkpoints)  # What is being saved counts.
+      raise diverged(str(e), folder) from None
   finish(config, folder, state, pictures)
   return state
 
@@ -194,9 +199,7 @@ def begin(
     workdir.wait_for_config(folder, saved)
 
 
-def check_weights(
-  state: training.TrainState, step: int, folder: pathlib.Path
-) -> None:
+def check_weights(state: training.TrainState, step: int) -> None:
   """Refuses to save what no run can go on from.
 
   The loss of a step is that of the weights before it.
@@ -210,7 +213,7 @@ def check_weights(
   )
   if found:
     name, value = found
-    raise diverged(f'after step {step} {name} has grown to {value:.3g}', folder)
+    raise errors.Diverged(f'after step {step} {name} has grown to {value:.3g}')
 
 
 def diverged(what: str, folder: pathlib.Path) -> errors.Diverged:
@@ -286,10 +289,9 @@ def train(
     def read(step: int, metrics: dict[str, jax.Array]) -> None:
       values = {name: float(x) for name, x in jax.device_get(metrics).items()}
       if not all(math.isfinite(x) for x in values.values()):
-        raise diverged(
+        raise errors.Diverged(
           f'at step {step} the loss is {values["loss"]} and the gradient '
-          f'{values["grad_norm"]}',
-          folder,
+          f'{values["grad_norm"]}'
         )
       logs.advance(bar, values['loss'], config.batch_size)
       if step % every == 0:
