@@ -405,6 +405,14 @@ def refusal(*argv):
   return line
 
 
+def test_weights_for_diffusers_are_not_written_into_a_bucket(folder):
+  workdir.write_config(folder, {'a': 1})
+  line = refusal(
+    *('--mode=convert', f'--workdir={folder}', f'--output={folder}/out')
+  )
+  assert 'name a folder' in line
+
+
 @pytest.mark.parametrize('text', BAD)
 @pytest.mark.parametrize('flag', ['workdir', 'output'])
 def test_storage_that_cannot_be_used_is_refused(text, flag, empty):

@@ -25,6 +25,7 @@ from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import lock
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import paths
 from ddpm_jax.runtime import workdir
 
 # The recipe of an imported model makes itself.
@@ -201,6 +202,11 @@ def save(
 
 def give_out(args: argparse.Namespace) -> None:
   """Writes the weights of a run as diffusers does."""
+  if paths.is_remote(args.output):
+    raise errors.UserError(
+      f'--output={args.output}: safetensors writes to this machine alone: '
+      'name a folder of it, and copy that'
+    )
   sample.check_workdir(args.workdir)
   config = recipe.resolve(args.config, args.workdir, args.changes)
   if not args.config and not any(
