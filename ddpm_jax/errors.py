@@ -92,9 +92,9 @@ class RunError(RuntimeError):
 
 
 class Diverged(RunError):
-  """A run whose loss or weights have stopped being numbers of use.
+  """A run whose loss or weights are not finite, or too large.
 
-  It would do so again: `main` exits with 2, which no script tries again.
+  The same run would diverge again: `main` exits with 2, and no script retries.
   """
 
 

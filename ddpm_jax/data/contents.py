@@ -1,4 +1,4 @@
-"""What a data set holds, in 16 bytes an image: to tell if it has changed."""
+"""Hashes of a data set, 16 bytes an image, to notice that it has changed."""
 
 import hashlib
 import os
@@ -9,20 +9,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Bytes of arrays that are read for it; of larger ones, some rows.
+# Bytes. Of larger arrays only some rows are read.
 MOST = 2 * 2**30
 ROWS = 10_000
 
 
 class Contents(NamedTuple):
-  """Hashes (n,) uint64: of the names, ascending, and of what goes by them."""
+  """Hashes, uint64 (n,) each.
+
+  names: of the names of the images, ascending.
+  marks: of the content of each, such as its size and label.
+  """
 
   names: np.ndarray
   marks: np.ndarray
 
 
 def of(items: Iterable[tuple[Any, Any]]) -> Contents:
-  """Of pairs (name, what goes by it), anything with a `repr` of its value."""
+  """The hashes of pairs (name, content); the `repr` of both is hashed."""
   pairs = [(_hash(name), _hash(mark)) for name, mark in items]
   table = np.array(sorted(pairs), np.uint64).reshape(-1, 2)
   return Contents(table[:, 0], table[:, 1])
@@ -37,10 +41,10 @@ def size(file: str) -> int:
 
 
 def of_array(images: np.ndarray, marks: Sequence[Any]) -> Contents:
-  """Of an array (n, ...) with a mark, such as a label, for each row.
+  """The hashes of an array (n, ...) with a mark, such as a label, for each row.
 
-  The rows are named by their index. Of an array of more than `MOST` bytes only
-  some `ROWS` are read.
+  A row's name is its index. Of an array of more than `MOST` bytes, `ROWS` rows
+  are read, evenly spaced.
   """
   n = len(images)
   few = images.nbytes > MOST

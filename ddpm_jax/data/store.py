@@ -35,7 +35,7 @@ class Source:
   captions: those of each id; () without captions.
   max_value: the value of the files that became 255, where images have 16 bits;
     else 0.
-  held: what tells whether the data are still the same.
+  held: returns hashes of the data, to notice that they have changed.
   """
 
   length: int

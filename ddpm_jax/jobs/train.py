@@ -159,7 +159,9 @@ def begin(
   folder: pathlib.Path,
   source: store.Source,
 ) -> None:
-  """Keeps in the workdir what the run is, once nothing is left to refuse.
+  """Writes recipe, classes and hashes of the data into the workdir.
+
+  It comes after all that may refuse the recipe.
 
   Raises:
     UserError: the data are not those that it was begun with.
@@ -200,9 +202,9 @@ def begin(
 
 
 def check_weights(state: training.TrainState, step: int) -> None:
-  """Refuses to save what no run can go on from.
+  """Refuses to save a state from which training cannot go on.
 
-  The loss of a step is that of the weights before it.
+  The loss of a step cannot tell: it is that of the weights before the update.
 
   Raises:
     Diverged: naming an array.

@@ -189,13 +189,13 @@ def read_data(path: pathlib.Path) -> tuple[np.ndarray, ...] | None:
 
 
 def write_data(path: pathlib.Path, arrays: Sequence[np.ndarray]) -> None:
-  """Keeps what tells whether the data of the run are still the same."""
+  """Writes data.npz: hashes of the data, to notice that they have changed."""
   with paths.whole(path / 'data.npz') as part, part.open('wb') as file:
     np.savez(file, *arrays)
 
 
 def add_change(path: pathlib.Path, change: dict[str, Any]) -> None:
-  """Keeps in changes.json that the run went on with something else."""
+  """Appends an entry to changes.json: what changed, and at which step."""
   file = path / 'changes.json'
   try:
     before = _read(file, list, 'no list') or []
