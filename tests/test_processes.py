@@ -293,7 +293,8 @@ from ddpm_jax.runtime import processes
 
 port, n, me, what = int(sys.argv[1]), *map(int, sys.argv[2:4]), sys.argv[4]
 with processes.together(
-  f'127.0.0.1:{port}', n, me, start_timeout=60, peer_timeout=10, can_stop=True
+  f'127.0.0.1:{port}', n, me,
+  start_timeout=60, peer_timeout=10, grace=0.5, can_stop=True,
 ):
   exec(what)
 print('after', file=sys.stderr)

@@ -33,10 +33,10 @@ from jax.experimental import multihost_utils
 from ddpm_jax import errors
 from ddpm_jax.runtime import streams
 
-# Seconds. For others to say why they end, before one ends by itself.
-GRACE = 2.0
+# Seconds.
 CONNECT = 20.0
 GREETING = 5.0  # that a connection may take to say who it is
+LINGER = 5.0  # for the others to go first; one that hangs does not
 SILENT = 64  # connections that have not said it; the oldest gives way
 LATER = 30  # that JAX waits for a sign of life longer than we do
 
@@ -62,6 +62,7 @@ def together(
   *,
   start_timeout: int = 300,
   peer_timeout: int = 100,
+  grace: float = 2.0,
   can_stop: bool = False,
 ) -> Iterator[None]:
   """Joins the other processes, if there are any; and ends with them.
@@ -78,6 +79,8 @@ def together(
     peer_timeout: seconds without a sign of life until one is given up. A
       process that is killed is noticed at once; this is for one that hangs, and
       for lost machines.
+    grace: seconds that a process which fails waits for the others to say why,
+      before it ends them itself.
     can_stop: that SIGTERM waits for `stop.requests` to look.
 
   Raises:
@@ -121,7 +124,7 @@ def together(
         ) from error
       stack.enter_context(_stdout_of_the_first())
       _links = _Links(
-        _host(coordinator) if coordinator else _address(), peer_timeout
+        _host(coordinator) if coordinator else _address(), peer_timeout, grace
       )
     if not leads():
       logging.getLogger().setLevel(logging.ERROR)
@@ -283,9 +286,10 @@ class _Links:
   `["done"]`, or `["end", code, message]`.
   """
 
-  def __init__(self, host: str, peer_timeout: float) -> None:
+  def __init__(self, host: str, peer_timeout: float, grace: float) -> None:
     self.sockets = _connect(host)
     self.peer_timeout = peer_timeout
+    self.grace = grace
     self.done = {index: threading.Event() for index in self.sockets}
     self.last_word = threading.Lock()  # once taken, it is kept
     self.over = threading.Event()
@@ -310,7 +314,7 @@ class _Links:
         if word == 'done':
           self.done[index].set()
         elif leads():
-          time.sleep(GRACE)  # We may come to say the same.
+          time.sleep(self.grace)  # We may come to say the same.
           self.end(*said)
         else:
           leave(said[0], '')
@@ -346,19 +350,34 @@ class _Links:
   def fail(self, error: BaseException) -> NoReturn:
     """Ends all processes because of `error`."""
     # A process that went away makes the others raise all sorts of things.
-    time.sleep(GRACE)
+    time.sleep(self.grace)
     code, message = errors.verdict(error)
     if not errors.expected(error):
       traceback.print_exception(error)
     if not leads():
       self.tell('end', code, f'{message} (process {jax.process_index()})')
-      time.sleep(3 * GRACE)  # Process 0 says it, and bids us end.
+      time.sleep(3 * self.grace)  # Process 0 says it, and bids us end.
     self.end(code, message)
 
   def end(self, code: int, message: str) -> NoReturn:
     self.last_word.acquire()
     self.tell('end', code, message)
+    self.hear_out()
     leave(code, message)
+
+  def hear_out(self) -> None:
+    """Reads until the others have gone, or for `LINGER`.
+
+    A socket that is closed with something unread in it resets the connection,
+    and what was just told may then be lost on its way.
+    """
+    late = time.monotonic() + LINGER
+    for link in self.sockets.values():
+      with contextlib.suppress(OSError):
+        while (left := late - time.monotonic()) > 0:
+          ready, _, _ = select.select([link], [], [], left)
+          if ready and not link.recv(4096):
+            break
 
   def finish(self) -> None:
     """Waits until all have come to their end."""
