@@ -1,9 +1,12 @@
-"""The suite runs on eight virtual CPU devices.
+"""What all tests share: their devices, what they compile, one small run.
 
-Most of its time is compilation, so the compiler optimises less; the programs
-that `test_main.py` starts are compiled as a user's are.
+Most of the suite's time is compilation. So the compiler optimises less, and
+what one worker or one run of the suite has compiled no other need compile; the
+cache of whoever runs the suite is left alone.
 """
 
+import contextlib
+import fcntl
 import os
 import pathlib
 import subprocess
@@ -11,14 +14,14 @@ import sys
 
 import pytest
 
+ROOT = pathlib.Path(__file__).parents[1]
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
-# What one test has compiled no other need compile, in this run or the next; and
-# the cache of whoever runs the suite is left alone.
-ROOT = pathlib.Path(__file__).parents[1]
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(ROOT / '.pytest_cache' / 'xla')
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+
+import jax  # noqa: E402 - it reads these variables
 
 DIGITS = str(ROOT / 'configs' / 'digits.py')
 TINY = [
@@ -37,37 +40,76 @@ TINY = [
 ]
 
 
+@pytest.fixture(scope='module', autouse=True)
+def devices(request):
+  """One, or eight in a module that is marked so: tests of parallelism.
+
+  A program for eight virtual devices takes longer to compile, and on two cores
+  longer to run.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    if not request.node.get_closest_marker('eight_devices'):
+      one = jax.devices()[:1]
+      for name in ('devices', 'local_devices'):
+        patch.setattr(jax, name, lambda: one)
+      for name in ('device_count', 'local_device_count'):
+        patch.setattr(jax, name, lambda: 1)
+    yield
+
+
+@contextlib.contextmanager
+def shared(tmp_path_factory, name):
+  """A folder of all workers of this session, held by one of them at a time."""
+  root = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    root = root.parent
+  folder = root / name
+  folder.mkdir(exist_ok=True)
+  with (root / f'{name}.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield folder
+
+
 @pytest.fixture(scope='session')
-def user_env(tmp_path_factory):
+def user_env():
   """The environment of a user with one device, for programs of their own.
 
-  They share what they compile, so that the second to need it need not.
+  The compiler does for them what it does for a user.
   """
-  env = os.environ | {
-    'JAX_NUM_CPU_DEVICES': '1',
-    'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    'PYTHONPATH': str(ROOT),
-  }
+  env = os.environ | {'JAX_NUM_CPU_DEVICES': '1', 'PYTHONPATH': str(ROOT)}
   del env['XLA_FLAGS']
   return env
+
+
+def contents(folder):
+  return {
+    path: (path.stat().st_size, path.stat().st_mtime_ns)
+    for path in folder.rglob('*')
+    if path.is_file()
+  }
 
 
 @pytest.fixture(scope='session')
 def tiny_run(tmp_path_factory, user_env):
   """A run of 200 steps that nothing happened to: (workdir, stderr).
 
-  Nor does it, or a library that it uses, warn of anything.
+  Nor does it, or a library that it uses, warn of anything. It is there for all
+  tests to read; who writes into it copies it first.
   """
-  workdir = tmp_path_factory.mktemp('runs') / 'undisturbed'
-  process = subprocess.run(
-    [
-      *(sys.executable, '-m', 'ddpm_jax.main', *TINY),
-      *('--config.steps=200', f'--workdir={workdir}'),
-    ],
-    env=user_env | {'PYTHONWARNINGS': 'error'},
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  return workdir, process.stderr
+  with shared(tmp_path_factory, 'tiny') as folder:
+    workdir, stderr = folder / 'run', folder / 'stderr'
+    if not stderr.exists():
+      process = subprocess.run(
+        [
+          *(sys.executable, '-m', 'ddpm_jax.main', *TINY),
+          *('--config.steps=200', f'--workdir={workdir}'),
+        ],
+        env=user_env | {'PYTHONWARNINGS': 'error'},
+        capture_output=True,
+        text=True,
+        check=True,
+      )
+      stderr.write_text(process.stderr)
+  before = contents(workdir)
+  yield workdir, stderr.read_text()
+  assert contents(workdir) == before

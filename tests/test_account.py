@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from ddpm_jax.runtime import account
 
+pytestmark = pytest.mark.eight_devices
+
 N = 8
 ROWS, COLUMNS = 64, 32
 WHOLE = ROWS * COLUMNS * 4  # bytes of float32

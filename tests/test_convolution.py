@@ -9,6 +9,8 @@ from ddpm_jax.models import convolution
 from ddpm_jax.runtime import account
 from ddpm_jax.runtime import parallel
 
+pytestmark = pytest.mark.eight_devices
+
 C = convolution.LEAST_CHANNELS
 
 

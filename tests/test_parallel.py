@@ -14,6 +14,8 @@ from ddpm_jax import recipe
 from ddpm_jax.runtime import account
 from ddpm_jax.runtime import parallel
 
+pytestmark = pytest.mark.eight_devices
+
 STEPS = 4
 
 

@@ -23,6 +23,8 @@ from ddpm_jax.runtime import account
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime import target
 
+pytestmark = pytest.mark.eight_devices
+
 TINY = [
   '--mode=plan',
   '--config=configs/digits.py',

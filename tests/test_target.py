@@ -11,6 +11,8 @@ from ddpm_jax import errors
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime import target
 
+pytestmark = pytest.mark.eight_devices
+
 GIVEN = {
   'tpu': importlib.util.find_spec('libtpu'),
   'cuda': importlib.util.find_spec('jax_cuda13_plugin'),
