@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 
+import jaxtyping
 import pytest
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -19,6 +20,14 @@ os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
 ROOT = pathlib.Path(__file__).parents[1]
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(ROOT / '.pytest_cache' / 'xla')
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+# (B,) + (B, D) is an error: a broadcast that adds an axis is written out.
+os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
+# Every call in the tests is held to the shapes in the signature. Here, and not
+# by an option of pytest, for only so an int may stand for a float, as in mypy.
+jaxtyping.install_import_hook(
+  ['ddpm_jax.diffusion', 'ddpm_jax.models'],
+  'beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))',
+)
 
 DIGITS = str(ROOT / 'configs' / 'digits.py')
 TINY = [
