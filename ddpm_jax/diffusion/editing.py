@@ -49,12 +49,12 @@ def between(
 
 def interpolate(
   schedule: schedules.Schedule,
-  x0: process.X,
-  other: process.X,
+  x0: process.XLike,
+  other: process.XLike,
   t: process.Time,
   weight: Float[Array, ''] | float,
-  eps: process.X,
-) -> Float[Array, '*shape']:
+  eps: process.XLike,
+) -> process.X:
   """(1-λ) x_t + λ x'_t of two images  (section 4.4).
 
   One ε for both ends is our choice: the paper draws x_t and x'_t of q, each

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 from jaxtyping import Float
 from jaxtyping import Float64
 from jaxtyping import Int
@@ -25,12 +24,15 @@ from ddpm_jax.diffusion import variances
 
 BITS = 1 / np.log(2)
 
+# What is given elementwise: shapes that broadcast against each other.
+Values = Float[Array | np.ndarray, '*#shape'] | float
+
 
 def normal_kl(
-  mean_1: Float[ArrayLike, '*#shape'],
-  log_var_1: Float[ArrayLike, '*#shape'],
-  mean_2: Float[ArrayLike, '*#shape'],
-  log_var_2: Float[ArrayLike, '*#shape'],
+  mean_1: Values,
+  log_var_1: Values,
+  mean_2: Values,
+  log_var_2: Values,
 ) -> Float[Array, '*shape']:
   """KL(N(mean_1, var_1) ‖ N(mean_2, var_2)), elementwise, in nats."""
   ratio = log_var_1 - log_var_2
@@ -39,9 +41,9 @@ def normal_kl(
 
 
 def decoder_log_prob(
-  x0: Float[Array, '*#shape'],
-  mean: Float[ArrayLike, '*#shape'],
-  log_var: Float[ArrayLike, '*#shape'],
+  x0: Values,
+  mean: Values,
+  log_var: Values,
 ) -> Float[Array, '*shape']:
   """log of N(mean, var)'s mass in x_0's bin, elementwise, in nats  (eq. 13).
 
@@ -177,7 +179,7 @@ def bound(
     every = jnp.arange(1, schedule.T + 1)
     times = jnp.broadcast_to(every[:, None], (schedule.T, len(x0)))
 
-  def body(row: Int[Array, ''], t: Int[Array, 'B']) -> tuple[Any, Any]:
+  def body(row: Any, t: Int[Array, 'B']) -> tuple[Any, Any]:
     row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, row)
     nats, mse = terms(
       schedule, model_fn, row_keys, x0, t, predict=predict, variance=variance

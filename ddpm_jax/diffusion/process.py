@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 from jaxtyping import Float
 from jaxtyping import Float32
 from jaxtyping import Int
@@ -24,6 +23,7 @@ from ddpm_jax.diffusion import variances
 
 Schedule = schedules.Schedule
 X = predictions.X
+XLike = predictions.XLike
 
 # A scalar t, or one for each example: (B,) for an x of (B, ...).
 Time = Int[Array | np.ndarray, '...'] | int
@@ -47,9 +47,7 @@ def normal(
   return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
-def q_sample(
-  schedule: Schedule, x0: X, t: Time, eps: X
-) -> Float[Array, '*shape']:
+def q_sample(schedule: Schedule, x0: XLike, t: Time, eps: XLike) -> X:
   """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε  (eq. 4).
 
   Args:
@@ -67,17 +65,15 @@ def q_sample(
   return signal * x0 + noise * eps
 
 
-def q_step(
-  schedule: Schedule, x_prev: X, t: Time, eps: X
-) -> Float[Array, '*shape']:
+def q_step(schedule: Schedule, x_prev: XLike, t: Time, eps: XLike) -> X:
   """x_t = √(1-β_t) x_{t-1} + √β_t ε  (eq. 2); t as in `q_sample`."""
   beta = schedule.beta[per_example(t, x_prev)]
   return jnp.sqrt(1 - beta) * x_prev + jnp.sqrt(beta) * eps
 
 
 def q_between(
-  schedule: Schedule, x_s: X, s: Time, t: Time, eps: X
-) -> Float[Array, '*shape']:
+  schedule: Schedule, x_s: XLike, s: Time, t: Time, eps: XLike
+) -> X:
   """x_t = √(ᾱ_t/ᾱ_s) x_s + √(1-ᾱ_t/ᾱ_s) ε, for s ≤ t: t - s times eq. 2.
 
   s and t as the t of `q_sample`.
@@ -87,7 +83,7 @@ def q_between(
   return jnp.exp(log_kept / 2) * x_s + jnp.sqrt(-jnp.expm1(log_kept)) * eps
 
 
-def per_example(t: Num[Array | np.ndarray, '...'] | float, x: X) -> Any:
+def per_example(t: Num[Array | np.ndarray, '...'] | float, x: XLike) -> Any:
   """t in a shape that broadcasts against x: (), or (B,) for x of (B, ...).
 
   Raises:
@@ -105,8 +101,8 @@ def per_example(t: Num[Array | np.ndarray, '...'] | float, x: X) -> Any:
 
 
 def q_posterior(
-  schedule: Schedule, x0: X, x_t: X, t: Time
-) -> tuple[Float[Array, '*shape'], Float[Array, '*#shape']]:
+  schedule: Schedule, x0: XLike, x_t: XLike, t: Time
+) -> tuple[X, Float[Array, '*#shape']]:
   """Mean μ̃_t(x_t, x_0) and variance β̃_t of q(x_{t-1} | x_t, x_0)  (eq. 6-7)."""
   t = per_example(t, x_t)
   mean = predictions.posterior_mean(schedule, x0, x_t, t)
@@ -114,8 +110,8 @@ def q_posterior(
 
 
 def q_sigma(
-  schedule: Schedule, x0: X, x_t: X, t: Time, eta: float
-) -> tuple[Float[Array, '*shape'], Float[Array, '*#shape']]:
+  schedule: Schedule, x0: XLike, x_t: XLike, t: Time, eta: float
+) -> tuple[X, Float[Array, '*#shape']]:
   """Mean and variance σ² = η² β̃_t of q_σ(x_{t-1} | x_t, x_0).
 
   The family of Song et al. 2021 (DDIM, eq. 7 and 16): all have the same
@@ -133,13 +129,13 @@ def q_sigma(
 
 def to_x0(
   schedule: Schedule,
-  out: Float[ArrayLike, '...'],
+  out: Float[Array, '...'],
   x_t: X,
   t: variances.Time,
   *,
   predict: predictions.Prediction = predictions.eps,
   clip: bool = True,
-) -> Float[Array, '*shape']:
+) -> X:
   """x̂_0 of what the network makes of x_t; see `p_mean_variance`."""
   x0_hat = predict.to_x0(schedule, x_t, split(out, x_t)[0], t)
   return jnp.clip(x0_hat, -1, 1) if clip else x0_hat
@@ -147,16 +143,14 @@ def to_x0(
 
 def p_mean_variance(
   schedule: Schedule,
-  out: Float[ArrayLike, '...'],
+  out: Float[Array, '...'],
   x_t: X,
   t: Time,
   *,
   predict: predictions.Prediction = predictions.eps,
   variance: Variance = variances.beta,
   clip: bool = True,
-) -> tuple[
-  Float[Array, '*shape'], Float[Array, '*#shape'], Float[Array, '*shape']
-]:
+) -> tuple[X, Float[Array, '*#shape'], X]:
   """Mean μ_θ and log σ_t² of p(x_{t-1} | x_t), and x̂_0  (eq. 1, 11).
 
   Args:
@@ -182,14 +176,14 @@ def p_mean_variance(
 
 
 def split(
-  out: Float[ArrayLike, '...'], x_t: X
+  out: Float[Array, '...'], x_t: X
 ) -> tuple[Float32[Array, '*shape'], Float32[Array, '*shape'] | None]:
   """What a network says of the mean, and of the variance if it does.
 
   In float32, whatever the network computes in.
   """
   out = jnp.asarray(out, jnp.float32)
-  C = jnp.shape(x_t)[-1] if jnp.ndim(x_t) else 1
+  C = x_t.shape[-1] if x_t.ndim else 1
   if out.ndim and out.shape[-1] == 2 * C:
     return out[..., :C], out[..., C:]
   return out, None

@@ -17,7 +17,7 @@ from jaxtyping import Key
 
 
 def uniform(
-  key: Key[Array, ''], i: Int[Array, ''], n: int, T: int
+  key: Key[Array, ''], i: Int[Array, ''] | int, n: int, T: int
 ) -> Int[Array, '']:
   """t ~ U{1..T}  (Ho et al. 2020, Algorithm 1)."""
   del n
@@ -25,7 +25,7 @@ def uniform(
 
 
 def antithetic(
-  key: Key[Array, ''], i: Int[Array, ''], n: int, T: int
+  key: Key[Array, ''], i: Int[Array, ''] | int, n: int, T: int
 ) -> Int[Array, '']:
   """Half of the batch draws t, the other half has T + 1 - t."""
   half = (n + 1) // 2
@@ -34,7 +34,7 @@ def antithetic(
 
 
 def stratified(
-  key: Key[Array, ''], i: Int[Array, ''], n: int, T: int
+  key: Key[Array, ''], i: Int[Array, ''] | int, n: int, T: int
 ) -> Int[Array, '']:
   """Example i draws from the i-th of n equal parts of the times.
 
@@ -48,7 +48,7 @@ def stratified(
 
 def importance(
   key: Key[Array, ''],
-  i: Int[Array, ''],
+  i: Int[Array, ''] | int,
   n: int,
   T: int,
   p: Float[Array, '{T}'],

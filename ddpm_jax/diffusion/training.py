@@ -1,5 +1,6 @@
 """The training step: pure, and blind to how many devices there are."""
 
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from jaxtyping import Key
 from ddpm_jax.diffusion import timesteps
 
 
+# Flax says that `params` is a FrozenDict: here it is any tree.
+@typing.no_type_check
 class TrainState(train_state.TrainState):
   """What a checkpoint must hold; the rest follows from recipe and step."""
 

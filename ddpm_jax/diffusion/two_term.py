@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 from jaxtyping import Float
 from jaxtyping import Int
 from jaxtyping import Key
@@ -72,9 +71,9 @@ def bound(
 
 
 def log_normal(
-  x: Float[ArrayLike, '*#shape'],
-  mean: Float[ArrayLike, '*#shape'],
-  log_var: Float[ArrayLike, '*#shape'],
+  x: likelihood.Values,
+  mean: likelihood.Values,
+  log_var: likelihood.Values,
 ) -> Float[Array, '*shape']:
   """log N(x; mean, var), elementwise, in nats."""
   square = jnp.square(x - mean) * jnp.exp(-jnp.asarray(log_var))
