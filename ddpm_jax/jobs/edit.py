@@ -251,7 +251,6 @@ def between(
     index, condition = functions.index_and_condition(rows)
     keys, eps = functions.noise(config, seed, jnp.zeros_like(index))
     weight = index / (count - 1)
-    weight = weight.reshape(-1, *[1] * x0.ndim)
     x_t = mix(p.schedule, x0, other, jnp.array(t), weight, eps)
     model_fn = p.model_fn(params, condition)
     return functions.drawn(config, from_x_t(p, model_fn, keys, x_t, t))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool
 from jaxtyping import Float
@@ -16,6 +17,8 @@ from jaxtyping import Float32
 from jaxtyping import Int
 from jaxtyping import Int32
 from jaxtyping import UInt8
+
+Given = Array | np.ndarray  # as data come
 
 
 class Context(NamedTuple):
@@ -36,7 +39,7 @@ class Label(nn.Module):
     return jnp.full(n, -1, jnp.int32)
 
   @nn.compact
-  def __call__(self, label: Int[Array, 'B']) -> Context:
+  def __call__(self, label: Int[Given, 'B']) -> Context:
     row = jnp.where(label < 0, self.classes, label)
     return Context(nn.Embed(self.classes + 1, self.width)(row))
 
@@ -57,7 +60,7 @@ class Text(nn.Module):
     return jnp.zeros((n, self.length), jnp.uint8)
 
   @nn.compact
-  def __call__(self, tokens: UInt8[Array, 'B {self.length}']) -> Context:
+  def __call__(self, tokens: UInt8[Given, 'B {self.length}']) -> Context:
     # No text holds byte 0, which stands for the first token as well.
     row = jnp.pad(tokens, ((0, 0), (1, 0)))
     mask = (row > 0).at[:, 0].set(True)
@@ -91,7 +94,7 @@ class Frozen(nn.Module):
     }
 
   @nn.compact
-  def __call__(self, given: dict[str, Array]) -> Context:
+  def __call__(self, given: dict[str, Given]) -> Context:
     mask = jnp.pad(given['mask'], ((0, 0), (1, 0)), constant_values=True)
     states = nn.Dense(self.width)(given['states'].astype(jnp.float32))
     first = self.param('first', nn.initializers.normal(1.0), (self.width,))
