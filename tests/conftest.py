@@ -20,10 +20,10 @@ os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
 ROOT = pathlib.Path(__file__).parents[1]
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(ROOT / '.pytest_cache' / 'xla')
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
-# (B,) + (B, D) is an error: a broadcast that adds an axis is written out.
+# A broadcast that adds an axis, (B,) with (B, D), is written out.
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
-# Every call in the tests is held to the shapes in the signature. Here, and not
-# by an option of pytest, for only so an int may stand for a float, as in mypy.
+# Every call is held to the shapes in the signature. The option that jaxtyping
+# gives pytest cannot say that an int will do for a float, as in mypy.
 jaxtyping.install_import_hook(
   ['ddpm_jax.diffusion', 'ddpm_jax.models'],
   'beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))',

@@ -48,6 +48,9 @@ def test_a_broadcast_that_adds_an_axis_is_refused():
     jnp.ones(3) + jnp.ones((2, 3))
 
 
-def test_a_warning_is_an_error():
-  with pytest.raises(DeprecationWarning):
-    warnings.warn('of something', DeprecationWarning, stacklevel=1)
+@pytest.mark.parametrize('module', ['ddpm_jax.build', 'jax', 'PIL.Image'])
+@pytest.mark.parametrize('kind', [DeprecationWarning, UserWarning])
+def test_a_warning_is_an_error(kind, module):
+  """So what is deprecated is called in no test, for that warns."""
+  with pytest.raises(kind):
+    warnings.warn_explicit('some', kind, 'some.py', 1, module)
