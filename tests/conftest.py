@@ -12,6 +12,7 @@ import pathlib
 import subprocess
 import sys
 
+import jaxtyping
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -20,6 +21,14 @@ os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(ROOT / '.pytest_cache' / 'xla')
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+# A broadcast that adds an axis, (B,) with (B, D), is written out.
+os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
+# Every call is held to the shapes in the signature. The option that jaxtyping
+# gives pytest cannot say that an int will do for a float, as in mypy.
+jaxtyping.install_import_hook(
+  ['ddpm_jax.diffusion', 'ddpm_jax.models'],
+  'beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))',
+)
 
 import jax  # noqa: E402 - it reads these variables
 
@@ -74,9 +83,14 @@ def shared(tmp_path_factory, name):
 def user_env():
   """The environment of a user with one device, for programs of their own.
 
-  The compiler does for them what it does for a user.
+  The compiler does for them what it does for a user. Nothing that is deprecated
+  is called, however they run: jit or pmap, new or resumed.
   """
-  env = os.environ | {'JAX_NUM_CPU_DEVICES': '1', 'PYTHONPATH': str(ROOT)}
+  env = os.environ | {
+    'JAX_NUM_CPU_DEVICES': '1',
+    'PYTHONPATH': str(ROOT),
+    'PYTHONWARNINGS': 'error::DeprecationWarning',
+  }
   del env['XLA_FLAGS']
   return env
 

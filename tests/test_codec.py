@@ -155,7 +155,9 @@ def test_groups_are_the_largest_within_the_limit():
   nats = np.random.default_rng(0).exponential(size=(50, 30)).astype(np.float32)
   sizes, most = codec.sizes(30), 6.0
   which = np.asarray(codec.group_size(jnp.array(nats), most))
-  largest = [x.max(0) for x in map(np.asarray, codec.group_sums(nats.T))]
+  largest = [
+    x.max(0) for x in map(np.asarray, codec.group_sums(jnp.array(nats.T)))
+  ]
   for n, j in enumerate(which):
     fits = [i for i in range(len(sizes)) if largest[i][n] <= most]
     assert j == max(fits, default=0)
@@ -267,7 +269,7 @@ def test_x_1_has_the_distribution_of_q_whatever_the_network():
     ).shown[-1, 0]
 
   shown = one(jax.random.split(jax.random.key(0), 1000)) / 127.5 - 1
-  noise = shown - np.sqrt(S.alpha_bar[1]) * x0[0]
+  noise = shown - np.sqrt(S.alpha_bar[1]) * x0
   noise = np.asarray(noise / np.sqrt(S.one_minus_alpha_bar[1]))
   for column in noise.T:
     assert stats.kstest(column, 'norm').pvalue > 1e-3

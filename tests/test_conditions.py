@@ -233,7 +233,7 @@ def test_states_that_are_not_there_are_not_seen():
   k = jax.random.split(jax.random.key(0), 6)
   x, t = jax.random.normal(k[0], (2, 8, 8, 1)), jnp.array([3, 700])
   states = jax.random.normal(k[1], (2, 5, 12))
-  mask = jnp.arange(5) < jnp.array([[2], [4]])
+  mask = jnp.arange(5)[None] < jnp.array([[2], [4]])
   context = condition.Context(jax.random.normal(k[2], (2, 12)), states, mask)
   params = net.init(k[3], x, t, context)
   # Outputs start at 0: let all weights be something.
@@ -276,7 +276,7 @@ def test_a_text_is_read_to_its_end_and_no_further(n):
 def test_what_a_frozen_encoder_said_is_read_where_there_is_any():
   encoder = condition.Frozen(5, 12, 8)
   k = jax.random.split(jax.random.key(0), 3)
-  mask = jnp.arange(5) < jnp.array([[2], [5], [0]])
+  mask = jnp.arange(5)[None] < jnp.array([[2], [5], [0]])
   states = jax.random.normal(k[0], (3, 5, 12)).astype(jnp.float16)
   given = {'states': states, 'mask': mask}
   params = encoder.init(k[1], given)

@@ -121,7 +121,8 @@ def pair(rho):
 
   def eps_hat(x_t, t):
     a, n = S.alpha_bar[t], S.one_minus_alpha_bar[t]
-    total = a[:, None, None] * sigma + n[:, None, None] * jnp.eye(2)
+    total = a[:, None, None] * sigma[None]
+    total += n[:, None, None] * jnp.eye(2)[None]
     solved = jnp.linalg.solve(total, x_t[..., None])[..., 0]
     return jnp.sqrt(n)[:, None] * solved
 

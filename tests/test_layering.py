@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -30,10 +31,9 @@ INSIDE = {  # Rooms whose files have an order of their own.
       'editing',
       'guidance',
       'objectives',
-      'samplers',
       'two_term',
     ],
-    ['likelihood'],
+    ['likelihood', 'samplers'],
     ['process'],
     ['predictions', 'variances'],
     ['schedules', 'training'],
@@ -120,6 +120,13 @@ def test_only_those_who_build_and_jobs_see_a_ConfigDict():
     *('jobs', 'functions.py', 'build.py', 'checks.py'),
     *('conditioning.py', 'recipe.py'),
   }
+
+
+def test_the_program_does_not_check_shapes_as_it_runs():
+  for path in FILES:
+    assert not {'beartype', 'jaxtyped', 'install_import_hook'} & set(
+      re.findall(r'\w+', path.read_text())
+    ), path
 
 
 def test_no_private_imports():

@@ -67,7 +67,8 @@ def test_the_history_holds_the_last_losses_at_each_t():
     for a, b in zip(t, losses, strict=True):
       past[a].append(b)
     index = rng.permutation(n)
-    history = timesteps.record(history, index, t[index], losses[index])
+    batch = map(jnp.asarray, (index, t[index], losses[index]))
+    history = timesteps.record(history, *batch)
   assert max(map(len, past)) > 6 * K
   for t in range(1, T + 1):
     assert history.seen[t - 1] == len(past[t])

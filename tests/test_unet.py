@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -112,7 +113,9 @@ def test_gray_and_rgb_of_any_size_that_halves(channels, size):
 
 
 @pytest.mark.parametrize('shape', [(1, 7, 8, 3), (1, 8, 9, 3), (8, 8, 3)])
-def test_sizes_that_do_not_halve_are_refused(shape):
+def test_sizes_that_do_not_halve_are_refused(shape, monkeypatch):
+  # As where nobody checks the signature.
+  monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)
   with pytest.raises(ValueError, match='multiples of 2'):
     unet.UNet(**SMALL).init(
       jax.random.key(0), jnp.zeros(shape), jnp.ones(1, int)
@@ -247,7 +250,7 @@ def test_what_cannot_be_built_is_a_line_for_the_user(changes, message):
 
 
 def test_patches_come_back_and_hold_neighbours():
-  x = jnp.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+  x = jnp.arange(2.0 * 4 * 6 * 3).reshape(2, 4, 6, 3)
   patches = layers.to_patches(x, 2)
   assert patches.shape == (2, 2, 3, 12)
   np.testing.assert_array_equal(

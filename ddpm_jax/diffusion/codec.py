@@ -16,7 +16,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.extend import random
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Float32
+from jaxtyping import Float64
+from jaxtyping import Int
+from jaxtyping import Int32
+from jaxtyping import Key
+from jaxtyping import UInt8
+from jaxtyping import UInt32
 
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import pixels
@@ -26,19 +36,19 @@ from ddpm_jax.diffusion import schedules
 
 
 class Code(NamedTuple):
-  """What is told of B images of D dimensions in S steps: int32 arrays."""
+  """What is told of B images of D dimensions in S steps."""
 
-  size: Any  # (S, B), of the groups: which of `sizes(D)`
-  chosen: Any  # (S, B, D), from 0; one and the same within a group
+  size: Int32[Any, 'S B']  # of the groups: which of `sizes(D)`
+  chosen: Int32[Any, 'S B D']  # from 0; one and the same within a group
 
 
 class Passed(NamedTuple):
   """What both sides know after 0, 1, ..., S steps, and the code."""
 
   code: Code
-  shown: jax.Array  # (S+1, B, ...) uint8, x̂_0
-  check: jax.Array  # (S+1, B) uint32, of the bits of x_t
-  nats: jax.Array  # (S, B), KL(q ‖ p) of each step; 0 at the receiver
+  shown: UInt8[Array, 'S+1 B *shape']  # x̂_0
+  check: UInt32[Array, 'S+1 B']  # of the bits of x_t
+  nats: Float[Array, 'S B']  # KL(q ‖ p) of each step; 0 at the receiver
 
 
 class Rules(NamedTuple):
@@ -65,8 +75,8 @@ def jumps(schedule: schedules.Schedule, steps: int) -> schedules.Schedule:
   return schedules.stride(schedule, steps + 1, geometric)
 
 
-def geometric(T: int, steps: int) -> np.ndarray:
-  """0, and τ_k = T^(k / (steps-1)) from 1 to T, no two the same: (steps+1,)."""
+def geometric(T: int, steps: int) -> Int[np.ndarray, '{steps}+1']:
+  """0, and τ_k = T^(k / (steps-1)) from 1 to T, no two the same."""
   k = np.arange(steps)
   return np.append(
     0, np.maximum(np.round(T ** (k / (steps - 1))), 1 + k).astype(int)
@@ -77,10 +87,10 @@ def predict_x0(
   schedule: schedules.Schedule,
   short: schedules.Schedule,
   model_fn: process.ModelFn,
-  x_t: jax.Array,
-  k: jax.Array | int,
+  x_t: Float[Array, 'B *shape'],
+  k: Int[Array, ''] | int,
   predict: predictions.Prediction,
-) -> jax.Array:
+) -> Float[Array, 'B *shape']:
   """x̂_0 in [-1, 1] of x_t at `short`'s time k, one for all of a batch."""
   t = short.time[k]
   out, _ = process.split(model_fn(x_t, jnp.full(len(x_t), t)), x_t)
@@ -91,18 +101,18 @@ def errors(
   schedule: schedules.Schedule,
   short: schedules.Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x0: jax.Array,
+  keys: Key[Array, 'B'],
+  x0: Float[Array, 'B *shape'],
   *,
   predict: predictions.Prediction = predictions.eps,
-) -> jax.Array:
-  """Mean squares of x_0 - x̂_0 before each step, (S, B), at x_t of q(x_t | x_0).
+) -> Float[Array, '{short.T}-1 B']:
+  """Mean squares of x_0 - x̂_0 before each step, at x_t of q(x_t | x_0).
 
   Of them the variance of p is made, the best of all fixed ones: β̃, and what x̂_0
   is wrong by (Bao et al. 2022, which asks for them in the mean over data).
   """
 
-  def body(_: None, k: jax.Array) -> tuple[None, jax.Array]:
+  def body(_: None, k: Int[Array, '']) -> tuple[None, Float[Array, 'B']]:
     eps = process.normal(jax.vmap(jax.random.fold_in, (0, None))(keys, k), size)
     x_t = process.q_sample(short, x0, k, eps)
     x0_hat = predict_x0(schedule, short, model_fn, x_t, k, predict)
@@ -113,8 +123,10 @@ def errors(
   return squares
 
 
-def expected(short: schedules.Schedule, squares: np.ndarray) -> np.ndarray:
-  """KL(q ‖ p) of a dimension at each step, bits (S,), as `squares` say."""
+def expected(
+  short: schedules.Schedule, squares: Float[np.ndarray, 'S']
+) -> Float64[np.ndarray, 'S']:
+  """KL(q ‖ p) of a dimension at each step, in bits, as `squares` say."""
   s = [np.asarray(table, np.float64) for table in short]
   beta, alpha_bar, one_minus, beta_tilde = s[:4]
   k = np.arange(short.T, 1, -1)
@@ -126,14 +138,14 @@ def run(
   schedule: schedules.Schedule,
   short: schedules.Schedule,
   model_fn: process.ModelFn,
-  key: jax.Array,
-  x_T: jax.Array,
+  key: Key[Array, ''],
+  x_T: Float[Array, 'B *shape'],
   *,
   rules: Rules,
-  squares: jax.Array,
+  squares: Float[Array, 'S'],
   told: Code,
-  x0: jax.Array,
-  sending: jax.Array,
+  x0: Float[Array, 'B *shape'],
+  sending: Bool[Array, ''],
   predict: predictions.Prediction = predictions.eps,
 ) -> Passed:
   """All steps, of the sender as of the receiver.
@@ -146,20 +158,21 @@ def run(
     short: its `jumps`.
     model_fn: the network.
     key: of the candidates, which all images share.
-    x_T: (B, ...) of N(0, 1), which both sides draw: it is not told, and wrong
-      by L_T.
+    x_T: of N(0, 1), which both sides draw: it is not told, and wrong by L_T.
     rules: of the code.
-    squares: (S,), as of `errors`.
+    squares: as of `errors`, for any example.
     told: the code, for the receiver.
-    x0: (B, ...) in [-1, 1], for the sender.
-    sending: whether this is the sender; a scalar.
+    x0: in [-1, 1], for the sender.
+    sending: whether this is the sender.
     predict: what the network predicts.
   """
   B, D = len(x_T), int(np.prod(x_T.shape[1:]))
   order = jax.random.permutation(jax.random.fold_in(key, 0), D)
   back = jnp.argsort(order)
 
-  def body(x_t: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
+  def body(
+    x_t: Float[Array, 'B *shape'], scanned: Any
+  ) -> tuple[Float[Array, 'B *shape'], Any]:
     k, square, told = scanned
     x0_hat = predict_x0(schedule, short, model_fn, x_t, k, predict)
     mean, var = process.q_posterior(short, x0_hat, x_t, k)
@@ -167,7 +180,7 @@ def run(
     var_p = var + jnp.square(of_x0) * square
     words = jax.random.bits(jax.random.fold_in(key, k), (2,), jnp.uint32)
 
-    def search() -> tuple[Code, jax.Array]:
+    def search() -> tuple[Code, Float[Array, 'B']]:
       gap = (of_x0 * (x0 - x0_hat)).reshape(B, D)[:, order]
       kl = likelihood.normal_kl(gap, jnp.log(var), 0.0, jnp.log(var_p))
       size = group_size(kl, rules.group_bits / likelihood.BITS)
@@ -198,8 +211,8 @@ def sizes(D: int) -> list[int]:
   return every[: 1 + next(i for i, m in enumerate(every) if m >= D)]
 
 
-def group_sums(x: jax.Array) -> list[jax.Array]:
-  """Sums over the groups of the first axis, (groups, ...), of each of `sizes`.
+def group_sums(x: Float[Array, 'D *shape']) -> list[Float[Array, '_ *shape']]:
+  """Sums over the groups of the first axis, of each of `sizes`.
 
   The last group may be smaller than the others.
   """
@@ -213,10 +226,10 @@ def group_sums(x: jax.Array) -> list[jax.Array]:
   return list(sums.values())
 
 
-def group_size(kl: jax.Array, most: float) -> jax.Array:
-  """Which of `sizes` is the largest with no group above `most`, (B,).
+def group_size(kl: Float[Array, 'B D'], most: float) -> Int32[Array, 'B']:
+  """Which of `sizes` is the largest with no group above `most`.
 
-  Size 1 if there is none. `kl` (B, D) is that of each dimension.
+  Size 1 if there is none. `kl` is that of each dimension.
   """
   fits = [jnp.all(x <= most, axis=0) for x in group_sums(kl.T)]
   which = jnp.arange(len(fits), dtype=jnp.int32)[:, None]
@@ -224,8 +237,8 @@ def group_size(kl: jax.Array, most: float) -> jax.Array:
 
 
 def candidates(
-  words: jax.Array, i: jax.Array, d: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+  words: UInt32[Array, '2'], i: Int[Array, '*#shape'], d: Int[Array, '*#shape']
+) -> tuple[Float[Array, '*shape'], Float[Array, '*shape']]:
   """z ~ N(0, 1) and e ~ Exp(1), the i-th of dimension d, elementwise.
 
   Each follows from i, d and the two words of the step's key alone, so that the
@@ -239,7 +252,9 @@ def candidates(
   return np.sqrt(2) * jax.scipy.special.erfinv(2 * of_z - 1), -jnp.log(of_e)
 
 
-def score(log_ratio: jax.Array, arrival: jax.Array) -> jax.Array:
+def score(
+  log_ratio: Float[Array, '*#shape'], arrival: Float[Array, '*#shape']
+) -> Float[Array, '*shape']:
   """log (q/p)(z) / a: the candidate that has most of it is told.
 
   It is a sample of q, for any q and p, if the arrivals a are those of a Poisson
@@ -249,21 +264,21 @@ def score(log_ratio: jax.Array, arrival: jax.Array) -> jax.Array:
 
 
 def choose(
-  words: jax.Array,
-  gap: jax.Array,
-  var: jax.Array,
-  var_p: jax.Array,
-  size: jax.Array,
+  words: UInt32[Array, '2'],
+  gap: Float[Array, 'B D'],
+  var: Float[Array, ''] | float,
+  var_p: Float[Array, ''] | float,
+  size: Int[Array, 'B'],
   log2_candidates: int,
-) -> jax.Array:
-  """The index to tell of each group, for each of its dimensions: (B, D).
+) -> Int32[Array, 'B D']:
+  """The index to tell of each group, for each of its dimensions.
 
   Args:
     words: of the step's key.
-    gap: (B, D), the mean of q less that of p.
+    gap: the mean of q less that of p.
     var: of q.
     var_p: of p.
-    size: (B,), of the groups: which of `sizes(D)`.
+    size: of the groups: which of `sizes(D)`.
     log2_candidates: how many there are.
   """
   (B, D), every = gap.shape, sizes(gap.shape[1])
@@ -273,7 +288,7 @@ def choose(
   of_square = -0.5 * (var_p / var - 1)
   of_z = (gap * jnp.sqrt(var_p) / var).T[:, :, None]
 
-  def block(carry: Any, first: jax.Array) -> tuple[Any, None]:
+  def block(carry: Any, first: Int32[Array, '']) -> tuple[Any, None]:
     arrival, best, found = carry
     i = first + jnp.arange(n, dtype=jnp.int32)
     z, waits = candidates(words, i, jnp.arange(D)[:, None])
@@ -283,7 +298,7 @@ def choose(
       # A group has the arrivals of its first dimension.
       scores = score(ratios, arrivals[:: every[j], None])
       better = scores > best[j]
-      found[j] = jnp.where(better, i, found[j])
+      found[j] = jnp.where(better, i[None, None], found[j])
       best[j] = jnp.where(better, scores, best[j])
     return (arrivals[:, -1:], best, found), None
 
@@ -296,7 +311,9 @@ def choose(
   firsts = jnp.arange(0, 2**log2_candidates, n, dtype=jnp.int32)
   (_, best, found), _ = jax.lax.scan(block, start, firsts)
 
-  def of_dimensions(m: int, best: jax.Array, found: jax.Array) -> jax.Array:
+  def of_dimensions(
+    m: int, best: Float[Array, 'groups B n'], found: Int32[Array, 'groups B n']
+  ) -> Int32[Array, 'B D']:
     top = jnp.argmax(best, axis=2, keepdims=True)
     index = jnp.take_along_axis(found, top, axis=2)[..., 0]
     return jnp.repeat(index, m, axis=0)[:D].T
@@ -305,8 +322,8 @@ def choose(
   return indices[size, jnp.arange(B)]
 
 
-def checksum(x: jax.Array) -> jax.Array:
-  """Σ_i (2i + 1) w_i mod 2³² over the bits w of each example, (B,)."""
+def checksum(x: Float32[Array, 'B *shape']) -> UInt32[Array, 'B']:
+  """Σ_i (2i + 1) w_i mod 2³² over the bits w of each example."""
   words = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(len(x), -1)
   odd = 2 * jnp.arange(words.shape[1], dtype=jnp.uint32) + 1
-  return jnp.sum(odd * words, axis=1, dtype=jnp.uint32)
+  return jnp.sum(odd[None] * words, axis=1, dtype=jnp.uint32)

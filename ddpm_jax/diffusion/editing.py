@@ -4,20 +4,25 @@ All of it is run by `samplers.sample`: a function here makes a step of a step,
 the x_t to begin with, or the times to visit.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import Key
 
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
+from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 
 
 def between(
-  step: Callable, first: jax.Array | int, last: jax.Array | int = 1
-) -> Callable:
+  step: samplers.Step,
+  first: Int[Array, '*#B'] | int,
+  last: Int[Array, '*#B'] | int = 1,
+) -> samplers.Step:
   """A sampler's `step` from `first` down to `last`, each row's own.
 
   Before and after that x_t waits. So rows that begin or end at different times
@@ -28,11 +33,11 @@ def between(
   def part(
     schedule: schedules.Schedule,
     model_fn: process.ModelFn,
-    keys: jax.Array,
-    x_t: jax.Array,
-    t: jax.Array,
-    before: Any,
-  ) -> tuple[jax.Array, jax.Array]:
+    keys: Key[Array, 'B'],
+    x_t: Float[Array, 'B *shape'],
+    t: Int[Array, ''],
+    before: samplers.Before,
+  ) -> tuple[Float[Array, 'B *shape'], Float[Array, 'B *shape']]:
     before = before._replace(t=jnp.where(t < first, before.t, 0))
     x_prev, x0_hat = step(schedule, model_fn, keys, x_t, t, before)
     moves = jnp.broadcast_to((t <= first) & (t >= last), len(x_t))
@@ -44,12 +49,12 @@ def between(
 
 def interpolate(
   schedule: schedules.Schedule,
-  x0: jax.Array,
-  other: jax.Array,
-  t: jax.Array,
-  weight: jax.Array,
-  eps: jax.Array,
-) -> jax.Array:
+  x0: process.XLike,
+  other: process.XLike,
+  t: process.Time,
+  weight: Float[Array, ''] | float,
+  eps: process.XLike,
+) -> process.X:
   """(1-λ) x_t + λ x'_t of two images  (section 4.4).
 
   One ε for both ends is our choice: the paper draws x_t and x'_t of q, each
@@ -60,7 +65,9 @@ def interpolate(
   return (1 - weight) * x_t + weight * other_t
 
 
-def inpaint(step: Callable, x0: jax.Array, mask: jax.Array) -> Callable:
+def inpaint(
+  step: samplers.Step, x0: Float[Array, '*shape'], mask: Bool[Array, '*#shape']
+) -> samplers.Step:
   """A sampler's `step` that makes a part of an image anew and keeps the rest.
 
   After each step x_{t-1} of what is known is drawn from q, down to x_0 itself
@@ -70,17 +77,17 @@ def inpaint(step: Callable, x0: jax.Array, mask: jax.Array) -> Callable:
   Args:
     step: such as `samplers.ancestral`.
     x0: the image, in [-1, 1].
-    mask: where to make it anew, of a shape that broadcasts to that of x0.
+    mask: where to make it anew.
   """
 
   def part(
     schedule: schedules.Schedule,
     model_fn: process.ModelFn,
-    keys: jax.Array,
-    x_t: jax.Array,
-    t: jax.Array,
-    before: Any,
-  ) -> tuple[jax.Array, jax.Array]:
+    keys: Key[Array, 'B'],
+    x_t: Float[Array, 'B *shape'],
+    t: Int[Array, ''],
+    before: samplers.Before,
+  ) -> tuple[Float[Array, 'B *shape'], Float[Array, 'B *shape']]:
     split = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
     k_step, k_up, k_known = split[:, 0], split[:, 1], split[:, 2]
     shape = x_t.shape[1:]
@@ -92,8 +99,10 @@ def inpaint(step: Callable, x0: jax.Array, mask: jax.Array) -> Callable:
     x_t = jnp.where(below, higher, x_t)
     x_prev, x0_hat = step(schedule, model_fn, k_step, x_t, t, before)
     eps = process.normal(k_known, shape)
-    known = process.q_sample(schedule, x0, t - 1, eps)
-    return jnp.where(mask, x_prev, known), x0_hat
+    known = jax.vmap(process.q_sample, (None, None, None, 0))(
+      schedule, x0, t - 1, eps
+    )
+    return jnp.where(mask[None], x_prev, known), x0_hat
 
   return part
 
@@ -126,13 +135,13 @@ def jumps(T: int, jump: int = 10, resample: int = 10) -> list[int]:
 def invert(
   schedule: schedules.Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x_prev: jax.Array,
-  t: jax.Array,
-  before: Any = None,
+  keys: Key[Array, 'B'],
+  x_prev: Float[Array, 'B *shape'],
+  t: Int[Array, ''],
+  before: samplers.Before | None = None,
   *,
   predict: predictions.Prediction = predictions.eps,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, 'B *shape'], Float[Array, 'B *shape']]:
   """x_t of x_{t-1}, from which `samplers.ddim` leads back, with η = 0.
 
   At the times 1, ..., T it makes x_T of x_0  (Song et al. 2021, section 4.3).

@@ -5,12 +5,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import Shaped
 
 from ddpm_jax.diffusion import process
 
 
 def guided(
-  denoise: Callable[[jax.Array, jax.Array, Any], jax.Array],
+  denoise: Callable[
+    [Float[Array, 'n *shape'], Int[Array, 'n'], Any], Float[Array, 'n ...']
+  ],
   given: Any,
   nothing: Any,
   *,
@@ -26,7 +32,7 @@ def guided(
   their 1 + w). What it says of the variance is taken as given c.
 
   Args:
-    denoise: (x_t, t, context) -> output; called once, on both halves.
+    denoise: (x_t, t, context) -> output; called once, on n = 2B rows.
     given: the context, B rows a leaf.
     nothing: that of no condition, the same shapes.
     T: steps of the process.
@@ -37,7 +43,9 @@ def guided(
       has given c  (Lin et al. 2023, section 3.4).
   """
 
-  def model_fn(x_t: jax.Array, t: jax.Array) -> jax.Array:
+  def model_fn(
+    x_t: Float[Array, 'B *shape'], t: Int[Array, 'B']
+  ) -> Float[Array, 'B ...']:
     twice = (x_t, x_t), (t, t), (given, nothing)
     out = denoise(*(jax.tree.map(_rows, *pair) for pair in twice))
     with_c, without = jnp.split(out, 2)
@@ -53,13 +61,17 @@ def guided(
   return model_fn
 
 
-def _rows(a: jax.Array, b: jax.Array) -> jax.Array:
+def _rows(
+  a: Shaped[Array, 'B *shape'], b: Shaped[Array, 'B *shape']
+) -> Shaped[Array, '2*B *shape']:
   return jnp.concatenate([a, b])
 
 
-def _std(x: jax.Array) -> jax.Array:
+def _std(x: Float[Array, 'B *shape']) -> Float[Array, 'B']:
   return jnp.std(x.reshape(len(x), -1), axis=1)
 
 
-def _column(w: jax.Array, like: jax.Array) -> jax.Array:
+def _column(
+  w: Float[Array, 'B'], like: Float[Array, 'B *shape']
+) -> Float[Array, 'B ...']:
   return w.reshape(-1, *(1,) * (like.ndim - 1))

@@ -11,6 +11,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Float
+from jaxtyping import Float64
+from jaxtyping import Int
+from jaxtyping import Key
 
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
@@ -19,13 +24,16 @@ from ddpm_jax.diffusion import variances
 
 BITS = 1 / np.log(2)
 
+# What is given elementwise: shapes that broadcast against each other.
+Values = Float[Array | np.ndarray, '*#shape'] | float
+
 
 def normal_kl(
-  mean_1: jax.Array,
-  log_var_1: jax.Array,
-  mean_2: jax.Array | float,
-  log_var_2: jax.Array | float,
-) -> jax.Array:
+  mean_1: Values,
+  log_var_1: Values,
+  mean_2: Values,
+  log_var_2: Values,
+) -> Float[Array, '*shape']:
   """KL(N(mean_1, var_1) ‖ N(mean_2, var_2)), elementwise, in nats."""
   ratio = log_var_1 - log_var_2
   distance = jnp.square(mean_1 - mean_2) * jnp.exp(-jnp.asarray(log_var_2))
@@ -33,8 +41,10 @@ def normal_kl(
 
 
 def decoder_log_prob(
-  x0: jax.Array, mean: jax.Array, log_var: jax.Array
-) -> jax.Array:
+  x0: Values,
+  mean: Values,
+  log_var: Values,
+) -> Float[Array, '*shape']:
   """log of N(mean, var)'s mass in x_0's bin, elementwise, in nats  (eq. 13).
 
   The bins are ±1/255 about the 256 grays of [-1, 1]; the first and the last are
@@ -57,8 +67,10 @@ def decoder_log_prob(
   )
 
 
-def prior(schedule: schedules.Schedule, x0: jax.Array) -> jax.Array:
-  """L_T = KL(q(x_T | x_0) ‖ N(0, I)), for one example of any shape."""
+def prior(
+  schedule: schedules.Schedule, x0: Float[Array, '*shape']
+) -> Float[Array, '']:
+  """L_T = KL(q(x_T | x_0) ‖ N(0, I)), for one example."""
   mean = schedule.sqrt_alpha_bar[-1] * x0
   log_var = jnp.log(schedule.one_minus_alpha_bar[-1])
   return jnp.mean(normal_kl(mean, log_var, 0.0, 0.0))
@@ -67,29 +79,29 @@ def prior(schedule: schedules.Schedule, x0: jax.Array) -> jax.Array:
 def terms(
   schedule: schedules.Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x0: jax.Array,
-  t: jax.Array,
+  keys: Key[Array, 'B'],
+  x0: Float[Array, 'B *shape'],
+  t: Int[Array, 'B'],
   *,
   predict: predictions.Prediction = predictions.eps,
   variance: process.Variance = variances.beta,
   clip: bool = True,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, 'B'], Float[Array, 'B']]:
   """L_{t-1} of each example at its own t, one draw of x_t  (eq. 5).
 
   Args:
     schedule: of T steps.
     model_fn: the network.
-    keys: (B,), for the noise of x_t.
-    x0: (B, ...) in [-1, 1], grays of 256.
-    t: (B,) in 1..T.
+    keys: for the noise of x_t.
+    x0: in [-1, 1], grays of 256.
+    t: in 1..T.
     predict: what the network predicts.
     variance: what σ_t² is.
     clip: x̂_0 to [-1, 1].
 
   Returns:
-    (B,) KL(q(x_{t-1} | x_t, x_0) ‖ p(x_{t-1} | x_t)), or for t = 1 the
-    decoder's -log p(x_0 | x_1); and (B,) mean squared errors of x̂_0.
+    KL(q(x_{t-1} | x_t, x_0) ‖ p(x_{t-1} | x_t)), or for t = 1 the decoder's
+    -log p(x_0 | x_1); and mean squared errors of x̂_0.
   """
   eps = process.normal(keys, x0.shape[1:])
   x_t = jax.vmap(process.q_sample, (None, 0, 0, 0))(schedule, x0, t, eps)
@@ -103,15 +115,15 @@ def terms(
 
 def term(
   schedule: schedules.Schedule,
-  x0: jax.Array,
-  x_t: jax.Array,
-  out: jax.Array,
-  t: jax.Array,
+  x0: Float[Array, '*shape'],
+  x_t: Float[Array, '*shape'],
+  out: Float[Array, '...'],
+  t: Int[Array, ''] | int,
   *,
   predict: predictions.Prediction,
   variance: process.Variance,
   clip: bool,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, ''], Float[Array, '']]:
   """L_{t-1} and the squared error of x̂_0, for one example; see `terms`."""
   mean, log_var, x0_hat = process.p_mean_variance(
     schedule, out, x_t, t, predict=predict, variance=variance, clip=clip
@@ -129,17 +141,17 @@ def term(
 class Bound(NamedTuple):
   """What `bound` gives for each of B examples, in nats a dimension."""
 
-  prior: jax.Array  # (B,), L_T
-  t: jax.Array  # (B, N), the times that were looked at; the first is 1
-  terms: jax.Array  # (B, N), L_{t-1} at them
-  mse: jax.Array  # (B, N), squared errors of x̂_0 at them
+  prior: Float[Array, 'B']  # L_T
+  t: Int[Array, 'B N']  # the times that were looked at; the first is 1
+  terms: Float[Array, 'B N']  # L_{t-1} at them
+  mse: Float[Array, 'B N']  # squared errors of x̂_0 at them
 
 
 def bound(
   schedule: schedules.Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x0: jax.Array,
+  keys: Key[Array, 'B'],
+  x0: Float[Array, 'B *shape'],
   *,
   draws: int = 0,
   predict: predictions.Prediction = predictions.eps,
@@ -150,8 +162,8 @@ def bound(
   Args:
     schedule: of T steps.
     model_fn: the network.
-    keys: (B,).
-    x0: (B, ...) in [-1, 1], grays of 256.
+    keys: one for each example.
+    x0: in [-1, 1], grays of 256.
     draws: 0 for all T terms, one draw of x_t each; else t = 1 and so many times
       drawn uniformly from 2..T, of which `totals` makes an unbiased estimate.
       With T = 1 there is only the one term.
@@ -167,7 +179,7 @@ def bound(
     every = jnp.arange(1, schedule.T + 1)
     times = jnp.broadcast_to(every[:, None], (schedule.T, len(x0)))
 
-  def body(row: Any, t: jax.Array) -> tuple[Any, Any]:
+  def body(row: Any, t: Int[Array, 'B']) -> tuple[Any, Any]:
     row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, row)
     nats, mse = terms(
       schedule, model_fn, row_keys, x0, t, predict=predict, variance=variance
@@ -179,8 +191,12 @@ def bound(
   return Bound(prior_nats, times.T, nats.T, mse.T)
 
 
-def totals(parts: Bound, T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """L_T, Σ L_{t-1} over 2..T, and L_0 of each example, (B,) each.
+def totals(
+  parts: Bound, T: int
+) -> tuple[
+  Float64[np.ndarray, 'B'], Float64[np.ndarray, 'B'], Float64[np.ndarray, 'B']
+]:
+  """L_T, Σ L_{t-1} over 2..T, and L_0 of each example.
 
   The sum is exact where all times were looked at, and T - 1 times the mean of
   those that were, which is right in expectation, where they were drawn.

@@ -4,19 +4,24 @@
 
   schedule: of T steps.
   model_fn: the network.
-  keys: (B,), one for the noise of each example.
-  x0: (B, ...) in [-1, 1].
-  t: (B,) in 1..T.
+  keys: one for the noise of each example.
+  x0: in [-1, 1].
+  t: in 1..T.
   predict: what the network predicts; the paper's ε by default.
   variance: what σ_t² is; only `vlb` and `hybrid` read it.
 
-and return (B,) float32 losses, means over the dimensions of an example.
+and return losses, means over the dimensions of an example.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+from jaxtyping import Float32
+from jaxtyping import Int
+from jaxtyping import Key
 
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import predictions
@@ -28,13 +33,13 @@ from ddpm_jax.diffusion import variances
 def simple(
   schedule: schedules.Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x0: jax.Array,
-  t: jax.Array,
+  keys: Key[Array, 'B'],
+  x0: Float[Array, 'B *shape'],
+  t: Int[Array, 'B'],
   *,
   predict: predictions.Prediction = predictions.eps,
   variance: process.Variance = variances.beta,
-) -> jax.Array:
+) -> Float32[Array, 'B']:
   """L_simple = ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t)‖²  (eq. 14).
 
   Where the network predicts something else, the error of that: with μ̃ it is
@@ -49,14 +54,14 @@ def simple(
 def min_snr(
   schedule: schedules.Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x0: jax.Array,
-  t: jax.Array,
+  keys: Key[Array, 'B'],
+  x0: Float[Array, 'B *shape'],
+  t: Int[Array, 'B'],
   *,
   predict: predictions.Prediction = predictions.eps,
   variance: process.Variance = variances.beta,
   gamma: float = 5.0,
-) -> jax.Array:
+) -> Float32[Array, 'B']:
   """min(SNR_t, γ) ‖x_0 - x̂_0‖², whatever is predicted  (Hang et al. 2023)."""
   del variance
   x_t, target = _noisy(schedule, keys, x0, t, predict)
@@ -71,13 +76,13 @@ def min_snr(
 def vlb(
   schedule: schedules.Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x0: jax.Array,
-  t: jax.Array,
+  keys: Key[Array, 'B'],
+  x0: Float[Array, 'B *shape'],
+  t: Int[Array, 'B'],
   *,
   predict: predictions.Prediction = predictions.eps,
   variance: process.Variance = variances.beta,
-) -> jax.Array:
+) -> Float32[Array, 'B']:
   """L_{t-1}, the term of the true bound, in bits a dimension  (eq. 5)."""
   nats, _ = likelihood.terms(
     schedule,
@@ -95,13 +100,13 @@ def vlb(
 def hybrid(
   schedule: schedules.Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x0: jax.Array,
-  t: jax.Array,
+  keys: Key[Array, 'B'],
+  x0: Float[Array, 'B *shape'],
+  t: Int[Array, 'B'],
   *,
   predict: predictions.Prediction = predictions.eps,
   variance: process.Variance = variances.learned_range,
-) -> jax.Array:
+) -> Float32[Array, 'B']:
   """L_simple + 0.001 L_vlb, where the bound trains the variance alone.
 
   Nichol & Dhariwal 2021, eq. 16; L_vlb is T times its term at t.
@@ -122,13 +127,13 @@ def hybrid(
 def two_noise(
   schedule: schedules.Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x0: jax.Array,
-  t: jax.Array,
+  keys: Key[Array, 'B'],
+  x0: Float[Array, 'B *shape'],
+  t: Int[Array, 'B'],
   *,
   predict: predictions.Prediction = predictions.eps,
   variance: process.Variance = variances.beta,
-) -> jax.Array:
+) -> Float32[Array, 'B']:
   """‖ε_t - √(β_t/(1-ᾱ_t)) ε_θ(x_t, t)‖², of the noise that step t adds.
 
   x_t is reached by way of x_{t-1}, from x_0 and ε̄_{t-1}, and one step with ε_t:
@@ -147,13 +152,13 @@ def two_noise(
 def one_noise(
   schedule: schedules.Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x0: jax.Array,
-  t: jax.Array,
+  keys: Key[Array, 'B'],
+  x0: Float[Array, 'B *shape'],
+  t: Int[Array, 'B'],
   *,
   predict: predictions.Prediction = predictions.eps,
   variance: process.Variance = variances.beta,
-) -> jax.Array:
+) -> Float32[Array, 'B']:
   """(β_t/(1-ᾱ_t)) ‖ε - ε_θ(x_t, t)‖²: `two_noise`, one noise integrated out.
 
   The same gradient in expectation, of less variance (Su 2022).
@@ -170,13 +175,13 @@ def one_noise(
 def x_prev(
   schedule: schedules.Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x0: jax.Array,
-  t: jax.Array,
+  keys: Key[Array, 'B'],
+  x0: Float[Array, 'B *shape'],
+  t: Int[Array, 'B'],
   *,
   predict: predictions.Prediction = predictions.eps,
   variance: process.Variance = variances.beta,
-) -> jax.Array:
+) -> Float32[Array, 'B']:
   """‖x_{t-1} - μ_θ(x_t, t)‖² of an x_{t-1} and the x_t that follows it.
 
   Su 2022, eq. 7: the least that a loss may know, since the mean of x_{t-1}
@@ -190,8 +195,13 @@ def x_prev(
 
 
 def _one_step(
-  schedule: schedules.Schedule, keys: jax.Array, x0: jax.Array, t: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+  schedule: schedules.Schedule,
+  keys: Key[Array, 'B'],
+  x0: Float[Array, 'B *shape'],
+  t: Int[Array, 'B'],
+) -> tuple[
+  Float[Array, 'B *shape'], Float[Array, 'B *shape'], Float[Array, 'B *shape']
+]:
   """x_{t-1} of q(x_{t-1} | x_0), ε_t, and the x_t that a step makes of them."""
   first, second = jax.vmap(jax.random.split, out_axes=1)(keys)
   eps = process.normal(second, x0.shape[1:])
@@ -203,11 +213,11 @@ def _one_step(
 def _eps_hat(
   schedule: schedules.Schedule,
   predict: predictions.Prediction,
-  x_t: jax.Array,
-  out: jax.Array,
-  t: jax.Array,
-) -> jax.Array:
-  """The ε̂ (B, ...) from which eq. 11 gives the mean that was predicted."""
+  x_t: Float[Array, 'B *shape'],
+  out: Float[Array, 'B *shape'],
+  t: Int[Array, 'B'],
+) -> Float[Array, 'B *shape']:
+  """The ε̂ from which eq. 11 gives the mean that was predicted."""
   if predict is predictions.eps:
     return out
   mean = jax.vmap(predict.mean, (None, 0, 0, 0))(schedule, x_t, out, t)
@@ -219,16 +229,16 @@ def _eps_hat(
 
 def _noisy(
   schedule: schedules.Schedule,
-  keys: jax.Array,
-  x0: jax.Array,
-  t: jax.Array,
+  keys: Key[Array, 'B'],
+  x0: Float[Array, 'B *shape'],
+  t: Int[Array, 'B'],
   predict: predictions.Prediction,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, 'B *shape'], Float[Array, 'B *shape']]:
   """x_t, and what the network should answer to it."""
   eps = process.normal(keys, x0.shape[1:])
   x_t = process.q_sample(schedule, x0, t, eps)
   return x_t, jax.vmap(predict.target, (None, 0, 0, 0))(schedule, x0, eps, t)
 
 
-def _mean_square(x: jax.Array) -> jax.Array:
+def _mean_square(x: Float[Array, 'B *shape']) -> Float[Array, 'B']:
   return jnp.mean(jnp.square(x).reshape(len(x), -1), axis=1)

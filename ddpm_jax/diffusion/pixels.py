@@ -2,9 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+from jaxtyping import Key
+from jaxtyping import Shaped
+from jaxtyping import UInt8
 
 
-def to_float(images: jax.Array) -> jax.Array:
+def to_float(
+  images: UInt8[Array, '*shape'] | Float[Array, '*shape'],
+) -> Float[Array, '*shape']:
   """uint8 [0, 255] -> float32 [-1, 1], without noise  (section 3.3).
 
   What is float already, such as points, stays as it is.
@@ -14,12 +21,14 @@ def to_float(images: jax.Array) -> jax.Array:
   return images.astype(jnp.float32) / 127.5 - 1
 
 
-def to_uint8(x: jax.Array) -> jax.Array:
+def to_uint8(x: Float[Array, '*shape']) -> UInt8[Array, '*shape']:
   """float [-1, 1] -> the nearest uint8 [0, 255]; the rest is clipped."""
   return jnp.round(jnp.clip(x, -1, 1) * 127.5 + 127.5).astype(jnp.uint8)
 
 
-def random_flip(keys: jax.Array, x: jax.Array) -> jax.Array:
-  """Mirrors each image, (B, H, W, C), left to right with probability 1/2."""
+def random_flip(
+  keys: Key[Array, 'B'], x: Shaped[Array, 'B H W C']
+) -> Shaped[Array, 'B H W C']:
+  """Mirrors each image left to right with probability 1/2."""
   flip = jax.vmap(jax.random.bernoulli)(keys)
   return jnp.where(flip[:, None, None, None], x[:, :, ::-1], x)

@@ -9,35 +9,52 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+from jaxtyping import Float32
+from jaxtyping import Int
+from jaxtyping import Key
+from jaxtyping import Num
 
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import variances
 
 Schedule = schedules.Schedule
+X = predictions.X
+XLike = predictions.XLike
+
+# A scalar t, or one for each example: (B,) for an x of (B, ...).
+Time = Int[Array | np.ndarray, '...'] | int
 
 # (schedule, what the network says of it, t) -> log σ_t².
-Variance = Callable[[Schedule, jax.Array | None, jax.Array], jax.Array]
+Variance = Callable[
+  [Schedule, variances.Raw, variances.Time], Float[Array, '*#shape']
+]
 
-# All that is asked of a network: (x_t (B, ...), t (B,) in 1..T) -> (B, ...).
-ModelFn = Callable[[jax.Array, jax.Array], jax.Array]
+# All that is asked of a network, for t in 1..T: (x_t, t) -> its output, of as
+# many channels (last axis) as x_t, or twice as many; see `split`.
+ModelFn = Callable[
+  [Float[Array, 'B *shape'], Int[Array, 'B']], Float[Array, 'B ...']
+]
 
 
-def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """(B, *shape) of N(0, 1); row i follows from keys[i] alone."""
+def normal(
+  keys: Key[Array, 'B'], shape: tuple[int, ...]
+) -> Float[Array, 'B *shape']:
+  """Draws of N(0, 1); row i follows from keys[i] alone."""
   return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
-def q_sample(
-  schedule: Schedule, x0: jax.Array, t: jax.Array | int, eps: jax.Array
-) -> jax.Array:
+def q_sample(schedule: Schedule, x0: XLike, t: Time, eps: XLike) -> X:
   """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε  (eq. 4).
 
   Args:
     schedule: of T steps.
     x0: of any shape.
     t: in 0..T; a scalar, or (B,) for x0 and eps of shape (B, ...).
-    eps: of N(0, I), of the shape of x0.
+    eps: of N(0, I).
 
   Raises:
     ValueError: if t has a shape that is neither.
@@ -48,21 +65,15 @@ def q_sample(
   return signal * x0 + noise * eps
 
 
-def q_step(
-  schedule: Schedule, x_prev: jax.Array, t: jax.Array, eps: jax.Array
-) -> jax.Array:
+def q_step(schedule: Schedule, x_prev: XLike, t: Time, eps: XLike) -> X:
   """x_t = √(1-β_t) x_{t-1} + √β_t ε  (eq. 2); t as in `q_sample`."""
   beta = schedule.beta[per_example(t, x_prev)]
   return jnp.sqrt(1 - beta) * x_prev + jnp.sqrt(beta) * eps
 
 
 def q_between(
-  schedule: Schedule,
-  x_s: jax.Array,
-  s: jax.Array,
-  t: jax.Array,
-  eps: jax.Array,
-) -> jax.Array:
+  schedule: Schedule, x_s: XLike, s: Time, t: Time, eps: XLike
+) -> X:
   """x_t = √(ᾱ_t/ᾱ_s) x_s + √(1-ᾱ_t/ᾱ_s) ε, for s ≤ t: t - s times eq. 2.
 
   s and t as the t of `q_sample`.
@@ -72,7 +83,7 @@ def q_between(
   return jnp.exp(log_kept / 2) * x_s + jnp.sqrt(-jnp.expm1(log_kept)) * eps
 
 
-def per_example(t: Any, x: jax.Array) -> Any:
+def per_example(t: Num[Array | np.ndarray, '...'] | float, x: XLike) -> Any:
   """t in a shape that broadcasts against x: (), or (B,) for x of (B, ...).
 
   Raises:
@@ -90,8 +101,8 @@ def per_example(t: Any, x: jax.Array) -> Any:
 
 
 def q_posterior(
-  schedule: Schedule, x0: jax.Array, x_t: jax.Array, t: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+  schedule: Schedule, x0: XLike, x_t: XLike, t: Time
+) -> tuple[X, Float[Array, '*#shape']]:
   """Mean μ̃_t(x_t, x_0) and variance β̃_t of q(x_{t-1} | x_t, x_0)  (eq. 6-7)."""
   t = per_example(t, x_t)
   mean = predictions.posterior_mean(schedule, x0, x_t, t)
@@ -99,12 +110,8 @@ def q_posterior(
 
 
 def q_sigma(
-  schedule: Schedule,
-  x0: jax.Array,
-  x_t: jax.Array,
-  t: jax.Array,
-  eta: float,
-) -> tuple[jax.Array, jax.Array]:
+  schedule: Schedule, x0: XLike, x_t: XLike, t: Time, eta: float
+) -> tuple[X, Float[Array, '*#shape']]:
   """Mean and variance σ² = η² β̃_t of q_σ(x_{t-1} | x_t, x_0).
 
   The family of Song et al. 2021 (DDIM, eq. 7 and 16): all have the same
@@ -122,13 +129,13 @@ def q_sigma(
 
 def to_x0(
   schedule: Schedule,
-  out: jax.Array,
-  x_t: jax.Array,
-  t: jax.Array,
+  out: Float[Array, '...'],
+  x_t: X,
+  t: variances.Time,
   *,
   predict: predictions.Prediction = predictions.eps,
   clip: bool = True,
-) -> jax.Array:
+) -> X:
   """x̂_0 of what the network makes of x_t; see `p_mean_variance`."""
   x0_hat = predict.to_x0(schedule, x_t, split(out, x_t)[0], t)
   return jnp.clip(x0_hat, -1, 1) if clip else x0_hat
@@ -136,14 +143,14 @@ def to_x0(
 
 def p_mean_variance(
   schedule: Schedule,
-  out: jax.Array,
-  x_t: jax.Array,
-  t: jax.Array,
+  out: Float[Array, '...'],
+  x_t: X,
+  t: Time,
   *,
   predict: predictions.Prediction = predictions.eps,
   variance: Variance = variances.beta,
   clip: bool = True,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[X, Float[Array, '*#shape'], X]:
   """Mean μ_θ and log σ_t² of p(x_{t-1} | x_t), and x̂_0  (eq. 1, 11).
 
   Args:
@@ -168,7 +175,9 @@ def p_mean_variance(
   return mean, variance(schedule, raw, t), x0_hat
 
 
-def split(out: jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def split(
+  out: Float[Array, '...'], x_t: X
+) -> tuple[Float32[Array, '*shape'], Float32[Array, '*shape'] | None]:
   """What a network says of the mean, and of the variance if it does.
 
   In float32, whatever the network computes in.

@@ -13,6 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import Key
 
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
@@ -21,28 +25,28 @@ from ddpm_jax.diffusion import variances
 
 Schedule = schedules.Schedule
 Prediction = predictions.Prediction
-Step = Callable[..., tuple[jax.Array, jax.Array]]
+Step = Callable[..., tuple[Float[Array, 'B *shape'], Float[Array, 'B *shape']]]
 
 
 class Before(NamedTuple):
   """What the step before has found, for those that look back."""
 
-  x0_hat: jax.Array  # (B, ...)
-  t: jax.Array  # (B,) the time that it was made at; 0: there was none
+  x0_hat: Float[Array, 'B *shape']
+  t: Int[Array, 'B']  # the time that it was made at; 0: there was none
 
 
 def ancestral(
   schedule: Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x_t: jax.Array,
-  t: jax.Array,
+  keys: Key[Array, 'B'],
+  x_t: Float[Array, 'B *shape'],
+  t: Int[Array, ''] | int,
   before: Before | None = None,
   *,
   predict: Prediction = predictions.eps,
   variance: process.Variance = variances.beta,
   clip: bool = True,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, 'B *shape'], Float[Array, 'B *shape']]:
   """x_{t-1} = μ_θ(x_t, t) + σ_t z, z = 0 at t = 1  (Algorithm 2, one step)."""
   del before
   out = model_fn(x_t, jnp.full(len(x_t), t))
@@ -56,14 +60,14 @@ def ancestral(
 def greedy(
   schedule: Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x_t: jax.Array,
-  t: jax.Array,
+  keys: Key[Array, 'B'],
+  x_t: Float[Array, 'B *shape'],
+  t: Int[Array, ''] | int,
   before: Before | None = None,
   *,
   predict: Prediction = predictions.eps,
   clip: bool = True,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, 'B *shape'], Float[Array, 'B *shape']]:
   """x_{t-1} = μ_θ(x_t, t): `ancestral` with σ_t = 0 at every step."""
   del keys, before
   out = model_fn(x_t, jnp.full(len(x_t), t))
@@ -77,15 +81,15 @@ def greedy(
 def ddim(
   schedule: Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x_t: jax.Array,
-  t: jax.Array,
+  keys: Key[Array, 'B'],
+  x_t: Float[Array, 'B *shape'],
+  t: Int[Array, ''] | int,
   before: Before | None = None,
   *,
   predict: Prediction = predictions.eps,
   clip: bool = True,
   eta: float = 0.0,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, 'B *shape'], Float[Array, 'B *shape']]:
   """x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-σ_t²) ε̂ + σ_t z, σ_t² = η² β̃_t.
 
   Song et al. 2021, eq. 12; ε̂ is what x_t holds beside x̂_0, clipped or not.
@@ -100,14 +104,14 @@ def ddim(
 def dpm_solver_pp_2m(
   schedule: Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x_t: jax.Array,
-  t: jax.Array,
+  keys: Key[Array, 'B'],
+  x_t: Float[Array, 'B *shape'],
+  t: Int[Array, ''] | int,
   before: Before | None = None,
   *,
   predict: Prediction = predictions.eps,
   clip: bool = True,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, 'B *shape'], Float[Array, 'B *shape']]:
   """DPM-Solver++(2M): `ddim` with x̂_0 carried on to the middle of the jump.
 
   Lu et al. 2022 (DPM-Solver++), Algorithm 2: order 2, one evaluation a step.
@@ -120,14 +124,14 @@ def dpm_solver_pp_2m(
 def dpm_solver_pp_2m_sde(
   schedule: Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x_t: jax.Array,
-  t: jax.Array,
+  keys: Key[Array, 'B'],
+  x_t: Float[Array, 'B *shape'],
+  t: Int[Array, ''] | int,
   before: Before | None = None,
   *,
   predict: Prediction = predictions.eps,
   clip: bool = True,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, 'B *shape'], Float[Array, 'B *shape']]:
   """SDE-DPM-Solver++(2M): the same with the noise of η = 1.
 
   Lu et al. 2022 (DPM-Solver++), eq. 18 and appendix: without the look back it
@@ -141,14 +145,14 @@ def dpm_solver_pp_2m_sde(
 def heun(
   schedule: Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x_t: jax.Array,
-  t: jax.Array,
+  keys: Key[Array, 'B'],
+  x_t: Float[Array, 'B *shape'],
+  t: Int[Array, ''] | int,
   before: Before | None = None,
   *,
   predict: Prediction = predictions.eps,
   clip: bool = True,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, 'B *shape'], Float[Array, 'B *shape']]:
   """Heun's rule on the probability-flow ODE: `ddim` by the mean of two x̂_0.
 
   The ODE is dy/ds = x̂_0 with y = x_t / √(1-ᾱ_t) and s² = ᾱ_t / (1-ᾱ_t). Order
@@ -159,7 +163,7 @@ def heun(
   x0_hat = _x0_hat(schedule, model_fn, x_t, t, predict, clip)
   euler = _jump(schedule, keys, x0_hat, x_t, t, 0.0)
 
-  def corrected(x_prev: jax.Array) -> jax.Array:
+  def corrected(x_prev: Float[Array, 'B *shape']) -> Float[Array, 'B *shape']:
     second = _x0_hat(schedule, model_fn, x_prev, t - 1, predict, clip)
     return _jump(schedule, keys, (x0_hat + second) / 2, x_t, t, 0.0)
 
@@ -174,23 +178,23 @@ def evaluations(name: str, steps: int) -> int:
 def _x0_hat(
   schedule: Schedule,
   model_fn: process.ModelFn,
-  x_t: jax.Array,
-  t: jax.Array,
+  x_t: Float[Array, 'B *shape'],
+  t: Int[Array, ''] | int,
   predict: Prediction,
   clip: bool,
-) -> jax.Array:
+) -> Float[Array, 'B *shape']:
   out = model_fn(x_t, jnp.full(len(x_t), t))
   return process.to_x0(schedule, out, x_t, t, predict=predict, clip=clip)
 
 
 def _jump(
   schedule: Schedule,
-  keys: jax.Array,
-  x0_hat: jax.Array,
-  x_t: jax.Array,
-  t: jax.Array,
+  keys: Key[Array, 'B'],
+  x0_hat: Float[Array, 'B *shape'],
+  x_t: Float[Array, 'B *shape'],
+  t: Int[Array, ''] | int,
   eta: float,
-) -> jax.Array:
+) -> Float[Array, 'B *shape']:
   """x_{t-1} of q_σ(x_{t-1} | x_t, x̂_0)."""
   mean, variance = process.q_sigma(schedule, x0_hat, x_t, t, eta)
   if not eta:
@@ -199,8 +203,11 @@ def _jump(
 
 
 def _extrapolated(
-  schedule: Schedule, x0_hat: jax.Array, t: jax.Array, before: Before | None
-) -> jax.Array:
+  schedule: Schedule,
+  x0_hat: Float[Array, 'B *shape'],
+  t: Int[Array, ''] | int,
+  before: Before | None,
+) -> Float[Array, 'B *shape']:
   """x̂_0 + h/(2 h') (x̂_0 - x̂_0 before), h and h' the last two steps of λ.
 
   λ = ½ log SNR. Where the step before was not at t + 1, or this one ends at
@@ -219,17 +226,17 @@ def _extrapolated(
 class Sampled(NamedTuple):
   """What `sample` gives of B examples."""
 
-  x_0: jax.Array  # (B, ...), or what the last step leaves
-  x0_hats: jax.Array  # (K, B, ...), predictions on the way; the last is last
-  bad_t: jax.Array  # (B,) the t whose x_{t-1} was first not finite; 0: none
+  x_0: Float[Array, 'B *shape']  # or what the last step leaves
+  x0_hats: Float[Array, 'K B *shape']  # predictions on the way, in order
+  bad_t: Int[Array, 'B']  # the t whose x_{t-1} was first not finite; 0: none
 
 
 def sample(
   step: Step,
   schedule: Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x_T: jax.Array,
+  keys: Key[Array, 'B'],
+  x_T: Float[Array, 'B *shape'],
   *,
   times: Iterable[int] | None = None,
   before: Before | None = None,
@@ -241,8 +248,8 @@ def sample(
     step: such as `ancestral`.
     schedule: of as many steps as are wanted; see `schedules.stride`.
     model_fn: the network, told the times of `schedule.time`.
-    keys: (B,), for the noise of each image; step t folds t in.
-    x_T: (B, ...) of N(0, 1); or x_t of the first time.
+    keys: for the noise of each image; step t folds t in.
+    x_T: of N(0, 1); or x_t of the first time.
     times: in 1..T, in the order of the steps; T, ..., 1 by default. Another
       visit to a time has noise of its own.
     before: if x_t comes of a step, what that has found.
@@ -258,7 +265,7 @@ def sample(
   slots = np.full(N, K)
   slots[kept_steps] = np.arange(K)
 
-  def told(x_t: jax.Array, t: jax.Array) -> jax.Array:
+  def told(x_t: Float[Array, 'B *shape'], t: Int[Array, 'B']) -> Any:
     return model_fn(x_t, schedule.time[t])
 
   def body(carry: Any, scanned: Any) -> tuple[Any, None]:

@@ -5,17 +5,28 @@ what a recipe says in `config.schedule.name`.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Float
+from jaxtyping import Float32
+from jaxtyping import Float64
+from jaxtyping import Int
+from jaxtyping import Int32
 
 from ddpm_jax.diffusion import spacings
 
+# One time t, or times in a shape that broadcasts against that of x.
+Time = Int[Array | np.ndarray, '*#shape'] | int
+
+Table = Float32[Array, 'T+1']
+
 
 class Schedule(NamedTuple):
-  """Tables of shape (T+1,), indexed by the paper's t; slot 0 is the image.
+  """Tables, indexed by the paper's t; slot 0 is the image.
 
   A float32 `1 - alpha_bar` would be off by 1.7e-4 of itself at t = 1, so every
   table is made in float64 and cast last. Below 1e-38 `alpha_bar` is 0, because
@@ -23,13 +34,13 @@ class Schedule(NamedTuple):
   and `sqrt_alpha_bar` is what may be divided by.
   """
 
-  beta: jax.Array  # β_t, the variance that step t adds; β_0 = 0
-  alpha_bar: jax.Array  # ᾱ_t = Π_{s≤t} (1 - β_s); ᾱ_0 = 1
-  one_minus_alpha_bar: jax.Array  # 1 - ᾱ_t
-  beta_tilde: jax.Array  # β̃_t, variance of q(x_{t-1} | x_t, x_0); β̃_1 = 0
-  time: jax.Array  # the time that the network is told: t, or more (`stride`)
-  log_alpha_bar: jax.Array  # log ᾱ_t; -∞ where nothing is left of x_0
-  sqrt_alpha_bar: jax.Array  # √ᾱ_t, at least LEAST_SIGNAL, or 0
+  beta: Table  # β_t, the variance that step t adds; β_0 = 0
+  alpha_bar: Table  # ᾱ_t = Π_{s≤t} (1 - β_s); ᾱ_0 = 1
+  one_minus_alpha_bar: Table  # 1 - ᾱ_t
+  beta_tilde: Table  # β̃_t, variance of q(x_{t-1} | x_t, x_0); β̃_1 = 0
+  time: Int32[Array, 'T+1']  # what the network is told: t, or more (`stride`)
+  log_alpha_bar: Table  # log ᾱ_t; -∞ where nothing is left of x_0
+  sqrt_alpha_bar: Table  # √ᾱ_t, at least LEAST_SIGNAL, or 0
 
   @property
   def T(self) -> int:
@@ -42,8 +53,8 @@ class Schedule(NamedTuple):
 LEAST_SIGNAL = 1e-30
 
 
-def from_beta(beta: np.ndarray) -> Schedule:
-  """The tables that follow from β_1..β_T, float64 of shape (T,).
+def from_beta(beta: Sequence[float] | np.ndarray) -> Schedule:
+  """The tables that follow from β_1..β_T.
 
   Raises:
     ValueError: if a β_t is not in (0, 1); the last may be 1.
@@ -58,10 +69,12 @@ def from_beta(beta: np.ndarray) -> Schedule:
   return _tables(_log_products(beta), np.arange(len(beta) + 1))
 
 
-def _tables(log_alpha_bar: np.ndarray, time: np.ndarray) -> Schedule:
-  """The tables that follow from log ᾱ_t, float64 (T+1,), which falls from 0.
+def _tables(
+  log_alpha_bar: Float64[np.ndarray, 'N'], time: Int[np.ndarray, 'N']
+) -> Schedule:
+  """The tables that follow from log ᾱ_t, which falls from 0.
 
-  The last may be -∞: then β_T is 1.
+  N is T+1. The last may be -∞: then β_T is 1.
   """
   beta = -np.expm1(np.diff(log_alpha_bar))
   one_minus = -np.expm1(log_alpha_bar)  # exact where ᾱ_t is near 1
@@ -79,26 +92,26 @@ def _tables(log_alpha_bar: np.ndarray, time: np.ndarray) -> Schedule:
   )
 
 
-def _log_products(beta: np.ndarray) -> np.ndarray:
-  """log ᾱ_0..ᾱ_T in float64, from β_1..β_T."""
+def _log_products(
+  beta: Float64[np.ndarray, 'T'],
+) -> Float64[np.ndarray, 'T+1']:
+  """log ᾱ_0..ᾱ_T, from β_1..β_T."""
   with np.errstate(divide='ignore'):  # log 0, at a zero terminal SNR
     return np.append(0.0, np.cumsum(np.log1p(-beta)))
 
 
-def _log_alpha_bar(schedule: Schedule) -> np.ndarray:
+def _log_alpha_bar(schedule: Schedule) -> Float64[np.ndarray, '{schedule.T}+1']:
   """log ᾱ_t in float64, from β_t, which keeps it where ᾱ_t is near 1."""
   return _log_products(np.asarray(schedule.beta, np.float64)[1:])
 
 
-def log_ratio(
-  schedule: Schedule, s: jax.Array | int, t: jax.Array | int
-) -> jax.Array:
+def log_ratio(schedule: Schedule, s: Time, t: Time) -> Float[Array, '*shape']:
   """log (ᾱ_t / ᾱ_s) for s ≤ t: 0 for s = t, also where both ᾱ are 0."""
   table = schedule.log_alpha_bar
   return jnp.where(jnp.equal(s, t), 0.0, table[t] - table[s])
 
 
-def log_snr(schedule: Schedule, t: jax.Array | np.ndarray | int) -> jax.Array:
+def log_snr(schedule: Schedule, t: Time) -> Float[Array, '*shape']:
   """log (ᾱ_t / (1-ᾱ_t)); -∞ at a zero terminal SNR."""
   return schedule.log_alpha_bar[t] - jnp.log(schedule.one_minus_alpha_bar[t])
 
@@ -108,7 +121,7 @@ def ends_in_noise(schedule: Schedule) -> bool:
   return bool(np.isneginf(schedule.log_alpha_bar[-1]))
 
 
-def _line(first: float, last: float, T: int) -> np.ndarray:
+def _line(first: float, last: float, T: int) -> Float64[np.ndarray, '{T}']:
   """T numbers in equal steps; of one step it is the last that counts."""
   return np.linspace(first, last, T) if T > 1 else np.array([last])
 
@@ -215,7 +228,7 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
 def stride(
   schedule: Schedule,
   steps: int,
-  spacing: Callable[[int, int], np.ndarray] = spacings.linear,
+  spacing: Callable[[int, int], Int[np.ndarray, 'steps+1']] = spacings.linear,
 ) -> Schedule:
   """The schedule of `steps` ≤ T jumps over the same noise levels.
 

@@ -9,22 +9,33 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import Int32
+from jaxtyping import Key
 
 
-def uniform(key: jax.Array, i: jax.Array, n: int, T: int) -> jax.Array:
+def uniform(
+  key: Key[Array, ''], i: Int[Array, ''] | int, n: int, T: int
+) -> Int[Array, '']:
   """t ~ U{1..T}  (Ho et al. 2020, Algorithm 1)."""
   del n
   return jax.random.randint(jax.random.fold_in(key, i), (), 1, T + 1)
 
 
-def antithetic(key: jax.Array, i: jax.Array, n: int, T: int) -> jax.Array:
+def antithetic(
+  key: Key[Array, ''], i: Int[Array, ''] | int, n: int, T: int
+) -> Int[Array, '']:
   """Half of the batch draws t, the other half has T + 1 - t."""
   half = (n + 1) // 2
   t = uniform(key, i % half, n, T)
   return jnp.where(i < half, t, T + 1 - t)
 
 
-def stratified(key: jax.Array, i: jax.Array, n: int, T: int) -> jax.Array:
+def stratified(
+  key: Key[Array, ''], i: Int[Array, ''] | int, n: int, T: int
+) -> Int[Array, '']:
   """Example i draws from the i-th of n equal parts of the times.
 
   Over the batch t is uniform; for one i it is not, so the examples must come in
@@ -36,9 +47,13 @@ def stratified(key: jax.Array, i: jax.Array, n: int, T: int) -> jax.Array:
 
 
 def importance(
-  key: jax.Array, i: jax.Array, n: int, T: int, p: jax.Array
-) -> jax.Array:
-  """t with probability p (T,), of `probabilities`; a loss weighs 1 / (T p_t).
+  key: Key[Array, ''],
+  i: Int[Array, ''] | int,
+  n: int,
+  T: int,
+  p: Float[Array, '{T}'],
+) -> Int[Array, '']:
+  """t with probability p, of `probabilities`; a loss weighs 1 / (T p_t).
 
   By Gumbel's maximum: rounding in p, which differs with the number of devices,
   then changes a draw T times more rarely than by a cumulative sum.
@@ -51,15 +66,15 @@ def importance(
 class History(NamedTuple):
   """The last losses at every t: what `importance` needs of the past."""
 
-  losses: jax.Array  # (T, K); the row of t is t - 1
-  seen: jax.Array  # (T,) int32, how many there have been
+  losses: Float[Array, 'T K']  # the row of t is t - 1
+  seen: Int32[Array, 'T']  # how many there have been
 
 
 def no_history(T: int, K: int = 10) -> History:
   return History(jnp.zeros((T, K)), jnp.zeros(T, jnp.int32))
 
 
-def probabilities(history: History) -> jax.Array:
+def probabilities(history: History) -> Float[Array, 'T']:
   """p_t ∝ √E[L_t²], with a share of 0.001 uniform  (Nichol & Dhariwal 2021).
 
   The least variance of L_t / (T p_t) of all p. Uniform until every t has been
@@ -72,11 +87,14 @@ def probabilities(history: History) -> jax.Array:
 
 
 def record(
-  history: History, index: jax.Array, t: jax.Array, losses: jax.Array
+  history: History,
+  index: Int[Array, 'B'],
+  t: Int[Array, 'B'],
+  losses: Float[Array, 'B'],
 ) -> History:
-  """The history after the losses (B,) at t (B,) of a batch.
+  """The history after the losses at t of a batch.
 
-  `index` (B,), the row of each in the whole batch, is the order in which they
+  `index`, the row of each in the whole batch, is the order in which they
   count: the order of the arrays depends on the devices.
   """
   T, K = history.losses.shape

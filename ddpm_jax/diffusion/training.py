@@ -1,5 +1,6 @@
 """The training step: pure, and blind to how many devices there are."""
 
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -7,10 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.training import train_state
+from jax import Array
+from jaxtyping import Float
+from jaxtyping import Key
 
 from ddpm_jax.diffusion import timesteps
 
 
+# Flax says that `params` is a FrozenDict: here it is any tree.
+@typing.no_type_check
 class TrainState(train_state.TrainState):
   """What a checkpoint must hold; the rest follows from recipe and step."""
 
@@ -27,16 +33,16 @@ def split_batch(batch: Any, n: int) -> Any:
 
 def train_step(
   state: TrainState,
-  batch: dict[str, jax.Array],
+  batch: dict[str, Any],
   *,
-  loss_fn: Callable[..., tuple[jax.Array, Any]],
-  key: jax.Array,
+  loss_fn: Callable[..., tuple[Float[Array, 'B'], Any]],
+  key: Key[Array, ''],
   ema: float,
   accumulate: int = 1,
   gather: Callable[[Any], Any] = lambda params: params,
   mean: Callable[[Any], Any] = lambda loss_and_grads: loss_and_grads,
   rows: Callable[[Any], Any] = lambda rows: rows,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, dict[str, Float[Array, '']]]:
   """One step of Algorithm 1.
 
   Args:
@@ -58,7 +64,7 @@ def train_step(
   key = jax.random.fold_in(key, state.step)
   history = gather(state.history)
 
-  def loss(params: Any, part: Any) -> tuple[jax.Array, Any]:
+  def loss(params: Any, part: Any) -> tuple[Float[Array, ''], Any]:
     losses, seen = loss_fn(gather(params), key, part, history)
     return jnp.mean(losses), seen
 

@@ -10,6 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import Key
 
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import predictions
@@ -21,22 +25,26 @@ from ddpm_jax.diffusion import variances
 def bound(
   schedule: schedules.Schedule,
   model_fn: process.ModelFn,
-  keys: jax.Array,
-  x0: jax.Array,
+  keys: Key[Array, 'B'],
+  x0: Float[Array, 'B *shape'],
   *,
   predict: predictions.Prediction = predictions.eps,
   variance: process.Variance = variances.beta,
   clip: bool = True,
 ) -> likelihood.Bound:
-  """The terms of one path x_1..x_T for each of x0 (B, ...); see `likelihood`.
+  """The terms of one path x_1..x_T for each of x0; see `likelihood`.
 
   Here `prior` is -log p(x_T), and a term the log ratio at t; either may be
   negative, and only their sum is a bound.
   """
 
   def one(
-    x0: jax.Array, x_prev: jax.Array, x_t: jax.Array, out: Any, t: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
+    x0: Float[Array, '*shape'],
+    x_prev: Float[Array, '*shape'],
+    x_t: Float[Array, '*shape'],
+    out: Float[Array, '...'],
+    t: Int[Array, ''],
+  ) -> tuple[Float[Array, ''], Float[Array, '']]:
     mean, log_var, x0_hat = process.p_mean_variance(
       schedule, out, x_t, t, predict=predict, variance=variance, clip=clip
     )
@@ -46,7 +54,9 @@ def bound(
     p = jnp.where(t > 1, log_normal(x_prev, mean, log_var), decoder)
     return jnp.mean(q - p), jnp.mean(jnp.square(x0 - x0_hat))
 
-  def body(x_prev: jax.Array, t: jax.Array) -> tuple[jax.Array, Any]:
+  def body(
+    x_prev: Float[Array, 'B *shape'], t: Int[Array, '']
+  ) -> tuple[Float[Array, 'B *shape'], Any]:
     k_t = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
     eps = process.normal(k_t, x0.shape[1:])
     x_t = jax.vmap(process.q_step, (None, 0, None, 0))(schedule, x_prev, t, eps)
@@ -61,8 +71,10 @@ def bound(
 
 
 def log_normal(
-  x: jax.Array, mean: jax.Array | float, log_var: jax.Array | float
-) -> jax.Array:
+  x: likelihood.Values,
+  mean: likelihood.Values,
+  log_var: likelihood.Values,
+) -> Float[Array, '*shape']:
   """log N(x; mean, var), elementwise, in nats."""
   square = jnp.square(x - mean) * jnp.exp(-jnp.asarray(log_var))
   return -0.5 * (np.log(2 * np.pi) + log_var + square)

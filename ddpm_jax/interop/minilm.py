@@ -98,18 +98,19 @@ def forward(w: Weights, ids: jax.Array, mask: jax.Array) -> jax.Array:
   """Word pieces (n, L), and where there are any -> states (n, L, 384)."""
 
   def dense(x: jax.Array, name: str) -> jax.Array:
-    return x @ w[f'{name}.weight'].T + w[f'{name}.bias']
+    return x @ w[f'{name}.weight'].T + w[f'{name}.bias'][None, None]
 
   def norm(x: jax.Array, name: str) -> jax.Array:
     x = jax.nn.standardize(x, epsilon=1e-12)
-    return x * w[f'{name}.weight'] + w[f'{name}.bias']
+    scale, bias = w[f'{name}.weight'], w[f'{name}.bias']
+    return x * scale[None, None] + bias[None, None]
 
   n, L = ids.shape
   layers = {name.split('.')[2] for name in w if name.startswith('encoder')}
   words = jnp.asarray(w['embeddings.word_embeddings.weight'])[ids]
   places = w['embeddings.position_embeddings.weight'][:L]
   kind = w['embeddings.token_type_embeddings.weight'][0]
-  h = norm(words + places + kind, 'embeddings.LayerNorm')
+  h = norm(words + places[None] + kind[None, None], 'embeddings.LayerNorm')
   for i in range(len(layers)):
     at = f'encoder.layer.{i}'
     q, k, v = (

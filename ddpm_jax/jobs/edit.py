@@ -221,7 +221,9 @@ def varied(
   def draw(params: Any, rows: Any) -> functions.Drawn:
     index, condition = functions.index_and_condition(rows)
     keys, eps = functions.noise(config, seed, index)
-    x_t = process.q_sample(p.schedule, x0, jnp.array(t), eps)
+    x_t = jax.vmap(process.q_sample, (None, None, None, 0))(
+      p.schedule, x0, jnp.array(t), eps
+    )
     model_fn = p.model_fn(params, condition)
     return functions.drawn(config, from_x_t(p, model_fn, keys, x_t, t))
 
@@ -249,7 +251,6 @@ def between(
     index, condition = functions.index_and_condition(rows)
     keys, eps = functions.noise(config, seed, jnp.zeros_like(index))
     weight = index / (count - 1)
-    weight = weight.reshape(-1, *[1] * x0.ndim)
     x_t = mix(p.schedule, x0, other, jnp.array(t), weight, eps)
     model_fn = p.model_fn(params, condition)
     return functions.drawn(config, from_x_t(p, model_fn, keys, x_t, t))

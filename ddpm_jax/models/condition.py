@@ -8,35 +8,44 @@ from typing import Any
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Float32
+from jaxtyping import Int
+from jaxtyping import Int32
+from jaxtyping import UInt8
+
+Given = Array | np.ndarray  # as data come
 
 
 class Context(NamedTuple):
   """What a condition says, for the network."""
 
-  pooled: jax.Array  # (B, D), added to the time embedding
-  states: jax.Array | None = None  # (B, L, D), attended to by every pixel
-  mask: jax.Array | None = None  # (B, L) bool, False where there is no state
+  pooled: Float[Array, 'B D']  # added to the time embedding
+  states: Float[Array, 'B L D'] | None = None  # attended to by every pixel
+  mask: Bool[Array, 'B L'] | None = None  # False where there is no state
 
 
 class Label(nn.Module):
-  """A class: int32 (B,) in 0..classes-1, or -1 for nothing."""
+  """A class in 0..classes-1, or -1 for nothing."""
 
   classes: int
   width: int
 
-  def nothing(self, n: int) -> jax.Array:
+  def nothing(self, n: int) -> Int32[Array, '{n}']:
     return jnp.full(n, -1, jnp.int32)
 
   @nn.compact
-  def __call__(self, label: jax.Array) -> Context:
+  def __call__(self, label: Int[Given, 'B']) -> Context:
     row = jnp.where(label < 0, self.classes, label)
     return Context(nn.Embed(self.classes + 1, self.width)(row))
 
 
 class Text(nn.Module):
-  """A text as UTF-8 bytes: uint8 (B, length), 0 after its end; '' is nothing.
+  """A text as UTF-8 bytes, 0 after its end; '' is nothing.
 
   A transformer encoder of `depth` layers, normalised before each. Its first
   state is that of a token of its own, so that '' has one too.
@@ -47,16 +56,17 @@ class Text(nn.Module):
   depth: int
   heads: int = 4
 
-  def nothing(self, n: int) -> jax.Array:
+  def nothing(self, n: int) -> UInt8[Array, '{n} {self.length}']:
     return jnp.zeros((n, self.length), jnp.uint8)
 
   @nn.compact
-  def __call__(self, tokens: jax.Array) -> Context:
+  def __call__(self, tokens: UInt8[Given, 'B {self.length}']) -> Context:
     # No text holds byte 0, which stands for the first token as well.
     row = jnp.pad(tokens, ((0, 0), (1, 0)))
     mask = (row > 0).at[:, 0].set(True)
     h = nn.Embed(256, self.width)(row)
-    h += nn.Embed(self.length + 1, self.width)(jnp.arange(row.shape[1]))
+    places = nn.Embed(self.length + 1, self.width)(jnp.arange(row.shape[1]))
+    h += places[None]
     for _ in range(self.depth):
       heads = nn.MultiHeadDotProductAttention(self.heads)
       h += heads(nn.LayerNorm()(h), mask=mask[:, None, None])
@@ -77,14 +87,14 @@ class Frozen(nn.Module):
   features: int
   width: int
 
-  def nothing(self, n: int) -> dict[str, jax.Array]:
+  def nothing(self, n: int) -> dict[str, Array]:
     return {
       'states': jnp.zeros((n, self.length, self.features), jnp.float16),
       'mask': jnp.zeros((n, self.length), bool),
     }
 
   @nn.compact
-  def __call__(self, given: dict[str, jax.Array]) -> Context:
+  def __call__(self, given: dict[str, Given]) -> Context:
     mask = jnp.pad(given['mask'], ((0, 0), (1, 0)), constant_values=True)
     states = nn.Dense(self.width)(given['states'].astype(jnp.float32))
     first = self.param('first', nn.initializers.normal(1.0), (self.width,))
@@ -93,8 +103,10 @@ class Frozen(nn.Module):
     return Context(mean(h, mask), h, mask)
 
 
-def mean(states: jax.Array, mask: jax.Array) -> jax.Array:
-  """Of the states (B, L, D) that there are: (B, D)."""
+def mean(
+  states: Float[Array, 'B L D'], mask: Bool[Array, 'B L']
+) -> Float[Array, 'B D']:
+  """Of the states that there are."""
   return jnp.mean(states, axis=1, where=mask[:, :, None])
 
 
@@ -106,11 +118,11 @@ class Conditional(nn.Module):
 
   def __call__(
     self,
-    x_t: jax.Array,
-    t: jax.Array,
+    x_t: Float[Array, 'B *shape'],
+    t: Int[Array, 'B'],
     condition: Any = None,
     **options: Any,
-  ) -> jax.Array:
+  ) -> Float32[Array, 'B ...']:
     """The network's answer; without a condition it is told nothing."""
     if condition is None:
       condition = self.encoder.nothing(len(x_t))
@@ -119,5 +131,7 @@ class Conditional(nn.Module):
   def encode(self, condition: Any) -> Context:
     return self.encoder(condition)
 
-  def denoise(self, x_t: jax.Array, t: jax.Array, context: Context) -> Any:
+  def denoise(
+    self, x_t: Float[Array, 'B *shape'], t: Int[Array, 'B'], context: Context
+  ) -> Float32[Array, 'B ...']:
     return self.network(x_t, t, context)

@@ -21,6 +21,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+from jaxtyping import Float32
+
+Image = Float[Array, 'B H W C']
+Kernel = Float[Array, '3 3 C K']
 
 # Smaller outputs and fewer channels are too little work to come out ahead.
 LEAST_SIDE, LEAST_CHANNELS = 8, 64
@@ -29,30 +35,34 @@ LEAST_SIDE, LEAST_CHANNELS = 8, 64
 LEAST_PAIRS, MOST_PAIRS = 256, 1024
 
 
-def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """(B, H, W, C) -> (B, H, W, C'), float32, with zeros around."""
+def convolve(x: Image, kernel: Kernel) -> Float32[Array, 'B H W K']:
+  """A convolution of x with zeros around."""
   return _by_platform(x, kernel, 1, _winograd_with_gradients, _plain)
 
 
-def convolve_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def convolve_doubled(x: Image, kernel: Kernel) -> Float32[Array, 'B 2*H 2*W K']:
   """The same of x at twice its size (nearest neighbour)."""
   return _by_platform(x, kernel, 2, _winograd_doubled, _plain_doubled)
 
 
-def convolve_halved(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """At every other pixel: (B, H/2, W/2, C'), with zeros below and right."""
+def convolve_halved(
+  x: Image, kernel: Kernel
+) -> Float32[Array, 'B H//2 W//2 K']:
+  """At every other pixel, with zeros below and right."""
   return _in_float32(_plain_halved, x, kernel)
 
 
-def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """(..., C), (C, C') -> (..., C'), float32."""
+def multiply(
+  x: Float[Array, '*shape C'], kernel: Float[Array, 'C K']
+) -> Float32[Array, '*shape K']:
+  """x @ kernel."""
   return _in_float32(_matmul, x, kernel)
 
 
-Product = Callable[[jax.Array, jax.Array, Any], jax.Array]
+Product = Callable[[Array, Array, Any], Array]
 
 
-def _in_float32(product: Product, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _in_float32(product: Product, x: Array, kernel: Array) -> Array:
   """product(x, kernel, dtype of the result), of factors in x's dtype.
 
   With gradients, on a TPU, that dtype is float32. So are then the gradients of
@@ -64,10 +74,10 @@ def _in_float32(product: Product, x: jax.Array, kernel: jax.Array) -> jax.Array:
   if x.dtype != jnp.bfloat16:
     return product(x, kernel, None)
 
-  def default(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  def default(x: Array, kernel: Array) -> Array:
     return product(x, kernel, None).astype(jnp.float32)
 
-  def wide(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  def wide(x: Array, kernel: Array) -> Array:
     return product(x, kernel, jnp.float32)
 
   tpu = jax.custom_jvp(default)
@@ -76,20 +86,20 @@ def _in_float32(product: Product, x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _by_platform(
-  x: jax.Array, kernel: jax.Array, times: int, cpu: Callable, default: Product
-) -> jax.Array:
+  x: Image, kernel: Kernel, times: int, cpu: Callable, default: Product
+) -> Float32[Array, 'B {times}*H {times}*W K']:
   if not _is_large(x, kernel, times):
     return _in_float32(default, x, kernel)
   return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
 
 
 def _plain(
-  x: jax.Array,
-  kernel: jax.Array,
+  x: Image,
+  kernel: Kernel,
   dtype: Any = None,
   stride: int = 1,
   zeros: tuple[int, int] = (1, 1),
-) -> jax.Array:
+) -> Float[Array, 'B H//{stride} W//{stride} K']:
   return jax.lax.conv_general_dilated(
     *(x, kernel, (stride, stride), (zeros, zeros)),
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
@@ -98,22 +108,22 @@ def _plain(
 
 
 def _plain_doubled(
-  x: jax.Array, kernel: jax.Array, dtype: Any = None
-) -> jax.Array:
+  x: Image, kernel: Kernel, dtype: Any = None
+) -> Float[Array, 'B 2*H 2*W K']:
   return _plain(x.repeat(2, axis=1).repeat(2, axis=2), kernel, dtype)
 
 
 def _plain_halved(
-  x: jax.Array, kernel: jax.Array, dtype: Any = None
-) -> jax.Array:
+  x: Image, kernel: Kernel, dtype: Any = None
+) -> Float[Array, 'B H//2 W//2 K']:
   return _plain(x, kernel, dtype, 2, (0, 1))
 
 
-def _matmul(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
+def _matmul(x: Array, kernel: Array, dtype: Any = None) -> Array:
   return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
 
-def _is_large(x: jax.Array, kernel: jax.Array, times: int) -> bool:
+def _is_large(x: Image, kernel: Kernel, times: int) -> bool:
   """Whether it is worth while; in bfloat16 the sums would round too early."""
   sides = times * x.shape[1], times * x.shape[2]
   return (
@@ -124,20 +134,22 @@ def _is_large(x: jax.Array, kernel: jax.Array, times: int) -> bool:
   )
 
 
-def _shift(x: jax.Array, n: int, axis: int) -> jax.Array:
+def _shift(
+  x: Float[Array, '*shape'], n: int, axis: int
+) -> Float[Array, '*shape']:
   """x[i - n] at i, and 0 where there is none."""
   padding = [(0, 0, 0)] * x.ndim
   padding[axis] = (n, -n, 0)
   return jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
 
 
-def _split(x: jax.Array, n: int, axis: int) -> list[jax.Array]:
+def _split(x: Array, n: int, axis: int) -> list[Array]:
   # The gradient of a split is one array; of n slices it is a sum of n.
   parts = jax.lax.split(x, (1,) * n, axis)
   return [part.squeeze(axis) for part in parts]
 
 
-def _of_pixels(x: jax.Array, axis: int) -> jax.Array:
+def _of_pixels(x: Array, axis: int) -> Array:
   """(..., 2n, ...) -> (4, ..., n, ...)."""
   pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
   even, odd = _split(pairs, 2, axis + 1)
@@ -145,42 +157,42 @@ def _of_pixels(x: jax.Array, axis: int) -> jax.Array:
   return jnp.stack([before - odd, even + odd, odd - even, even - after])
 
 
-def _of_taps(kernel: jax.Array, axis: int) -> jax.Array:
+def _of_taps(kernel: Array, axis: int) -> Array:
   """(..., 3, ...) -> (4, ...)."""
   a, b, c = _split(kernel, 3, axis)
   return jnp.stack([a, (a + b + c) / 2, (a - b + c) / 2, c])
 
 
-def _to_pixels(m: jax.Array, axis: int) -> jax.Array:
+def _to_pixels(m: Array, axis: int) -> Array:
   """(4, ..., n, ...) -> (..., n, 2, ...), where axis is that of the 2."""
   m_0, m_1, m_2, m_3 = _split(m, 4, 0)
   return jnp.stack([m_0 + m_1 + m_2, m_1 - m_2 - m_3], axis)
 
 
-def _of_doubled(x: jax.Array, axis: int) -> jax.Array:
+def _of_doubled(x: Array, axis: int) -> Array:
   """Of (..., n, ...), where x_2i = x_2i+1, so that the third is 0: (3, ...)."""
   before, after = _shift(x, 1, axis), _shift(x, -1, axis)
   return jnp.stack([before - x, x, x - after])
 
 
-def _of_taps_for_doubled(kernel: jax.Array, axis: int) -> jax.Array:
+def _of_taps_for_doubled(kernel: Array, axis: int) -> Array:
   a, b, c = _split(kernel, 3, axis)
   return jnp.stack([a, a + b + c, c])
 
 
-def _to_doubled(m: jax.Array, axis: int) -> jax.Array:
+def _to_doubled(m: Array, axis: int) -> Array:
   m_0, m_1, m_3 = _split(m, 3, 0)
   return jnp.stack([m_0 + m_1, m_1 - m_3], axis)
 
 
-Parts = Callable[[jax.Array, int], jax.Array]
+Parts = Callable[[Array, int], Array]
 
 
 # What the products are of is larger than x: it is made again for gradients.
 @functools.partial(jax.checkpoint, static_argnums=(2, 3, 4))
 def _by_products(
-  x: jax.Array, kernel: jax.Array, of_pixels: Parts, of_taps: Parts, back: Parts
-) -> jax.Array:
+  x: Image, kernel: Kernel, of_pixels: Parts, of_taps: Parts, back: Parts
+) -> Float[Array, 'B h w K']:
   """One axis after the other, and one matrix product for all pairs."""
   C, K = kernel.shape[2:]
   v = of_pixels(of_pixels(x, 1), 3)  # (n, n, B, H', W', C), W before H
@@ -191,15 +203,15 @@ def _by_products(
   return back(y, 2).reshape(B, 2 * H, 2 * W, K)
 
 
-def _winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _winograd(x: Image, kernel: Kernel) -> Float[Array, 'B H W K']:
   return _by_products(x, kernel, _of_pixels, _of_taps, _to_pixels)
 
 
-def _winograd_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _winograd_doubled(x: Image, kernel: Kernel) -> Float[Array, 'B 2*H 2*W K']:
   return _by_products(x, kernel, _of_doubled, _of_taps_for_doubled, _to_doubled)
 
 
-def _winograd_in_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _winograd_in_parts(x: Image, kernel: Kernel) -> Float[Array, 'B H W K']:
   """Some images after others."""
   B, H, W, C = x.shape
   pairs = H * W // 4  # 2x2 pixels of an image
@@ -219,5 +231,5 @@ _winograd_with_gradients = jax.custom_jvp(_winograd_in_parts)
 
 
 @_winograd_with_gradients.defjvp
-def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
   return jax.jvp(_winograd, primals, tangents)

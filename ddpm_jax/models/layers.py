@@ -10,6 +10,12 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Float32
+from jaxtyping import Int
+from jaxtyping import Key
 
 from ddpm_jax.models import convolution
 
@@ -24,30 +30,38 @@ def init(scale: float = 1.0) -> Callable:
   )
 
 
-def time_embedding(t: jax.Array, width: int) -> jax.Array:
-  """[sin(t ω) ‖ cos(t ω)], ω_i = 10000^(-i / (width/2 - 1)): (B, width)."""
+def time_embedding(
+  t: Int[Array, 'B'], width: int
+) -> Float32[Array, 'B {width}']:
+  """[sin(t ω) ‖ cos(t ω)], ω_i = 10000^(-i / (width/2 - 1))."""
   half = width // 2
   omega = jnp.exp(-jnp.log(1e4) * jnp.arange(half) / (half - 1))
-  angle = t.astype(jnp.float32)[:, None] * omega
+  angle = t.astype(jnp.float32)[:, None] * omega[None]
   return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1)
 
 
-def to_patches(x: jax.Array, side: int) -> jax.Array:
-  """(B, H, W, C) -> (B, H/side, W/side, side² C)."""
+def to_patches(
+  x: Float[Array, 'B H W C'], side: int
+) -> Float[Array, 'B H/{side} W/{side} C*{side}**2']:
+  """Squares of pixels become pixels of more channels."""
   B, H, W, C = x.shape
   x = x.reshape(B, H // side, side, W // side, side, C)
   return x.swapaxes(2, 3).reshape(B, H // side, W // side, side**2 * C)
 
 
-def from_patches(x: jax.Array, side: int) -> jax.Array:
+def from_patches(
+  x: Float[Array, 'B H W C'], side: int
+) -> Float[Array, 'B H*{side} W*{side} C/{side}**2']:
   """The inverse of `to_patches`."""
   B, H, W, C = x.shape
   x = x.reshape(B, H, W, side, side, C // side**2)
   return x.swapaxes(2, 3).reshape(B, H * side, W * side, C // side**2)
 
 
-def dropout(keys: jax.Array, x: jax.Array, rate: float) -> jax.Array:
-  """Dropout by a key an example: (B,) keys, (B, ...) x.
+def dropout(
+  keys: Key[Array, 'B'], x: Float[Array, 'B *shape'], rate: float
+) -> Float[Array, 'B *shape']:
+  """Dropout by a key an example.
 
   `nn.Dropout` draws one mask for the batch that it sees, which is not the same
   batch on one device and on eight.
@@ -71,33 +85,35 @@ class GroupNorm(nn.Module):
   dtype: Dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Float[Array, 'B H W C']) -> Float[Array, 'B H W C']:
     B, C = x.shape[0], x.shape[-1]
     scale = self.param('scale', nn.initializers.ones, (C,))
     bias = self.param('bias', nn.initializers.zeros, (C,))
 
-    def mean(x: jax.Array) -> jax.Array:
-      """Of pixels, then of the channels of a group: (B, C)."""
+    def mean(x: Float32[Array, 'B H W C']) -> Float32[Array, 'B C']:
+      """Of pixels, then of the channels of a group."""
       x = jnp.mean(x, axis=(1, 2)).reshape(B, self.groups, -1)
       return jnp.repeat(x.mean(2), C // self.groups, axis=1)
 
     y = x.astype(jnp.float32)
     mu = mean(y)
     variance = jnp.maximum(mean(jnp.square(y)) - jnp.square(mu), 0)
-    a = jax.lax.rsqrt(variance + 1e-6) * scale
-    b = bias - mu * a
+    a = jax.lax.rsqrt(variance + 1e-6) * scale[None]
+    b = bias[None] - mu * a
     return (y * a[:, None, None] + b[:, None, None]).astype(self.dtype)
 
 
 class Dense(nn.Module):
-  """Of channels: (..., C) -> (..., channels)."""
+  """A linear map of channels."""
 
   channels: int
   kernel_init: Callable
   dtype: Dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(
+    self, x: Float[Array, '*shape C']
+  ) -> Float[Array, '*shape {self.channels}']:
     shape = (x.shape[-1], self.channels)
     return _with_bias(self, convolution.multiply, x, shape)
 
@@ -111,7 +127,9 @@ class Conv(nn.Module):
   product: Callable = convolution.convolve
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(
+    self, x: Float[Array, 'B H W C']
+  ) -> Float[Array, 'B h w {self.channels}']:
     shape = (3, 3, x.shape[-1], self.channels)
     return _with_bias(self, self.product, x, shape)
 
@@ -119,13 +137,14 @@ class Conv(nn.Module):
 def _with_bias(
   module: Dense | Conv,
   product: Callable,
-  x: jax.Array,
+  x: Float[Array, '... C'],
   shape: tuple[int, ...],
-) -> jax.Array:
+) -> Float[Array, '... K']:
   """product(x, kernel) + bias, float32 until it is stored."""
   kernel = module.param('kernel', module.kernel_init, shape)
   bias = module.param('bias', nn.initializers.zeros, shape[-1:])
-  return (product(x.astype(module.dtype), kernel) + bias).astype(module.dtype)
+  y = product(x.astype(module.dtype), kernel)
+  return (y + bias.reshape(*[1] * (y.ndim - 1), -1)).astype(module.dtype)
 
 
 class ResBlock(nn.Module):
@@ -138,8 +157,11 @@ class ResBlock(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, temb: jax.Array, keys: jax.Array | None
-  ) -> jax.Array:
+    self,
+    x: Float[Array, 'B H W C'],
+    temb: Float[Array, 'B D'],
+    keys: Key[Array, 'B'] | None,
+  ) -> Float[Array, 'B H W {self.channels}']:
     norm = functools.partial(GroupNorm, self.groups, self.dtype)
     conv = functools.partial(Conv, self.channels, dtype=self.dtype)
     dense = functools.partial(
@@ -165,7 +187,7 @@ class Attention(nn.Module):
   dtype: Dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Float[Array, 'B H W C']) -> Float[Array, 'B H W C']:
     B, H, W, C = x.shape
     dense = functools.partial(Dense, C, dtype=self.dtype)
     h = GroupNorm(self.groups, self.dtype, name='norm')(x)
@@ -187,8 +209,11 @@ class CrossAttention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, states: jax.Array, mask: jax.Array
-  ) -> jax.Array:
+    self,
+    x: Float[Array, 'B H W C'],
+    states: Float[Array, 'B L D'],
+    mask: Bool[Array, 'B L'],
+  ) -> Float[Array, 'B H W C']:
     B, H, W, C = x.shape
     dense = functools.partial(Dense, C, dtype=self.dtype)
     h = GroupNorm(self.groups, self.dtype, name='norm')(x)

@@ -1,7 +1,11 @@
 """A multilayer perceptron, for points."""
 
 import flax.linen as nn
-import jax
+from jax import Array
+from jaxtyping import Float
+from jaxtyping import Float32
+from jaxtyping import Int
+from jaxtyping import Key
 
 from ddpm_jax.models import layers
 
@@ -22,12 +26,12 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x_t: jax.Array,
-    t: jax.Array,
+    x_t: Float[Array, 'B D'],
+    t: Int[Array, 'B'],
     *,
-    keys: jax.Array | None = None,
-  ) -> jax.Array:
-    """(B, D) and (B,) in 1..T -> float32 (B, out_channels)."""
+    keys: Key[Array, 'B'] | None = None,
+  ) -> Float32[Array, 'B {self.out_channels}']:
+    """The answer to x_t, at t in 1..T."""
     del keys  # nothing is random here
     temb = layers.time_embedding(t - 1, self.channels)
     temb = nn.swish(nn.Dense(self.channels)(temb))

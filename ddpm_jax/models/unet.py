@@ -9,6 +9,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+from jaxtyping import Float32
+from jaxtyping import Int
+from jaxtyping import Key
 
 from ddpm_jax.models import convolution
 from ddpm_jax.models import layers
@@ -45,22 +50,19 @@ class UNet(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x_t: jax.Array,
-    t: jax.Array,
+    x_t: Float[Array, 'B H W C'],
+    t: Int[Array, 'B'],
     context: Any = None,
     *,
-    keys: jax.Array | None = None,
-  ) -> jax.Array:
-    """What the network makes of noisy images.
+    keys: Key[Array, 'B'] | None = None,
+  ) -> Float32[Array, 'B H W {self.out_channels}']:
+    """What the network makes of x_t.
 
     Args:
-      x_t: (B, H, W, C).
-      t: (B,) in 1..T.
+      x_t: noisy images.
+      t: in 1..T.
       context: what a condition says, a `condition.Context`.
-      keys: (B,), of the dropout of each example; None is without dropout.
-
-    Returns:
-      (B, H, W, out_channels), float32.
+      keys: of the dropout of each example; None is without dropout.
 
     Raises:
       ValueError: if H or W cannot be halved often enough.
@@ -80,7 +82,9 @@ class UNet(nn.Module):
     block = nn.remat(layers.ResBlock) if self.remat else layers.ResBlock
     conv = functools.partial(layers.Conv, dtype=self.dtype)
 
-    def res(h: jax.Array, level: int, name: str, attend: bool) -> jax.Array:
+    def res(
+      h: Float[Array, 'B H W C'], level: int, name: str, attend: bool
+    ) -> Float[Array, 'B H W K']:
       channels = self.channels * self.multipliers[level]
       h = block(channels, self.groups, self.dropout, self.dtype, name=name)(
         h, temb, next(drops)
@@ -95,7 +99,9 @@ class UNet(nn.Module):
         )(h, context.states, context.mask)
       return h
 
-    def resize(h: jax.Array, product: Callable, name: str) -> jax.Array:
+    def resize(
+      h: Float[Array, 'B H W C'], product: Callable, name: str
+    ) -> Float[Array, 'B h w C']:
       return conv(
         h.shape[-1], kernel_init=layers.init(), product=product, name=name
       )(h)

@@ -156,7 +156,7 @@ def shared(trained: common.Trained, count: int = 7) -> common.Drawn:
     keys, x_T = functions.noise(config, seed, first)
     to_x_t = editing.between(p.step, p.schedule.T, t + 1)
     x_t, _, bad_t = samplers.sample(to_x_t, *chain, keys, x_T)
-    others = first[:, None] + 1 + jnp.arange(count)
+    others = first[:, None] + 1 + jnp.arange(count)[None]
     keys, _ = functions.noise(config, seed, others.ravel())
     from_x_t = editing.between(p.step, jnp.repeat(t, count))
     x_0, _, bad = samplers.sample(
@@ -299,7 +299,7 @@ def generation(trained: common.Trained, count: int = 10) -> common.Drawn:
     best, _, bad_t = samplers.sample(
       greedy.step, greedy.schedule, model_fn, keys, x_T
     )
-    others = draws * index[:, None] + jnp.arange(draws)
+    others = draws * index[:, None] + jnp.arange(draws)[None]
     keys, _ = functions.noise(config, seed, others.ravel())
     drawn, _, bad = samplers.sample(
       *(random.step, random.schedule, model_fn, keys),
