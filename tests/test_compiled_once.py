@@ -21,15 +21,16 @@ from ddpm_jax.runtime import parallel
 BOTH = pytest.mark.parametrize('how', parallel.ENGINES)
 
 
-def start(how='jit'):
+def start(how):
   """(recipe, mesh, state) of a tiny run on two devices."""
   c = digits.get_config()
   changes = {
     'steps': 5,
     'batch_size': 8,
-    'model.channels': 8,
+    'model.channels': 4,
     'model.multipliers': (1,),
-    'model.groups': 4,
+    'model.attention': (),
+    'model.groups': 2,
     'schedule.T': 20,
     'sampler.steps': 4,
     'sampler.batch_size': 4,
@@ -41,11 +42,8 @@ def start(how='jit'):
   }
   recipe.override(c, {name: str(value) for name, value in changes.items()})
   mesh = build.mesh(c)
-  return (
-    c,
-    mesh,
-    parallel.init_state(functools.partial(functions.init_state, c), mesh),
-  )
+  init = functools.partial(functions.init_state, c)
+  return c, mesh, parallel.init_state(init, mesh)
 
 
 def traced_once(fn):
@@ -59,74 +57,66 @@ def traced_once(fn):
   return once
 
 
-def loop(folder, how, before=lambda step: None, wrap=lambda fn: fn):
-  """Runs the loop of `--mode=train`; `before` is called before each step."""
+@pytest.fixture
+def compiled():
+  """A list that grows with every program that XLA compiles, or has cached."""
+  seen, listening = [], True
+
+  def heard(event, seconds, **_):
+    if listening and event == '/jax/core/compile/backend_compile_duration':
+      seen.append(seconds)
+
+  jax.monitoring.register_event_duration_secs_listener(heard)
+  yield seen
+  listening = False
+
+
+@BOTH
+def test_training_is_one_program_and_moves_nothing_unasked(
+  tmp_path, how, compiled
+):
+  """The loop of `--mode=train`, with its logs, from the first step on.
+
+  Metrics are asked for. (On CPUs that is no copy, and no guard would see it.)
+  """
   c, mesh, state = start(how)
+  step_fn = traced_once(functions.train_step(c, 2))
   batches = pipeline.batches(build.source(c), batch_size=8, seed=0)
-  seen = []
-  train.train(
-    *(c, mesh, folder, wrap(functions.train_step(c, 2)), state, batches),
-    save=lambda state, step: seen.append(('saved', step)),
-    pictures=lambda params, suffix: seen.append(('drawn', suffix)),
-    stop_asked=before,
-  )
-  return seen
+  seen, counts = [], []
+  with contextlib.ExitStack() as stack:
+
+    def before(step):
+      if step == 0:
+        stack.enter_context(jax.transfer_guard('disallow'))
+      counts.append(len(compiled))
+
+    train.train(
+      *(c, mesh, tmp_path, step_fn, state, batches),
+      save=lambda state, step: seen.append(step),
+      pictures=lambda params, suffix: seen.append(suffix),
+      stop_asked=before,
+    )
+  assert seen == [2, '_2', 4, '_4', 5]
+  assert counts == [counts[0]] + [counts[0] + 1] * 4
+  assert len(compiled) == counts[-1]
 
 
 @BOTH
-def test_training_traces_its_step_once(tmp_path, how):
-  seen = loop(tmp_path, how, wrap=traced_once)
-  assert seen == [
-    *(('saved', 2), ('drawn', '_2'), ('saved', 4), ('drawn', '_4')),
-    ('saved', 5),
-  ]
-
-
-def test_training_compiles_its_step_once():
-  """Nor do the arrays of a state that a step returns lie otherwise."""
-  c, mesh, state = start()
-  step = parallel.compile_step(functions.train_step(c, 2), mesh, 'jit', state)
-  batches = pipeline.batches(build.source(c), batch_size=8, seed=0)
-  for _ in range(3):
-    state, _ = step(state, parallel.put(next(batches), mesh, 'jit'))
-  assert step._cache_size() == 1
-
-
-@BOTH
-def test_sampling_traces_its_program_once(how):
+def test_sampling_is_one_program_and_moves_nothing_unasked(how, compiled):
   """Also where the last batch is not full."""
   c, mesh, state = start(how)
   draw = traced_once(functions.sampler(c, seed=0))
   size, batch = sample.drawer(c, mesh, 10, draw)
   assert size == 4
-  for first in range(0, 10, size):
-    batch(state.ema_params, first)
+  before = len(compiled)
+  with jax.transfer_guard('disallow'):
+    for first in range(0, 10, size):
+      batch(state.ema_params, first)
+      assert len(compiled) == before + 1
 
 
 def test_the_guard_sees_what_is_moved_unasked():
-  """Else the two tests below would say nothing."""
+  """Else the two tests above would say nothing of it."""
   unasked = pytest.raises(RuntimeError, match='host-to-device')
   with jax.transfer_guard('disallow'), unasked:
     jnp.negative(np.ones(3))
-
-
-def test_training_moves_nothing_unasked(tmp_path):
-  """From the first step on, with logs, as the loop of `--mode=train` does it.
-
-  What comes back is asked for too; on CPUs it is no copy, and no guard sees it.
-  """
-  with contextlib.ExitStack() as stack:
-
-    def guard(step):
-      if step == 0:
-        stack.enter_context(jax.transfer_guard('disallow'))
-
-    loop(tmp_path, 'jit', before=guard)
-
-
-def test_sampling_moves_nothing_unasked():
-  c, mesh, state = start()
-  size, batch = sample.drawer(c, mesh, 8, functions.sampler(c, seed=0))
-  with jax.transfer_guard('disallow'):
-    for first in range(0, 8, size):
-      batch(state.ema_params, first)

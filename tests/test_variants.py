@@ -39,8 +39,8 @@ from ddpm_jax.diffusion import training
 from ddpm_jax.diffusion import two_term
 from ddpm_jax.diffusion import variances
 
-T, B, IMAGE = 8, 4, (4, 4, 1)
-D, K = 16, 2  # numbers in an image; losses in a history
+T, B, IMAGE = 8, 4, (2, 3, 1)
+D, K = 6, 2  # numbers in an image; losses in a history
 S = schedules.linear(T, 0.01, 0.4)
 SHORT = codec.jumps(S, 2)
 
@@ -53,9 +53,10 @@ KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, B)
 GRAYS = jax.random.randint(jax.random.key(1), (B, *IMAGE), 0, 256, jnp.uint8)
 X0, OTHER = GRAYS / 127.5 - 1, -GRAYS[::-1] / 127.5 + 1
-X_T, EPS, OUT, TWICE = draw(2), draw(3), draw(4), draw(5, (B, 4, 4, 2))
+X_T, EPS, OUT, TWICE = draw(2), draw(3), draw(4), draw(5, (B, 2, 3, 2))
 t, TIMES = jnp.int32(5), jnp.array([1, 3, 6, 8], jnp.int32)
-MATRIX = draw(6, (D, D)) / 4
+MATRIX = draw(6, (D, D)) / 2
+ADAM = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-3))
 LOG_VAR = jnp.array([-1.0, -2.0, -3.0, -4.0])
 BEFORE = samplers.Before(OTHER, jnp.full(B, t + 1))
 HISTORY = timesteps.History(draw(7, (T, K)) ** 2, jnp.full(T, K + 1))
@@ -98,7 +99,7 @@ def state(history: timesteps.History | None = None) -> training.TrainState:
     apply_fn=None,
     params=params,
     ema_params=params,
-    tx=optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-3)),
+    tx=ADAM,
     history=history,
   ).replace(step=jnp.int32(3))
 
@@ -224,7 +225,7 @@ TRACED = {
       told, given, nothing, T=T, scale=3, interval=(0.2, 0.8), rescale=0.5
     )(x_t, t),
     (X_T, TIMES, LOG_VAR, jnp.zeros(B)),
-    f32(B, 4, 4, 2),
+    f32(B, 2, 3, 2),
   ),
   'likelihood.normal_kl': Row(likelihood.normal_kl, (X0, EPS, X_T, OUT), x),
   'likelihood.decoder_log_prob': Row(
@@ -309,9 +310,9 @@ TRACED = {
   'codec.group_sums': Row(
     codec.group_sums,
     (KL.T,),
-    [f32(n, B) for n in (16, 8, 6, 4, 3, 2, 2, 1)],
+    [f32(n, B) for n in (6, 3, 2, 2, 1)],
   ),
-  'codec.group_size': Row(lambda kl: codec.group_size(kl, 6.0), (KL,), i32(B)),
+  'codec.group_size': Row(lambda kl: codec.group_size(kl, 4.0), (KL,), i32(B)),
   'codec.candidates': Row(
     codec.candidates,
     (WORDS, jnp.arange(5), jnp.arange(D)[:, None]),
@@ -322,7 +323,7 @@ TRACED = {
     functools.partial(codec.choose, log2_candidates=4),
     (
       *(WORDS, X0.reshape(B, D), jnp.float32(0.5), jnp.float32(0.7)),
-      jnp.array([0, 1, 4, 7]),
+      jnp.array([0, 1, 3, 4]),
     ),
     i32(B, D),
   ),
@@ -447,8 +448,10 @@ def plain(name: str) -> Any:
   return row.fn(*row.args)
 
 
-# XLA fuses what it compiles as one program, and so rounds otherwise.
-COMPILED = chex.ChexVariantType.WITH_JIT, chex.ChexVariantType.WITH_PMAP
+# The same operations, one by one, on the same arrays. The others are compiled
+# as one program, which XLA fuses, or are NumPy's: float32 (6e-8) rounded in
+# another order, some tens of times.
+SAME = chex.ChexVariantType.WITHOUT_JIT, chex.ChexVariantType.WITH_DEVICE
 
 
 class Traced(chex.TestCase):
@@ -463,10 +466,10 @@ class Traced(chex.TestCase):
       chex.assert_trees_all_equal(got, other)
     chex.assert_trees_all_equal_shapes_and_dtypes(got, row.want)
     chex.assert_tree_all_finite(got)
-    if kind in COMPILED:
-      chex.assert_trees_all_close(got, plain(name), rtol=1e-5, atol=1e-6)
-    else:
+    if kind in SAME:
       chex.assert_trees_all_equal(got, plain(name))
+    else:
+      chex.assert_trees_all_close(got, plain(name), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('name', TABLES)
