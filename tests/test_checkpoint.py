@@ -100,10 +100,12 @@ def _restore_ema(path, **options):
 
 def _assert_same(got, want):
   """Equal in structure, types and every bit (nan and -0.0 too)."""
-  assert jax.tree.structure(got) == jax.tree.structure(want)
   chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+  chex.assert_trees_all_equal_comparator(
+    lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(),
+    lambda a, b: f'{a} and {b} differ in a bit',
+    *(got, want),
+  )
 
 
 def _array_file(folder):
@@ -144,12 +146,11 @@ def test_a_checkpoint_comes_back_bit_for_bit_on_any_layout(
   got = checkpoint.restore(tmp_path, *abstract)
   _assert_same((got.state, got.ema), (state, ema))
   assert (got.step, got.data, got.config) == (7, data, config)
-  for x, wanted in zip(
-    jax.tree.leaves((got.state, got.ema)),
-    jax.tree.leaves(abstract),
-    strict=True,
-  ):
-    assert x.sharding.is_equivalent_to(wanted.sharding, x.ndim)
+  chex.assert_trees_all_equal_comparator(
+    lambda x, wanted: x.sharding.is_equivalent_to(wanted.sharding, x.ndim),
+    lambda x, wanted: f'{x.sharding} is not {wanted.sharding}',
+    *((got.state, got.ema), abstract),
+  )
 
 
 def test_what_is_donated_right_after_save_is_saved_as_it_was(tmp_path):

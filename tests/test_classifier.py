@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -70,11 +71,6 @@ def test_accuracy_is_that_of_the_held_out_fifth(digits, classifier):
   assert classifier.accuracy == right.mean()
 
 
-def equal(a, b):
-  same = jax.tree.map(lambda x, y: bool(np.all(x == y)), a.params, b.params)
-  return all(jax.tree.leaves(same)) and a[1:] == b[1:]
-
-
 def test_the_same_seed_gives_the_same_classifier_and_another_does_not(digits):
   images, labels = digits
 
@@ -83,14 +79,16 @@ def test_the_same_seed_gives_the_same_classifier_and_another_does_not(digits):
       images[1:100:2], labels[1:100:2], 10, seed=seed, steps=3
     )
 
-  assert equal(train(0), train(0))
-  assert not equal(train(0), train(1))
+  first = train(0)
+  chex.assert_trees_all_equal(first, train(0))
+  with pytest.raises(AssertionError, match='Mismatched elements'):
+    chex.assert_trees_all_equal(first.params, train(1).params)
 
 
 def test_images_without_a_label_are_left_out(digits):
   images, labels = digits[0][:100], digits[1][:100].copy()
   labels[::2] = -1
-  assert equal(
+  chex.assert_trees_all_equal(
     classifiers.train(images, labels, 10, steps=3),
     classifiers.train(images[1::2], labels[1::2], 10, steps=3),
   )
@@ -143,7 +141,8 @@ def test_features_have_a_mean_square_of_1_in_training(digits, classifier):
 def test_a_saved_classifier_is_loaded_bit_for_bit(tmp_path, classifier):
   classifiers.save(tmp_path / 'classifier.npz', classifier)
   assert [file.name for file in tmp_path.iterdir()] == ['classifier.npz']
-  assert equal(classifiers.load(tmp_path / 'classifier.npz'), classifier)
+  loaded = classifiers.load(tmp_path / 'classifier.npz')
+  chex.assert_trees_all_equal(loaded, classifier)
 
 
 def cut(path):

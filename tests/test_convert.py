@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -252,7 +253,7 @@ def test_pytorch_diffusion_has_other_names_for_the_same(imported):
       name = name.replace(here, there)
     other[name] = x
   same = diffusers.to_params(params, other, diffusers.PYTORCH_DIFFUSION)
-  jax.tree.map(np.testing.assert_array_equal, same, params)
+  chex.assert_trees_all_equal(same, params)
 
 
 @pytest.mark.parametrize(
@@ -767,7 +768,10 @@ def test_it_begins_with_the_weights_and_nothing_else(converted):
   tensors = files.read_tensors(golden.FOLDER / 'rgb' / files.SAFE[0])
   params = diffusers.to_params(abstract.params, tensors, diffusers.DIFFUSERS)
   for found in (saved.ema, saved.state['params']):
-    jax.tree.map(np.testing.assert_array_equal, found, params)
+    chex.assert_trees_all_equal(found, params)
   assert saved.step == saved.state['step'] == 0
   assert saved.data == {'next_index': 0}
-  assert all(not np.any(x) for x in jax.tree.leaves(saved.state['opt_state']))
+  opt_state = saved.state['opt_state']
+  chex.assert_trees_all_equal(
+    opt_state, jax.tree.map(jnp.zeros_like, opt_state)
+  )

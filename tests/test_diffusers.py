@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 
+import chex
 import conftest
 import jax
 import jax.numpy as jnp
@@ -433,7 +434,7 @@ def test_a_ckpt_has_the_recipe_that_is_named(tiny_run, tmp_path):
   convert = ['--mode=convert', f'--input={path}', f'--output={tmp_path}/run']
   main.run([*convert, *conftest.TINY])
   _, again = ours(tmp_path / 'run')
-  jax.tree.map(np.testing.assert_array_equal, params, again)
+  chex.assert_trees_all_equal(params, again)
 
 
 @pytest.mark.parametrize('prediction', ['sample', 'v_prediction'])

@@ -1,5 +1,6 @@
 """Inception-v3: what others' networks say of the same weights and images."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_a_file_of_weights_is_read_or_refused_in_a_line(tmp_path, params):
   path = tmp_path / 'inception.safetensors'
   safetensors.numpy.save_file(state(), path)
   loaded = weights.load(path)
-  jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+  chex.assert_trees_all_equal(loaded.params, params)
   assert loaded.digest == weights.digest(state())
 
   path.write_bytes(path.read_bytes()[:1000])

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 
+import chex
 import conftest
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -105,10 +105,8 @@ def weights(workdir):
 def assert_equal(a, b, atol=0.0):
   assert a.step == b.step
   assert a.data == b.data
-  jax.tree.map(
-    lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol),
-    (a.state, a.ema),
-    (b.state, b.ema),
+  chex.assert_trees_all_close(
+    (a.state, a.ema), (b.state, b.ema), rtol=0, atol=atol
   )
 
 
@@ -256,9 +254,7 @@ def test_the_history_of_the_losses_is_resumed_too(tmp_path):
   config = recipe.resolve(None, whole, {'sampler.weights': 'raw'})
   kind, step, params = sample.restore(config, build.mesh(config), whole)
   assert (kind, step) == ('raw', 9)
-  jax.tree.map(
-    np.testing.assert_array_equal, params, weights(whole).state['params']
-  )
+  chex.assert_trees_all_equal(params, weights(whole).state['params'])
   # All t have a history: later draws, and so losses, follow from it.
   assert weights(whole).state['history'].seen.min() > 10
 

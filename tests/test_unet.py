@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -215,11 +216,9 @@ def test_remat_changes_no_parameter_and_no_gradient():
     return jax.jit(jax.grad(loss))(v)
 
   a, b = gradient(plain), gradient(remat)
-  assert jax.tree.structure(a) == jax.tree.structure(b)
   largest = max(jnp.abs(p).max() for p in jax.tree.leaves(a))
-  for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    # Rounding, of sums whose terms are as large as the largest gradients.
-    np.testing.assert_allclose(p, q, atol=1e-6 * float(largest))
+  # Rounding, of sums whose terms are as large as the largest gradients.
+  chex.assert_trees_all_close(a, b, rtol=1e-7, atol=1e-6 * float(largest))
 
 
 def configured(**changes):
@@ -285,8 +284,8 @@ def test_upsampling_is_nearest_neighbour_and_a_convolution():
     8, layers.init(), jnp.float32, convolution.convolve_doubled
   )
   v = variables(plain, x.repeat(2, axis=1).repeat(2, axis=2))
-  assert jax.tree.structure(v) == jax.tree.structure(
-    jax.eval_shape(ours.init, jax.random.key(0), x)
+  chex.assert_trees_all_equal_shapes_and_dtypes(
+    v, jax.eval_shape(ours.init, jax.random.key(0), x)
   )
 
   def gradient(f):
@@ -300,4 +299,4 @@ def test_upsampling_is_nearest_neighbour_and_a_convolution():
   np.testing.assert_allclose(ours.apply(v, x), doubled(v, x), atol=1e-5)
   # Sums of some 50 terms about 1, in another order.
   a, b = gradient(ours.apply), gradient(doubled)
-  jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, atol=2e-5), a, b)
+  chex.assert_trees_all_close(a, b, rtol=1e-7, atol=2e-5)

@@ -107,6 +107,6 @@ def record(
   row = jnp.where(rank >= count - K, t - 1, T)
   slot = (history.seen[t - 1] + rank) % K
   return History(
-    history.losses.at[row, slot].set(losses, mode='drop'),
-    history.seen.at[t - 1].add(1),
+    jnp.asarray(history.losses).at[row, slot].set(losses, mode='drop'),
+    jnp.asarray(history.seen).at[t - 1].add(1),
   )

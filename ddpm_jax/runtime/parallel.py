@@ -172,8 +172,10 @@ def init_state(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
 def put(tree: Any, mesh: Mesh, how: str) -> Any:
   """This process's rows of a batch, NumPy -> what a compiled function takes."""
   if how == 'pmap':
-    n = len(mesh.local_devices)
-    return jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), tree)
+    n, rows = len(mesh.local_devices), _of_pmap(mesh, P('batch'))
+    return jax.tree.map(
+      lambda x: jax.device_put(x.reshape(n, -1, *x.shape[1:]), rows), tree
+    )
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(over_batch(mesh), x), tree
   )
@@ -183,11 +185,27 @@ def put_whole(tree: Any, mesh: Mesh, how: str) -> Any:
   """The same, of a batch that every process has whole."""
   if how == 'pmap':
     return put(tree, mesh, how)
-  sharding = over_batch(mesh)
+  rows = over_batch(mesh)
   return jax.tree.map(
-    lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
-    tree,
+    lambda x: jax.make_array_from_process_local_data(rows, x, x.shape), tree
   )
+
+
+def _of_pmap(mesh: Mesh, spec: P) -> NamedSharding:
+  """Of the mesh, with one axis, that pmap makes of the devices of ours."""
+  return NamedSharding(Mesh(mesh.devices.ravel(), ('batch',)), spec)
+
+
+def _renamed(tree: Any, sharding: NamedSharding) -> Any:
+  """The same buffers, on the same devices, under another mesh."""
+
+  def renamed(x: jax.Array) -> jax.Array:
+    if x.sharding == sharding:
+      return x
+    parts = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
+
+  return jax.tree.map(renamed, tree)
 
 
 def compiler_options(mesh: Mesh) -> dict[str, int]:
@@ -211,7 +229,7 @@ def compile_step(step: Callable, mesh: Mesh, how: str, state: Any) -> Callable:
     state given is donated: its memory becomes that of the state returned.
   """
   if how == 'pmap':
-    return jax.pmap(
+    mapped = jax.pmap(
       functools.partial(
         step,
         mean=lambda x: jax.lax.pmean(x, 'batch'),
@@ -223,6 +241,15 @@ def compile_step(step: Callable, mesh: Mesh, how: str, state: Any) -> Callable:
       donate_argnums=0,
       devices=list(mesh.devices.flat),
     )
+    own = _of_pmap(mesh, P())
+
+    # The state that pmap returns lies on a mesh of its own: if the first were
+    # not to lie there too, the second step would be compiled once more.
+    @functools.wraps(mapped)
+    def on_own_mesh(state: Any, batch: Any) -> Any:
+      return mapped(_renamed(state, own), batch)
+
+    return on_own_mesh
   sharding = state_sharding(mesh, state)
 
   # Left to itself, XLA would split the convolutions along sharded kernels.
@@ -262,10 +289,10 @@ def compile_map(
       jax.pmap(fn, in_axes=(None, 0), devices=list(mesh.devices.flat))
     )
     return lambda params, batch: jax.tree.map(
-      lambda x: np.concatenate(np.asarray(x)), mapped(params, batch)
+      np.concatenate, jax.device_get(mapped(params, batch))
     )
   mapped = said(jit_map(fn, mesh, params))
-  return lambda params, batch: jax.tree.map(np.asarray, mapped(params, batch))
+  return lambda params, batch: jax.device_get(mapped(params, batch))
 
 
 def jit_map(fn: Callable, mesh: Mesh, params: Any) -> Any:
