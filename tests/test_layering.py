@@ -114,7 +114,7 @@ def test_imports_point_downwards(path):
 def test_mathematics_knows_no_devices_and_no_files(room):
   banned = ('jit', 'pmap', 'device_put', 'Mesh', 'NamedSharding', 'open')
   files = [path for path in FILES if path.parent == ROOT / room]
-  assert len(files) > 5
+  assert len(files) > 1  # more than __init__.py
   for path in files:
     for node in ast.walk(ast.parse(path.read_text())):
       name = getattr(node, 'attr', getattr(node, 'id', None))
