@@ -1,30 +1,45 @@
 """`--mode=evaluate`: the same numbers on any devices, and honest ones."""
 
+import contextlib
+import functools
+import io
 import shutil
 
 import numpy as np
 import pytest
+import tiny
 
+from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import functions
 from ddpm_jax import main
+from ddpm_jax import recipe
+from ddpm_jax.diffusion import likelihood
+from ddpm_jax.jobs import sample
+from ddpm_jax.jobs.evaluate import bound
 from ddpm_jax.jobs.evaluate import record
+from ddpm_jax.runtime import parallel
 
 
-@pytest.fixture
-def evaluate(tiny_run, tmp_path):
-  """Evaluates a small run that was trained: the bound last added."""
-  workdir = tmp_path / 'run'
+@pytest.fixture(scope='module')
+def runs(tiny_run, tmp_path_factory):
+  """(the bound that is added, stdout): of the newest weights, of older ones,
+  and of those without the average."""
+  workdir = tmp_path_factory.mktemp('evaluate') / 'run'
   shutil.copytree(tiny_run[0], workdir)
+  args = ['--mode=evaluate', f'--workdir={workdir}']
+  args += ['--config.evaluate.images=11', '--config.evaluate.draws=4']
+  args += ['--config.parallel.data=1']
+  found = []
+  for which in ([], ['--step=160'], ['--config.evaluate.weights=raw']):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+      main.run([*args, *which])
+    found.append((record.read(workdir)['bounds'][-1], out.getvalue()))
+  return found
 
-  def evaluate(*args):
-    main.run(['--mode=evaluate', f'--workdir={workdir}', *args])
-    return record.read(workdir)['bounds'][-1]
 
-  return evaluate
-
-
-def test_the_parts_make_the_whole(evaluate, capsys):
-  e = evaluate('--config.evaluate.images=11', '--config.evaluate.draws=4')
+def test_the_parts_make_the_whole(runs):
+  e, out = runs[0]
   total = e['L_T'] + e['L_1_to_T-1'] + e['L_0']
   assert e['bits_per_dim'] == pytest.approx(total, rel=1e-9)
   assert e['rate'] + e['distortion'] == pytest.approx(total, rel=1e-9)
@@ -32,63 +47,82 @@ def test_the_parts_make_the_whole(evaluate, capsys):
   assert e['times_an_image'] == 5
   assert not e['exact_in_t']
   assert 0 < e['rmse'] < 255
-  out = capsys.readouterr().out
   assert f'{e["bits_per_dim"]:.4f}' in out
   assert 'Monte Carlo' in out
 
 
-def test_one_device_eight_and_pmap_agree(evaluate):
-  common = ['--config.evaluate.images=19', '--config.evaluate.draws=3']
-  common += ['--config.evaluate.batch_size=8']
-  one, *others = (
-    evaluate(*common, *how)
-    for how in (
-      ['--config.parallel.data=1'],
-      ['--config.parallel.data=8'],
-      ['--config.parallel.engine=pmap'],
-      ['--config.parallel.data=1', '--config.evaluate.batch_size=100'],
+def test_raw_weights_and_other_steps_are_other_weights(runs, tiny_run):
+  found = [e for e, _ in runs]
+  assert [f['step'] for f in found] == [200, 160, 200]
+  assert [f['weights'] for f in found] == ['EMA', 'EMA', 'raw']
+  assert len({f['bits_per_dim'] for f in found}) == 3
+  # Without a key of its own it evaluates the weights that sample.
+  changes = {'sampler.weights': 'raw', 'parallel.data': '1'}
+  config = recipe.resolve(None, tiny_run[0], changes)
+  kind, step, _ = sample.restore(
+    *(config, build.mesh(config), tiny_run[0]), key=record.weights_key(config)
+  )
+  assert (kind, step) == ('raw', 200)
+
+
+def bound_of(config, params, images, seed=0):
+  return bound.bound_of(
+    *(config, build.mesh(config), params, build.source(config), images, seed)
+  )
+
+
+def test_one_device_eight_and_pmap_agree():
+  def evaluate(**changes):
+    changes = {'evaluate__batch_size': '8'} | changes
+    config = tiny.config(evaluate__draws='3', **changes)
+    return bound_of(config, tiny.weights(), 19)
+
+  one = evaluate()
+  assert one.terms.shape == (19, 4)
+  for changes in (
+    dict(parallel__data='8'),
+    dict(parallel__engine='pmap', parallel__data='8'),
+    dict(evaluate__batch_size='100'),
+  ):
+    other = evaluate(**changes)
+    np.testing.assert_array_equal(other.t, one.t)
+    # Sums in another order.
+    np.testing.assert_allclose(other.terms, one.terms, rtol=1e-4)
+    np.testing.assert_array_equal(other.prior, one.prior)
+
+
+def test_monte_carlo_agrees_with_exact_within_its_error():
+  exact, rough = (
+    bound.summary(bound_of(config, tiny.weights(), 64, seed), tiny.T)
+    for config, seed in (
+      (tiny.config(evaluate__draws='0'), 0),
+      (tiny.config(evaluate__draws='40'), 3),
     )
   )
-  for other in others:
-    assert other['bits_per_dim'] == pytest.approx(one['bits_per_dim'], rel=1e-5)
-    assert other['L_t_by_t']['t'] == one['L_t_by_t']['t']
-
-
-def test_monte_carlo_agrees_with_exact_within_its_error(evaluate):
-  exact = evaluate('--config.evaluate.images=64')
-  assert exact['exact_in_t']
-  assert exact['L_t_by_t']['t'] == list(range(1, 1001))
+  assert exact['L_t_by_t']['t'] == list(range(1, tiny.T + 1))
   by_t = np.array(exact['L_t_by_t']['bits_per_dim'])
   assert by_t[1:].sum() == pytest.approx(exact['L_1_to_T-1'], rel=1e-6)
-  rough = evaluate(
-    '--config.evaluate.images=64', '--config.evaluate.draws=40', '--seed=3'
-  )
   # The error of `rough` holds that of the images, which both share, as well.
   gap = abs(rough['bits_per_dim'] - exact['bits_per_dim'])
   assert gap < 5 * rough['standard_error']
 
 
-def test_a_learned_network_beats_an_untrained_one(evaluate, tiny_run):
-  assert evaluate('--config.evaluate.draws=10')['bits_per_dim'] < 8
-
-
-def test_raw_weights_and_other_steps_are_other_weights(evaluate):
-  common = ['--config.evaluate.images=8', '--config.evaluate.draws=2']
-  found = [
-    evaluate(*common, *which)
-    for which in (
-      [],
-      ['--step=200'],
-      ['--step=160'],
-      ['--config.evaluate.weights=raw'],
-      ['--config.sampler.weights=raw'],
+def test_a_learned_network_beats_an_untrained_one(tiny_run):
+  changes = {'evaluate.draws': '100', 'parallel.data': '1'}
+  config = recipe.resolve(None, tiny_run[0], changes)
+  mesh = build.mesh(config)
+  init = functools.partial(functions.init_state, config)
+  untrained = parallel.init_state(init, mesh).params
+  *_, trained = sample.restore(config, mesh, tiny_run[0])
+  before, after = (
+    np.sum(
+      likelihood.totals(bound_of(config, x, 64), config.schedule.T), axis=0
     )
-  ]
-  assert found.pop() == found[-1]
-  assert found[0] == found[1]
-  assert [f['step'] for f in found] == [200, 200, 160, 200]
-  assert [f['weights'] for f in found] == ['EMA', 'EMA', 'EMA', 'raw']
-  assert len({f['bits_per_dim'] for f in found}) == 3
+    for x in (untrained, trained)
+  )
+  # Of the same images, times and noise: five standard errors of the gain.
+  gain = before - after
+  assert gain.mean() > 5 * gain.std() / np.sqrt(64)
 
 
 @pytest.mark.parametrize(
