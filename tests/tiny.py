@@ -1,9 +1,12 @@
-"""The tiny recipe on one device, and weights for it that were not trained."""
+"""The tiny recipe on one device, and weights that were not trained."""
 
 import functools
+from typing import Any
 
 import conftest
 import jax
+import numpy as np
+from ml_collections import ConfigDict
 
 from ddpm_jax import functions
 from ddpm_jax import main
@@ -20,12 +23,24 @@ def config(**changes):
   return recipe.resolve(conftest.DIGITS, None, tiny | changes)
 
 
+def drawn(shapes: Any) -> Any:
+  """Random weights of these shapes, also where a network begins with 0.
+
+  NumPy draws them: nothing is compiled.
+  """
+  rng = np.random.default_rng(0)
+
+  def draw(path: Any, x: jax.ShapeDtypeStruct) -> np.ndarray:
+    mean = 1.0 if path[-1].key == 'scale' else 0.0
+    return rng.normal(mean, 0.2, x.shape).astype(x.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def weights_of(config: ConfigDict) -> Any:
+  return drawn(jax.eval_shape(lambda: functions.init_state(config)).params)
+
+
 @functools.cache
 def weights():
-  """Random, also those of the last layer, which begins at 0."""
-  init = functools.partial(functions.init_state, config())
-  params = jax.jit(init)().params
-  key = jax.random.key(1)
-  return jax.tree.map(
-    lambda p: p + 0.1 * jax.random.normal(key, p.shape), params
-  )
+  return weights_of(config())
