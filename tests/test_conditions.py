@@ -364,16 +364,21 @@ def test_guiding_any_prediction_guides_x0_alike(name):
   np.testing.assert_allclose(got, want, atol=1e-3 if name == 'mu' else 1e-5)
 
 
-def test_without_guidance_an_image_is_drawn_as_told():
+@pytest.fixture
+def tiny_network(monkeypatch):
+  tiny.make_known(monkeypatch)
+
+
+def test_without_guidance_an_image_is_drawn_as_told(tiny_network):
   """The shortcut for w = 1 is the guided network at w = 1."""
-  c = config(sampler__guidance=1)
+  c = config(model__name='tiny', sampler__guidance=1)
   x = jax.random.normal(jax.random.key(3), (2, 8, 8, 1))
   t, told = jnp.array([5, 900]), captions.tokens(['a two', 'zero'], 48)
 
   @jax.jit
   def answers(params):
     guided = (
-      functions.reverse_process(config(sampler__guidance=w))
+      functions.reverse_process(config(model__name='tiny', sampler__guidance=w))
       for w in (1, 1 + 1e-6, 0)
     )
     return (
@@ -555,8 +560,9 @@ def test_a_class_that_is_not_there(label):
   assert conditioning.class_number(c, 'seven') == 1
 
 
-def test_classes_take_turns_if_none_is_asked_for():
+def test_classes_take_turns_if_none_is_asked_for(tiny_network):
   c = config(digits, condition__name='label', condition__classes=10)
+  c.model.name = 'tiny'
   params, draw = tiny.weights_of(c), functions.sampler(c, seed=0)
   index = jnp.array([3, 12, 25])
 
