@@ -150,7 +150,7 @@ def test_what_is_clipped_is_the_gradient_of_the_whole_batch(axes, clip):
   assert (norm > clip) == (clip == 0.5)
   each = [clipped({k: x[i : i + 2] for k, x in rows.items()}) for i in range(8)]
   other = np.mean([update for update, _ in each], axis=0)
-  assert (np.abs(other - want).max() > 0.01) == (clip == 0.5)
+  assert np.abs(other - want).max() > 0.01
 
 
 @pytest.mark.parametrize('decay', [0.9, 0.9999])
