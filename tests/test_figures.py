@@ -53,6 +53,11 @@ T = 100
 S = schedules.linear(T, 1e-3, 0.2)
 
 
+@pytest.fixture(autouse=True)
+def tiny_network(monkeypatch):
+  tiny.make_known(monkeypatch)
+
+
 @pytest.fixture
 def trained(tmp_path):
   """A run, as a figure gets it, with changes to its recipe."""
@@ -91,18 +96,21 @@ def test_these_are_all_figures():
   assert set(figures.every()) == set(NAMES)
 
 
-def without_weights(workdir):
-  """A run of which the figure asks no network."""
-  config = recipe.resolve(None, workdir, {})
-  return common.Trained(config, None, None, config.seed, workdir)
+def of_run(workdir):
+  """The run, as --mode=figures gets it."""
+  config = recipe.resolve(None, workdir, {'parallel.data': '1'})
+  mesh = build.mesh(config)
+  *_, params = sample.restore(config, mesh, workdir)
+  return common.Trained(config, mesh, params, config.seed, workdir)
 
 
 def test_a_figure_that_moves_is_written_as_it_was_drawn(tiny_run, tmp_path):
-  args = ['--mode=figures', f'--workdir={tiny_run[0]}', '--figure=forward']
+  args = ['--mode=figures', f'--workdir={tiny_run[0]}']
+  args += ['--figure=progressive', '--num_samples=3']
   path = tmp_path / 'new' / 'a.png'
-  main.run([*args, '--num_samples=3', f'--output={path}'])
-  drawn = pictures.forward(without_weights(tiny_run[0]), count=3)
-  assert drawn.tiles.shape == (3, 11, 8, 8, 1)
+  main.run([*args, '--config.parallel.data=1', f'--output={path}'])
+  drawn = pictures.progressive(of_run(tiny_run[0]), count=3)
+  assert drawn.tiles.shape == (3, 10, 8, 8, 1)
   made = sorted(p.name for p in path.parent.iterdir())
   assert made == ['a.gif', 'a.png']
   with Image.open(path) as file:
@@ -110,8 +118,8 @@ def test_a_figure_that_moves_is_written_as_it_was_drawn(tiny_run, tmp_path):
     whole = images.labelled(drawn.tiles, drawn.titles, drawn.labels)
     np.testing.assert_array_equal(file, whole)
   with Image.open(path.with_suffix('.gif')) as file:
-    assert file.n_frames == len(drawn.frames) == 51
-    for k in (0, 25, 50):
+    assert file.n_frames == len(drawn.frames) == 10
+    for k in (0, 5, 9):
       file.seek(k)
       frame = images.labelled(drawn.frames[k], head=drawn.heads[k])
       # All is gray, and a GIF has 256 colours.
@@ -121,11 +129,28 @@ def test_a_figure_that_moves_is_written_as_it_was_drawn(tiny_run, tmp_path):
 def test_a_figure_with_a_plot_is_put_into_the_workdir(tiny_run, tmp_path):
   workdir = shutil.copytree(tiny_run[0], tmp_path / 'run')
   main.run(['--mode=figures', '--figure=schedules', f'--workdir={workdir}'])
-  drawn = pictures.schedules(without_weights(workdir))
+  drawn = pictures.schedules(of_run(workdir))
   tiles = images.labelled(drawn.tiles, drawn.titles, drawn.labels)
   with Image.open(workdir / 'figure_schedules.png') as file:
     np.testing.assert_array_equal(file, images.stack([drawn.plot, tiles]))
   assert len(list(workdir.glob('figure_*'))) == 1
+
+
+def test_the_forward_process_begins_with_the_image_and_stands_at_its_times(
+  trained,
+):
+  run = trained()
+  drawn = pictures.forward(run, count=3)
+  x0 = common.real(run.config, 0, 3)
+  assert drawn.heads == [f't = {t}' for t in range(51)]
+  assert drawn.titles == drawn.heads[::5]
+  np.testing.assert_array_equal(drawn.frames[0, 0], x0)
+  np.testing.assert_array_equal(
+    drawn.frames[::5, 0], drawn.tiles.swapaxes(0, 1)
+  )
+  # Less and less is left of the images.
+  gap = [np.abs(x[0].astype(int) - x0).mean() for x in drawn.frames[::10]]
+  assert gap == sorted(gap)
 
 
 def test_at_t_1_an_image_is_nearly_itself_and_at_T_it_is_gone(trained):

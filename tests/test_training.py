@@ -112,8 +112,8 @@ def test_what_is_clipped_is_the_gradient_of_the_whole_batch(axes, clip):
   how = axes.get('how', 'jit')
   mesh = parallel.make_mesh(axes['data'], axes.get('fsdp', 1))
   c = base.get_config()
-  # Adam's first step is lr g / (|g| + eps): here g, but for a millionth.
-  c.optimizer.update(warmup=0, learning_rate=1e6, eps=1e6, clip=clip)
+  # Adam's first step is lr g / (|g| + eps): here g, but for rounding.
+  c.optimizer.update(warmup=0, learning_rate=1e8, eps=1e8, clip=clip)
   start = {'w': jnp.linspace(-1, 1, 8), 'b': jnp.float32(0.5)}
   rows = {
     'w': np.random.default_rng(0).normal(1, 10, (16, 8)).astype(np.float32),
@@ -150,7 +150,7 @@ def test_what_is_clipped_is_the_gradient_of_the_whole_batch(axes, clip):
   assert (norm > clip) == (clip == 0.5)
   each = [clipped({k: x[i : i + 2] for k, x in rows.items()}) for i in range(8)]
   other = np.mean([update for update, _ in each], axis=0)
-  assert (np.abs(other - want).max() > 0.01) == (clip == 0.5)
+  assert np.abs(other - want).max() > 0.01
 
 
 @pytest.mark.parametrize('decay', [0.9, 0.9999])
@@ -194,20 +194,19 @@ def one_step_in(dtype):
   c = digits.get_config()
   c.batch_size = 32
   c.model.update(
-    channels=8, multipliers=(1,), attention=(8,), groups=4, dtype=dtype
+    channels=8, multipliers=(1,), attention=(), groups=4, dtype=dtype
   )
-  before = jax.jit(functools.partial(functions.init_state, c))()
-  key = jax.random.key(1)
-  # The last layer begins at 0, and so would the answer.
-  params = jax.tree.map(
-    lambda p: p + 0.1 * jax.random.normal(key, p.shape), before.params
-  )
+  shapes = jax.eval_shape(functools.partial(functions.init_state, c)).params
+  rng = np.random.default_rng(0)
+  # Not the initial ones, by which the network answers 0.
+  params = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape), shapes)
+  params = jax.tree.map(np.float32, params)
   batch = build.source(c).gather(np.arange(32)) | {'index': np.arange(32)}
   step = jax.jit(functions.train_step(c, 1))
-  after, metrics = step(before.replace(params=params), batch)
+  after, metrics = step(functions.begin(c, params), batch)
   loss, adam = functions.loss_fn(c), after.opt_state[1][0]
   gradient = jax.eval_shape(
-    jax.grad(lambda p: loss(p, key, batch)[0].mean()), params
+    jax.grad(lambda p: loss(p, jax.random.key(0), batch)[0].mean()), params
   )
   trees = gradient, after.params, after.ema_params, adam.mu, adam.nu
   return np.array([metrics['loss'], metrics['grad_norm']]), (trees, metrics)
@@ -244,7 +243,7 @@ def test_a_flip_mirrors_half_of_the_images_left_to_right():
 def test_the_loss_at_initialisation_is_1():
   """The network answers 0 then, and E ε² = 1."""
   c = digits.get_config()
-  c.model.update(channels=8, groups=4)
+  c.model.update(channels=8, multipliers=(1,), attention=(), groups=4)
   c.batch_size = 256
   s = jax.jit(functools.partial(functions.init_state, c))()
   batch = {
