@@ -253,20 +253,6 @@ def test_samples_that_share_all_are_equal_and_that_share_nothing_differ(
   np.testing.assert_allclose(last[0], samples(trained(), 1)[0], atol=1)
 
 
-def test_a_figure_is_the_same_on_one_device_eight_and_pmap(trained):
-  one, *others = (
-    pictures.shared(trained(**how), count=2).tiles.astype(int)
-    for how in (
-      {'parallel__data': '1'},
-      {'parallel__data': '8'},
-      {'parallel__engine': 'pmap'},
-    )
-  )
-  for other in others:
-    # A rounding may lie on either side of a gray's edge.
-    assert np.abs(other - one).max() <= 1
-
-
 def test_greedy_is_the_mean_and_adds_no_noise():
   x_T = process.normal(keys(5, 1), (4,))
   net = gaussian.model_fn(S, 0.4, 0.3)
