@@ -8,6 +8,7 @@ import json
 import gaussian
 import jax
 import jax.numpy as jnp
+import jitted
 import numpy as np
 import pytest
 from PIL import Image
@@ -78,8 +79,8 @@ def test_what_is_known_comes_back_exactly(name):
   net = gaussian.model_fn(S, 0.4, 0.3)
   x_T = process.normal(keys(2, 1), (16, 16, 1))
   inpaint = editing.inpaint(step(name), pixels.to_float(grays), mask[..., None])
-  times = editing.jumps(T, 20, 2)
-  x_0, *_ = samplers.sample(inpaint, S, net, keys(2), x_T, times=times)
+  times = tuple(editing.jumps(T, 20, 2))
+  x_0 = jitted.sample(inpaint, S, net, keys(2), x_T, times=times).x_0
   known = np.broadcast_to(~mask[..., None], grays.shape)
   for image in np.asarray(pixels.to_uint8(x_0)):
     np.testing.assert_array_equal(image[known], np.asarray(grays)[known])
@@ -91,7 +92,7 @@ def test_with_nothing_known_and_no_jumps_it_is_the_sampler():
   x_T = process.normal(keys(3, 1), (4,))
   all_anew = editing.inpaint(step('ddim'), jnp.zeros(4), jnp.ones(4, bool))
   one, other = (
-    samplers.sample(way, S, net, keys(3), x_T)[0]
+    jitted.sample(way, S, net, keys(3), x_T).x_0
     for way in (all_anew, step('ddim'))
   )
   np.testing.assert_allclose(one, other, atol=1e-6)
@@ -103,28 +104,25 @@ def test_the_way_up_and_down_again_leaves_the_data_as_they_are():
   net = gaussian.model_fn(S, 0.0, 1.0)
   x_T = process.normal(keys(N, 1), (1,))
   all_anew = editing.inpaint(step(), jnp.zeros(1), jnp.ones(1, bool))
-  times = [t for t in editing.jumps(T, 25, 3) if t > 1]
-  x, *_ = samplers.sample(all_anew, S, net, keys(N), x_T, times=times)
+  times = tuple(t for t in editing.jumps(T, 25, 3) if t > 1)
+  x = jitted.sample(all_anew, S, net, keys(N), x_T, times=times).x_0
   # All x_t are N(0, 1), by σ² = β; five standard errors.
   assert abs(float(x.mean())) < 5 / np.sqrt(N)
   assert abs(float(x.var()) - 1) < 5 * np.sqrt(2 / N)
   # Of another visit there is other noise: a part done twice is not undone.
-  once, *_ = samplers.sample(
-    all_anew, S, net, keys(N), x_T, times=range(T, 1, -1)
-  )
+  times = range(T, 1, -1)
+  once = jitted.sample(all_anew, S, net, keys(N), x_T, times=times).x_0
   assert np.mean(np.asarray(x) != np.asarray(once)) > 0.99
 
 
 def pair(rho):
   """E[ε | x_t] of two pixels with correlation ρ, N(0, 1) each."""
-  sigma = jnp.array([[1.0, rho], [rho, 1.0]])
 
   def eps_hat(x_t, t):
-    a, n = S.alpha_bar[t], S.one_minus_alpha_bar[t]
-    total = a[:, None, None] * sigma[None]
-    total += n[:, None, None] * jnp.eye(2)[None]
-    solved = jnp.linalg.solve(total, x_t[..., None])[..., 0]
-    return jnp.sqrt(n)[:, None] * solved
+    a, n = S.alpha_bar[t][:, None], S.one_minus_alpha_bar[t][:, None]
+    # x_t has the covariance [[1, q], [q, 1]].
+    q = a * rho
+    return jnp.sqrt(n) * (x_t - q * x_t[:, ::-1]) / (1 - q**2)
 
   return eps_hat
 
@@ -137,8 +135,9 @@ def test_resampling_makes_the_new_fit_the_known():
   inpaint = editing.inpaint(step(), known, mask)
   off = {}
   for resample in (1, 5):
-    times = editing.jumps(T, 10, resample)
-    x_0, *_ = samplers.sample(inpaint, S, pair(rho), keys(N), x_T, times=times)
+    times = tuple(editing.jumps(T, 10, resample))
+    net = pair(rho)
+    x_0 = jitted.sample(inpaint, S, net, keys(N), x_T, times=times).x_0
     np.testing.assert_array_equal(x_0[:, 0], 1.5)
     off[resample] = abs(float(x_0[:, 1].mean()) - 1.5 * rho)
   assert off[5] < off[1] / 2

@@ -1,30 +1,50 @@
 """`--mode=evaluate`: the same numbers on any devices, and honest ones."""
 
+import contextlib
+import functools
+import io
 import shutil
 
+import jax
 import numpy as np
 import pytest
+import tiny
 
+from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import functions
 from ddpm_jax import main
+from ddpm_jax import recipe
+from ddpm_jax.diffusion import likelihood
+from ddpm_jax.jobs import sample
+from ddpm_jax.jobs.evaluate import bound
 from ddpm_jax.jobs.evaluate import record
 
 
-@pytest.fixture
-def evaluate(tiny_run, tmp_path):
-  """Evaluates a small run that was trained: the bound last added."""
-  workdir = tmp_path / 'run'
+@pytest.fixture(autouse=True)
+def tiny_network(monkeypatch):
+  tiny.make_known(monkeypatch)
+
+
+@pytest.fixture(scope='module')
+def runs(tiny_run, tmp_path_factory):
+  """(the bound that is added, stdout): of the newest weights, of older ones,
+  and of those without the average."""
+  workdir = tmp_path_factory.mktemp('evaluate') / 'run'
   shutil.copytree(tiny_run[0], workdir)
+  args = ['--mode=evaluate', f'--workdir={workdir}']
+  args += ['--config.evaluate.images=11', '--config.evaluate.draws=4']
+  args += ['--config.parallel.data=1']
+  found = []
+  for which in ([], ['--step=160'], ['--config.evaluate.weights=raw']):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+      main.run([*args, *which])
+    found.append((record.read(workdir)['bounds'][-1], out.getvalue()))
+  return found
 
-  def evaluate(*args):
-    main.run(['--mode=evaluate', f'--workdir={workdir}', *args])
-    return record.read(workdir)['bounds'][-1]
 
-  return evaluate
-
-
-def test_the_parts_make_the_whole(evaluate, capsys):
-  e = evaluate('--config.evaluate.images=11', '--config.evaluate.draws=4')
+def test_the_parts_make_the_whole(runs):
+  e, out = runs[0]
   total = e['L_T'] + e['L_1_to_T-1'] + e['L_0']
   assert e['bits_per_dim'] == pytest.approx(total, rel=1e-9)
   assert e['rate'] + e['distortion'] == pytest.approx(total, rel=1e-9)
@@ -32,63 +52,76 @@ def test_the_parts_make_the_whole(evaluate, capsys):
   assert e['times_an_image'] == 5
   assert not e['exact_in_t']
   assert 0 < e['rmse'] < 255
-  out = capsys.readouterr().out
   assert f'{e["bits_per_dim"]:.4f}' in out
   assert 'Monte Carlo' in out
 
 
-def test_one_device_eight_and_pmap_agree(evaluate):
-  common = ['--config.evaluate.images=19', '--config.evaluate.draws=3']
-  common += ['--config.evaluate.batch_size=8']
-  one, *others = (
-    evaluate(*common, *how)
-    for how in (
-      ['--config.parallel.data=1'],
-      ['--config.parallel.data=8'],
-      ['--config.parallel.engine=pmap'],
-      ['--config.parallel.data=1', '--config.evaluate.batch_size=100'],
+def test_raw_weights_and_other_steps_are_other_weights(runs, tiny_run):
+  found = [e for e, _ in runs]
+  assert [f['step'] for f in found] == [200, 160, 200]
+  assert [f['weights'] for f in found] == ['EMA', 'EMA', 'raw']
+  assert len({f['bits_per_dim'] for f in found}) == 3
+  # Without a key of its own it evaluates the weights that sample.
+  changes = {'sampler.weights': 'raw', 'parallel.data': '1'}
+  config = recipe.resolve(None, tiny_run[0], changes)
+  kind, step, _ = sample.restore(
+    *(config, build.mesh(config), tiny_run[0]), key=record.weights_key(config)
+  )
+  assert (kind, step) == ('raw', 200)
+
+
+def bound_of(config, params, images, seed=0):
+  return bound.bound_of(
+    *(config, build.mesh(config), params, build.source(config), images, seed)
+  )
+
+
+def test_images_are_evaluated_alike_in_batches_of_any_size():
+  """Of 19 images in batches of 8 the last is not full."""
+  rough = dict(evaluate__draws='3')
+  some, all_ = (
+    bound_of(tiny.config(evaluate__batch_size=n, **rough), tiny.weights(), 19)
+    for n in ('8', '100')
+  )
+  assert some.terms.shape == (19, 4)
+  np.testing.assert_array_equal(some.t, all_.t)
+  # Sums in another order.
+  np.testing.assert_allclose(some.terms, all_.terms, rtol=1e-4)
+
+
+def test_monte_carlo_agrees_with_exact_within_its_error():
+  exact, rough = (
+    bound.summary(bound_of(config, tiny.weights(), 64, seed), tiny.T)
+    for config, seed in (
+      (tiny.config(evaluate__draws='0'), 0),
+      (tiny.config(evaluate__draws='40'), 3),
     )
   )
-  for other in others:
-    assert other['bits_per_dim'] == pytest.approx(one['bits_per_dim'], rel=1e-5)
-    assert other['L_t_by_t']['t'] == one['L_t_by_t']['t']
-
-
-def test_monte_carlo_agrees_with_exact_within_its_error(evaluate):
-  exact = evaluate('--config.evaluate.images=64')
-  assert exact['exact_in_t']
-  assert exact['L_t_by_t']['t'] == list(range(1, 1001))
+  assert exact['L_t_by_t']['t'] == list(range(1, tiny.T + 1))
   by_t = np.array(exact['L_t_by_t']['bits_per_dim'])
   assert by_t[1:].sum() == pytest.approx(exact['L_1_to_T-1'], rel=1e-6)
-  rough = evaluate(
-    '--config.evaluate.images=64', '--config.evaluate.draws=40', '--seed=3'
-  )
   # The error of `rough` holds that of the images, which both share, as well.
   gap = abs(rough['bits_per_dim'] - exact['bits_per_dim'])
   assert gap < 5 * rough['standard_error']
 
 
-def test_a_learned_network_beats_an_untrained_one(evaluate, tiny_run):
-  assert evaluate('--config.evaluate.draws=10')['bits_per_dim'] < 8
-
-
-def test_raw_weights_and_other_steps_are_other_weights(evaluate):
-  common = ['--config.evaluate.images=8', '--config.evaluate.draws=2']
-  found = [
-    evaluate(*common, *which)
-    for which in (
-      [],
-      ['--step=200'],
-      ['--step=160'],
-      ['--config.evaluate.weights=raw'],
-      ['--config.sampler.weights=raw'],
-    )
+def test_a_trained_network_beats_an_untrained_one():
+  config = tiny.config(evaluate__draws='0', optimizer__warmup='0')
+  source, step = build.source(config), functions.train_step(config, 1)
+  state = jax.jit(functools.partial(functions.init_state, config))()
+  untrained, index = state.params, np.arange(16)
+  batches = [
+    source.gather(64 + 16 * i + index) | {'index': index} for i in range(100)
   ]
-  assert found.pop() == found[-1]
-  assert found[0] == found[1]
-  assert [f['step'] for f in found] == [200, 200, 160, 200]
-  assert [f['weights'] for f in found] == ['EMA', 'EMA', 'EMA', 'raw']
-  assert len({f['bits_per_dim'] for f in found}) == 3
+  batches = jax.tree.map(lambda *rows: np.stack(rows), *batches)
+  state, _ = jax.jit(functools.partial(jax.lax.scan, step))(state, batches)
+  before, after = (
+    sum(likelihood.totals(bound_of(config, x, 64), tiny.T))
+    for x in (untrained, state.params)
+  )
+  # Of the same images and noise: five standard errors of the gain.
+  gain = before - after
+  assert gain.mean() > 5 * gain.std() / np.sqrt(64)
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,23 @@ def test_png_files_hold_the_pixels_exactly(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ['a.png']
 
 
-def test_a_curve_is_a_picture(tmp_path):
+def test_a_picture_of_a_curve_shows_its_values(tmp_path):
   x = np.arange(1, 100)
-  images.save_curve(tmp_path / 'c.png', x, 1 / x, 'step', 'loss')
-  with Image.open(tmp_path / 'c.png') as file:
-    assert file.size == (800, 450)
-    assert len(np.unique(np.asarray(file))) > 10  # something is drawn
+
+  def picture(y):
+    images.save_curve(tmp_path / 'c.png', x, y, 'step', 'loss')
+    with Image.open(tmp_path / 'c.png') as file:
+      assert file.size == (800, 450)
+      return np.asarray(file.convert('RGB')).astype(int)
+
+  falling, rising = picture(1 / x), picture(1 / x[::-1])
+  # The axes are the same, and curves are thin.
+  differs = np.any(falling != rising, axis=-1)
+  assert 0.002 < differs.mean() < 0.05
+  blue = [half[..., 2] - half[..., 0] > 50 for half in (falling, rising)]
+  top, bottom = slice(0, 225), slice(225, 450)
+  assert np.argmax(blue[0][top].any(0)) < np.argmax(blue[0][bottom].any(0))
+  assert np.argmax(blue[1][top].any(0)) > np.argmax(blue[1][bottom].any(0))
 
 
 def test_a_smoothed_curve_lies_on_what_falls_steadily():

@@ -459,14 +459,14 @@ def mistake(*args):
   ],
   ids=lambda x: ' '.join(x)[-40:] if isinstance(x, list) else '',
 )
-def test_mistakes_are_named_within_seconds(
+def test_mistakes_are_named_and_nothing_is_begun(
   args, message, tmp_path, monkeypatch
 ):
   monkeypatch.chdir(ROOT)
   if '--workdir=runs/none' not in args and '--mode=sample' not in args:
     args = [*args, f'--workdir={tmp_path / "new"}']
   assert message in mistake(*args)
-  assert not (tmp_path / 'new').exists()  # nothing was begun
+  assert not (tmp_path / 'new').exists()
 
 
 def test_a_recipe_with_a_fault_is_named_with_its_line(tmp_path):

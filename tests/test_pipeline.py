@@ -109,6 +109,27 @@ def test_a_state_resumes_where_it_was_taken_in_every_process():
     )
 
 
+def test_two_processes_go_on_in_the_middle_of_the_shuffle_of_one():
+  def open_one(**share):
+    return pipeline.batches(numbered(21), batch_size=8, seed=2, **share)
+
+  one = open_one()
+  draw(one, 5)
+  state = json.loads(json.dumps(one.get_state()))
+  parts = []
+  for i in range(2):
+    part = open_one(process_index=i, process_count=2)
+    part.set_state(state)
+    parts.append(labels(draw(part, 6)))
+  rest = labels(draw(one, 6))
+  np.testing.assert_array_equal(np.concatenate(parts, axis=1), rest)
+  # After 40 images the second epoch has two left, and then come two others.
+  third, fourth = rest.ravel()[2:44].reshape(2, 21)
+  for epoch in (third, fourth):
+    np.testing.assert_array_equal(np.sort(epoch), np.arange(21))
+  assert np.any(third != fourth)
+
+
 def test_start_is_as_if_so_many_batches_had_been_drawn():
   def open_at(start):
     return pipeline.batches(numbered(2001), batch_size=8, seed=2, start=start)

@@ -157,6 +157,7 @@ def test_a_damaged_file_costs_no_finished_work(damage, tmp_path, caplog):
   assert bits(tmp_path) == [4.0]
   (aside,) = tmp_path.glob('evaluation.json.damaged-*')
   assert aside.read_bytes() == text
+  assert caplog.messages
   assert all('evaluation.json is damaged' in m for m in caplog.messages)
   assert not any('\n' in m for m in caplog.messages)
 

@@ -9,10 +9,13 @@ import optax
 import pytest
 
 from configs import base
+from configs import digits
+from configs import swiss_roll
 from ddpm_jax import build
 from ddpm_jax import functions
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import training
+from ddpm_jax.runtime import parallel
 
 BATCH = {'x': jnp.linspace(-1, 1, 12), 'index': jnp.arange(12)}
 
@@ -98,6 +101,126 @@ def test_gradients_are_clipped_to_a_global_norm_of_1(norm, seen):
   np.testing.assert_allclose(-update['w'][0], seen / 1e6, rtol=1e-5)
 
 
+@pytest.mark.parametrize('clip', [0.5, 100.0])
+@pytest.mark.parametrize(
+  'axes',
+  [dict(data=1), dict(data=8), dict(data=1, fsdp=8), dict(data=8, how='pmap')],
+  ids=str,
+)
+def test_what_is_clipped_is_the_gradient_of_the_whole_batch(axes, clip):
+  """g min(1, c/‖g‖) of the mean g over all devices, and not of each one's."""
+  how = axes.get('how', 'jit')
+  mesh = parallel.make_mesh(axes['data'], axes.get('fsdp', 1))
+  c = base.get_config()
+  # Adam's first step is lr g / (|g| + eps): here g, but for rounding.
+  c.optimizer.update(warmup=0, learning_rate=1e8, eps=1e8, clip=clip)
+  start = {'w': jnp.linspace(-1, 1, 8), 'b': jnp.float32(0.5)}
+  rows = {
+    'w': np.random.default_rng(0).normal(1, 10, (16, 8)).astype(np.float32),
+    'b': np.linspace(0, 1, 16, dtype=np.float32),
+    'index': np.arange(16, dtype=np.int32),
+  }
+
+  def linear(params, key, batch, history):
+    return batch['w'] @ params['w'] + batch['b'] * params['b'], None
+
+  def init():
+    params = jax.tree.map(jnp.copy, start)
+    return training.TrainState.create(
+      apply_fn=None, params=params, ema_params=start, tx=build.optimizer(c)
+    )
+
+  step = functools.partial(
+    training.train_step, loss_fn=linear, key=jax.random.key(0), ema=0.9
+  )
+  before = parallel.init_state(init, mesh)
+  compiled = parallel.compile_step(step, mesh, how, before)
+  after, metrics = compiled(before, parallel.put(rows, mesh, how))
+
+  def clipped(rows):
+    g = np.append(rows['w'].mean(0), rows['b'].mean())
+    norm = np.linalg.norm(g)
+    return g * min(1, clip / norm), norm
+
+  want, norm = clipped(rows)
+  got = np.append(start['w'] - after.params['w'], 0.5 - after.params['b'])
+  # Weights of 1 and updates of at most 6 are rounded to 6e-8 of themselves.
+  np.testing.assert_allclose(got, want, atol=2e-6, rtol=2e-6)
+  assert metrics['grad_norm'] == pytest.approx(norm, rel=1e-6)
+  assert (norm > clip) == (clip == 0.5)
+  each = [clipped({k: x[i : i + 2] for k, x in rows.items()}) for i in range(8)]
+  other = np.mean([update for update, _ in each], axis=0)
+  assert np.abs(other - want).max() > 0.01
+
+
+@pytest.mark.parametrize('decay', [0.9, 0.9999])
+def test_the_average_of_many_steps_is_its_closed_form(decay):
+  """d^n p_0 + Σ_k (1-d) d^(n-k) p_k: from the first step on, no warm-up."""
+  c, n = swiss_roll.get_config(), 50
+  c.batch_size = 8
+  c.model.update(channels=8, blocks=1)
+  c.optimizer.update(ema=decay, warmup=0, learning_rate=0.1)
+  batch = build.source(c).gather(np.arange(8))
+  batch['index'] = np.arange(8)
+  train_step = functions.train_step(c, 1)
+
+  def body(state, _):
+    state, _ = train_step(state, batch)
+    return state, state.params
+
+  first = jax.jit(functools.partial(functions.init_state, c))()
+  last, after = jax.jit(lambda s: jax.lax.scan(body, s, length=n))(first)
+  share = decay ** np.arange(n, -1, -1)
+  share[1:] *= 1 - decay
+  assert share.sum() == pytest.approx(1)
+
+  def closed(p_0, p):
+    every = np.concatenate([np.asarray(p_0)[None], p]).astype(np.float64)
+    return np.tensordot(share, every, 1)
+
+  want = jax.tree.map(closed, first.params, after)
+  # n steps that round weights of up to 4 to 6e-8 of themselves, two at a time.
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=0, atol=n * 5e-7),
+    last.ema_params,
+    want,
+  )
+  moved = jax.tree.map(lambda p, q: np.abs(p - q).max(), want, first.params)
+  assert min(jax.tree.leaves(moved)) > 1e-3
+
+
+def one_step_in(dtype):
+  """(loss and norm of the gradient, what must be float32) of one step."""
+  c = digits.get_config()
+  c.batch_size = 32
+  c.model.update(
+    channels=8, multipliers=(1,), attention=(), groups=4, dtype=dtype
+  )
+  shapes = jax.eval_shape(functools.partial(functions.init_state, c)).params
+  rng = np.random.default_rng(0)
+  # Not the initial ones, by which the network answers 0.
+  params = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape), shapes)
+  params = jax.tree.map(np.float32, params)
+  batch = build.source(c).gather(np.arange(32)) | {'index': np.arange(32)}
+  step = jax.jit(functions.train_step(c, 1))
+  after, metrics = step(functions.begin(c, params), batch)
+  loss, adam = functions.loss_fn(c), after.opt_state[1][0]
+  gradient = jax.eval_shape(
+    jax.grad(lambda p: loss(p, jax.random.key(0), batch)[0].mean()), params
+  )
+  trees = gradient, after.params, after.ema_params, adam.mu, adam.nu
+  return np.array([metrics['loss'], metrics['grad_norm']]), (trees, metrics)
+
+
+def test_a_step_in_bfloat16_keeps_in_float32_all_that_lasts():
+  exact, _ = one_step_in('float32')
+  rough, kept = one_step_in('bfloat16')
+  assert {x.dtype.name for x in jax.tree.leaves(kept)} == {'float32'}
+  # bfloat16 rounds to 0.4%, and errors of 32 x 64 pixels average out.
+  np.testing.assert_allclose(rough, exact, rtol=0.02)
+  assert np.all(rough != exact)
+
+
 def test_uint8_survives_the_way_to_float_and_back():
   all_values = jnp.arange(256, dtype=jnp.uint8)
   x = pixels.to_float(all_values)
@@ -119,10 +242,8 @@ def test_a_flip_mirrors_half_of_the_images_left_to_right():
 
 def test_the_loss_at_initialisation_is_1():
   """The network answers 0 then, and E ε² = 1."""
-  from configs import digits
-
   c = digits.get_config()
-  c.model.update(channels=8, groups=4)
+  c.model.update(channels=8, multipliers=(1,), attention=(), groups=4)
   c.batch_size = 256
   s = jax.jit(functools.partial(functions.init_state, c))()
   batch = {

@@ -1,0 +1,147 @@
+"""What jobs make is the same on one device, on eight, and under pmap."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from configs import digits_text
+from configs import swiss_roll
+from ddpm_jax import build
+from ddpm_jax import functions
+from ddpm_jax import recipe
+from ddpm_jax.data import captions
+from ddpm_jax.diffusion import process
+from ddpm_jax.jobs.evaluate import bound
+from ddpm_jax.jobs.figures import common
+from ddpm_jax.jobs.figures import pictures
+from ddpm_jax.runtime import parallel
+
+pytestmark = pytest.mark.eight_devices
+
+
+@pytest.fixture(autouse=True)
+def tiny_network(monkeypatch):
+  tiny.make_known(monkeypatch)
+
+
+EIGHT = dict(parallel__data='8')
+PMAP = dict(parallel__data='8', parallel__engine='pmap')
+
+
+@functools.cache
+def trained_with_texts(**changes):
+  """Losses of two steps with texts, and guided samples."""
+  c = digits_text.get_config()
+  c.model.update(channels=8, multipliers=(1,), groups=4)
+  c.condition.update(width=8, depth=1)
+  c.batch_size, c.sampler.steps = 16, 4
+  recipe.override(c, {k.replace('__', '.'): v for k, v in changes.items()})
+  mesh, how, source = build.mesh(c), c.parallel.engine, build.source(c)
+  begin = functools.partial(functions.begin, c)
+  state = parallel.init_state(begin, mesh, tiny.weights_of(c))
+  step = parallel.compile_step(
+    functions.train_step(c, mesh.size), mesh, how, state
+  )
+  losses = []
+  for i in range(2):
+    index = np.arange(16, dtype=np.int32)
+    batch = {**source.gather(index + 16 * i), 'index': index}
+    state, metrics = step(state, parallel.put(batch, mesh, how))
+    losses.append([float(metrics['loss']), float(metrics['grad_norm'])])
+  draw = parallel.compile_map(
+    functions.sampler(c, seed=0), mesh, how, state.ema_params
+  )
+  rows = {
+    'index': np.arange(16, dtype=np.int32),
+    'condition': np.repeat(captions.tokens(['a two', 'zero'], 48), 8, axis=0),
+  }
+  return np.array(losses), draw(state.ema_params, parallel.put(rows, mesh, how))
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    dict(parallel__data='2', parallel__fsdp='4'),
+    pytest.param(PMAP, marks=pytest.mark.slow),
+  ],
+  ids=lambda changes: ' '.join(f'{k}={v}' for k, v in changes.items()),
+)
+def test_texts_and_guidance(changes):
+  losses, (drawn, *_) = trained_with_texts(**changes)
+  one_losses, (one_drawn, *_) = trained_with_texts(parallel__data='1')
+  # As in test_parallel.
+  np.testing.assert_allclose(losses, one_losses, rtol=2e-5)
+  assert np.abs(drawn.astype(int) - one_drawn).max() <= 1
+  assert np.mean(drawn != one_drawn) < 0.01
+  assert np.ptp(one_drawn) > 100
+
+
+def test_a_step_that_looks_back():
+  """With points: their network is soon compiled."""
+  drawn = []
+  for data in (1, 8):
+    c = swiss_roll.get_config()
+    c.model.update(channels=8, blocks=1)
+    c.sampler.update(name='dpm_solver_pp_2m', steps=10)
+    c.parallel.data = data
+    mesh, params = build.mesh(c), tiny.weights_of(c)
+    draw = parallel.compile_map(functions.sampler(c, 0), mesh, 'jit', params)
+    index = parallel.put(np.arange(16, dtype=np.int32), mesh, 'jit')
+    drawn.append(draw(params, index).images)
+  # Sums in another order, over ten steps.
+  np.testing.assert_allclose(*drawn, rtol=1e-4, atol=1e-4)
+  assert drawn[0].std() > 0.1
+
+
+def figure(**changes):
+  config = tiny.config(**changes)
+  return common.Trained(config, build.mesh(config), tiny.weights(), 0, None)
+
+
+def test_what_a_figure_maps():
+  """Three rows, which eight devices cannot share evenly."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  rows = {'key': keys, 'x': np.arange(3, dtype=np.float32)}
+
+  def fn(params, rows):
+    noise = process.normal(rows['key'], (4,))
+    return noise * params['Conv_0']['bias'][:4] + rows['x'][:, None]
+
+  one, *others = (
+    figure(**changes).map(fn, rows)
+    for changes in ({}, EIGHT, PMAP, dict(parallel__fsdp='8'))
+  )
+  assert one.shape == (3, 4)
+  for other in others:
+    np.testing.assert_allclose(other, one, rtol=1e-6)
+
+
+def test_a_figure():
+  one, other = (
+    pictures.shared(figure(**changes), count=2).tiles.astype(int)
+    for changes in ({}, PMAP)
+  )
+  # A rounding may lie on either side of a gray's edge.
+  assert np.abs(other - one).max() <= 1
+  assert np.ptp(one) > 100
+
+
+def test_a_bound():
+  """Of 19 images in batches of 8: the last is not full."""
+
+  def bound_of(**changes):
+    c = tiny.config(evaluate__draws='3', evaluate__batch_size='8', **changes)
+    source, params = build.source(c), tiny.weights()
+    return bound.bound_of(c, build.mesh(c), params, source, 19, 0)
+
+  one = bound_of()
+  assert one.terms.shape == (19, 4)
+  for changes in (EIGHT, PMAP):
+    other = bound_of(**changes)
+    np.testing.assert_array_equal(other.t, one.t)
+    # Sums in another order.
+    np.testing.assert_allclose(other.terms, one.terms, rtol=1e-4)
+    np.testing.assert_array_equal(other.prior, one.prior)
