@@ -12,6 +12,7 @@ import jitted
 import numpy as np
 import pytest
 import tensorflow_datasets
+import tiny
 from PIL import Image
 
 from configs import digits
@@ -48,6 +49,11 @@ def config(module=digits_text, **changes):
     c.condition.update(width=8, depth=1)
   recipe.override(c, {k.replace('__', '.'): str(v) for k, v in changes.items()})
   return c
+
+
+@pytest.fixture(autouse=True)
+def tiny_network(monkeypatch):
+  tiny.make_known(monkeypatch)
 
 
 def text(row):
@@ -239,40 +245,40 @@ def test_states_that_are_not_there_are_not_seen():
   states = jax.random.normal(k[1], (2, 5, 12))
   mask = jnp.arange(5) < jnp.array([[2], [4]])
   context = condition.Context(jax.random.normal(k[2], (2, 12)), states, mask)
-  params = net.init(k[3], x, t, context)
+  params = jax.jit(net.init)(k[3], x, t, context)
   # Outputs start at 0: let all weights be something.
   params = jax.tree.map(
     lambda p: p + 0.1 * jax.random.normal(k[4], p.shape), params
   )
-  want = net.apply(params, x, t, context)
+  answer = jax.jit(
+    lambda states: net.apply(params, x, t, context._replace(states=states))
+  )
+  want = answer(states)
   noise = jax.random.normal(k[5], states.shape)
   hidden = jnp.where(mask[..., None], states, noise)
-  got = net.apply(params, x, t, context._replace(states=hidden))
+  got = answer(hidden)
   np.testing.assert_allclose(got, want, atol=1e-6)
   seen = jnp.where(mask[..., None], noise, states)
-  other = net.apply(params, x, t, context._replace(states=seen))
-  assert jnp.abs(other - want).max() > 1e-3
+  assert jnp.abs(answer(seen) - want).max() > 1e-3
 
 
 @pytest.mark.parametrize('n', [3, 20])
 def test_a_text_is_read_to_its_end_and_no_further(n):
   encoder = condition.Text(20, 8, 2)
   tokens = captions.tokens(['x' * n, ''], 20)
-  params = encoder.init(jax.random.key(0), tokens)
-  context = encoder.apply(params, tokens)
+  params = jax.jit(encoder.init)(jax.random.key(0), tokens)['params']
+  table = params['Embed_1']['embedding']
+
+  @jax.jit
+  @functools.partial(jax.grad, has_aux=True)
+  def read(table):
+    changed = {**params, 'Embed_1': {'embedding': table}}
+    context = encoder.apply({'params': changed}, tokens)
+    return context.pooled[0].sum() ** 2, context
+
+  gradient, context = read(table)
   assert context.states.shape == (2, 21, 8)
   assert context.mask.sum(1).tolist() == [n + 1, 1]
-  gradient = jax.grad(
-    lambda table: (
-      encoder.apply(
-        {'params': {**params['params'], 'Embed_1': {'embedding': table}}},
-        tokens,
-      )
-      .pooled[0]
-      .sum()
-      ** 2
-    )
-  )(params['params']['Embed_1']['embedding'])
   assert np.all(gradient[n + 1 :] == 0)
   assert np.all(np.abs(gradient[: n + 1]).max(1) > 0)
 
@@ -283,14 +289,15 @@ def test_what_a_frozen_encoder_said_is_read_where_there_is_any():
   mask = jnp.arange(5) < jnp.array([[2], [5], [0]])
   states = jax.random.normal(k[0], (3, 5, 12)).astype(jnp.float16)
   given = {'states': states, 'mask': mask}
-  params = encoder.init(k[1], given)
-  want = encoder.apply(params, given)
+  params = jax.jit(encoder.init)(k[1], given)
+  apply = jax.jit(encoder.apply)
+  want = apply(params, given)
   assert want.mask.sum(1).tolist() == [3, 6, 1]
   noise = jax.random.normal(k[2], states.shape).astype(jnp.float16)
   hidden = jnp.where(mask[..., None], states, noise)
-  got = encoder.apply(params, {'states': hidden, 'mask': mask})
+  got = apply(params, {'states': hidden, 'mask': mask})
   np.testing.assert_allclose(got.pooled, want.pooled, atol=1e-6)
-  nothing = encoder.apply(params, encoder.nothing(1))
+  nothing = apply(params, encoder.nothing(3))
   np.testing.assert_allclose(nothing.pooled[0], want.pooled[2], atol=1e-6)
   assert jnp.abs(want.pooled[0] - want.pooled[2]).max() > 1e-2
 
@@ -365,7 +372,7 @@ def test_guiding_any_prediction_guides_x0_alike(name):
 @functools.cache
 def trained(**changes):
   """Losses of three steps with texts, and guided samples."""
-  c = config(**changes)
+  c = config(model__attention=(), **changes)
   mesh, how = build.mesh(c), c.parallel.engine
   source = build.source(c)
   state = parallel.init_state(functools.partial(functions.init_state, c), mesh)
@@ -409,25 +416,20 @@ def test_one_device_is_eight_with_texts_and_guidance_too(changes):
 
 def test_without_guidance_an_image_is_drawn_as_told():
   """The shortcut for w = 1 is the guided network at w = 1."""
-  c = config(sampler__guidance=1)
-  state = jax.jit(functools.partial(functions.init_state, c))()
-  key = jax.random.key(3)
-  params = jax.tree.map(
-    lambda p: p + 0.1 * jax.random.normal(key, p.shape), state.params
-  )
-  x, t = jax.random.normal(key, (2, 8, 8, 1)), jnp.array([5, 900])
-  told = captions.tokens(['a two', 'zero'], 48)
+  c = config(model__name='tiny', sampler__guidance=1)
+  params = jax.jit(functools.partial(functions.init_state, c))().params
+  x = jax.random.normal(jax.random.key(3), (2, 8, 8, 1))
+  t, told = jnp.array([5, 900]), captions.tokens(['a two', 'zero'], 48)
 
-  def answer(c):
-    return functions.reverse_process(c).model_fn(params, told)(x, t)
+  def answer(guidance, *told):
+    c = config(model__name='tiny', sampler__guidance=guidance)
+    return functions.reverse_process(c).model_fn(params, *told)(x, t)
 
   want = build.model(c).apply({'params': params}, x, t, told)
-  np.testing.assert_allclose(answer(c), want, atol=1e-5)
-  near = answer(config(sampler__guidance=1 + 1e-6))
-  np.testing.assert_allclose(near, want, atol=1e-4)
-  nothing = functions.reverse_process(c).model_fn(params)(x, t)
-  none = answer(config(sampler__guidance=0))
-  np.testing.assert_allclose(none, nothing, atol=1e-5)
+  np.testing.assert_allclose(answer(1, told), want, atol=1e-5)
+  np.testing.assert_allclose(answer(1 + 1e-6, told), want, atol=1e-4)
+  nothing = answer(1)
+  np.testing.assert_allclose(answer(0, told), nothing, atol=1e-5)
   assert jnp.abs(want - nothing).max() > 1e-3
 
 
@@ -499,7 +501,7 @@ def test_each_prompt_is_asked_so_many_times_in_turn(tmp_path):
 
 def test_a_picture_has_a_row_for_each_prompt(of_words, tmp_path):
   common = ['--mode=sample', f'--workdir={of_words}', '--num_samples=3']
-  asked = ['--prompt=seven', '--prompt=a nine']
+  asked = ['--prompt=seven', '--prompt=a nine', '--guidance=3']
   run(*common, *asked, f'--output={tmp_path / "a.npz"}')
   run(*common, *asked, f'--output={tmp_path / "a.png"}')
   with np.load(tmp_path / 'a.npz') as file:
@@ -508,16 +510,6 @@ def test_a_picture_has_a_row_for_each_prompt(of_words, tmp_path):
     np.testing.assert_array_equal(
       image, images.labelled(tiles, labels=['seven', 'a nine'])
     )
-
-
-def test_with_guidance_0_a_prompt_is_as_good_as_none(of_words, tmp_path):
-  common = ['--mode=sample', f'--workdir={of_words}', '--num_samples=3']
-  common += ['--guidance=0']
-  run(*common, f'--output={tmp_path / "b.npz"}')
-  run(*common, '--prompt=seven', f'--output={tmp_path / "c.npz"}')
-  with np.load(tmp_path / 'b.npz') as b, np.load(tmp_path / 'c.npz') as c:
-    difference = np.abs(b['images'].astype(int) - c['images'])
-    assert difference.max() <= 1  # a rounding at the edge between two grays
 
 
 def test_an_image_is_edited_as_told(of_words, tmp_path):
@@ -599,11 +591,8 @@ def test_a_class_that_is_not_there(label):
 
 def test_classes_take_turns_if_none_is_asked_for():
   c = config(digits, condition__name='label', condition__classes=10)
-  state = jax.jit(functools.partial(functions.init_state, c))()
-  key = jax.random.key(3)
-  params = jax.tree.map(
-    lambda p: p + 0.1 * jax.random.normal(key, p.shape), state.params
-  )
+  c.model.name = 'tiny'
+  params = jax.jit(functools.partial(functions.init_state, c))().params
   draw = jax.jit(functions.sampler(c, seed=0))
   index = jnp.array([3, 12, 25])
   free, *_ = draw(params, index)
