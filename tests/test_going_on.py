@@ -125,7 +125,8 @@ def test_an_evaluation_says_that_the_data_have_changed(trained, caplog):
   assert said.endswith('run was trained on: 1 added')
 
 
-def test_the_optimizer_changes_on_purpose_and_the_run_says_so(trained, at_once):
+def test_the_optimizer_changes_on_purpose_and_the_run_says_so(trained, stop_at):
+  stop_at(3)
   lower = '--config.optimizer.learning_rate=1e-6'
   with pytest.raises(errors.UserError, match='--allow=optimizer'):
     go_on(lower)

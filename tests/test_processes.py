@@ -623,13 +623,13 @@ except SystemExit:
 
 
 def test_one_that_nobody_comes_to_does_not_wait_for_ever(start, tmp_path):
-  args = ['--start_timeout=3', *TINY, f'--workdir={tmp_path}']
+  args = ['--start_timeout=1', *TINY, f'--workdir={tmp_path}']
   found = ends([*start(2, *args, only=[0]), *start(2, *args, only=[1])], 60)
   for i, (code, _, err) in enumerate(found):
     assert code == 1
     (line,) = err.splitlines()
     assert line.startswith(f'stopped: process {i} of 2 has not met the others')
-    assert 'within 3 seconds (--start_timeout)' in line
+    assert 'within 1 seconds (--start_timeout)' in line
 
 
 IN_A_CLUSTER = """
