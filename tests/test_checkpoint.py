@@ -518,7 +518,6 @@ def test_what_cannot_be_read_is_not_taken_for_damaged(
 def test_storage_that_fails_says_nothing_of_the_content(
   error, two, monkeypatch
 ):
-
   def fail(*_):
     raise ValueError('could not load') from error
 
