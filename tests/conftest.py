@@ -95,6 +95,17 @@ def user_env():
   return env
 
 
+@pytest.fixture
+def stop_at(monkeypatch):
+  """Stops runs in this process after a step, as a signal does."""
+
+  def stop_at(step):
+    asked = contextlib.nullcontext(lambda now: now >= step)
+    monkeypatch.setattr('ddpm_jax.runtime.stop.requests', lambda: asked)
+
+  return stop_at
+
+
 def contents(folder):
   return {
     path: (path.stat().st_size, path.stat().st_mtime_ns)

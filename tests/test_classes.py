@@ -188,7 +188,9 @@ def test_scores_call_classes_by_their_names(tmp_path):
   ]
 
 
-def test_a_run_says_keeps_and_takes_the_names_of_its_classes(tmp_path, capsys):
+def test_a_run_says_keeps_and_takes_the_names_of_its_classes(
+  tmp_path, stop_at, capsys
+):
   data = classes(tmp_path / 'data', '0', '1', '2', '10')
   folder = tmp_path / 'run'
   tiny = [x for x in conftest.TINY if 'config=' not in x]
@@ -202,9 +204,10 @@ def test_a_run_says_keeps_and_takes_the_names_of_its_classes(tmp_path, capsys):
   assert workdir.read_classes(folder) == ('0', '1', '2', '10')
   assert workdir.read_config(folder)['condition']['classes'] == 4
   # The same words go on, and so does the workdir alone.
+  stop_at(0)
   main.run([*tiny, '--config.steps=2'])
-  main.run([f'--workdir={folder}', '--config.steps=3', '--num_samples=1'])
-  assert 'going on from step 2' in capsys.readouterr().err
+  main.run([f'--workdir={folder}', '--config.steps=3'])
+  assert capsys.readouterr().err.count('going on from step 1') == 2
 
   c = recipe.resolve(None, folder, {})
   args = argparse.Namespace(prompt=None, prompts=None, workdir=folder)

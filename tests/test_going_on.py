@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import main
+from ddpm_jax import recipe
 from ddpm_jax.data import contents
 from ddpm_jax.data import listing
 from ddpm_jax.data import sources
@@ -31,6 +33,7 @@ with lock.held(pathlib.Path(sys.argv[1])):
 """
 FOLDER = pathlib.Path(__file__).parents[1] / 'configs' / 'folder.py'
 COMMON = [
+  '--config.log.every=1',
   *('--config.model.channels=8', '--config.model.multipliers=(1,)'),
   *('--config.model.groups=4', '--config.model.attention=()'),
   '--config.model.blocks=1',
@@ -38,6 +41,9 @@ COMMON = [
   *('--config.sampler.steps=2', '--config.checkpoint.every=2'),
   *('--num_samples=2', '--config.parallel.data=1'),
 ]
+
+
+BEGIN = [f'--config={FOLDER}', '--config.data.path=images', '--workdir=run']
 
 
 def pictures(folder, *names):
@@ -54,12 +60,7 @@ def run_of_two_steps(tmp_path_factory):
   folder = tmp_path_factory.mktemp('trained')
   pictures(folder / 'images', *(f'{i}.png' for i in range(4)))
   with contextlib.chdir(folder):
-    main.run(
-      [
-        *(f'--config={FOLDER}', '--config.data.path=images', '--workdir=run'),
-        *('--config.steps=2', '--config.log.every=1', *COMMON),
-      ]
-    )
+    main.run([*BEGIN, '--config.steps=2', *COMMON])
   return folder
 
 
@@ -69,6 +70,12 @@ def trained(run_of_two_steps, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   shutil.copytree(run_of_two_steps, tmp_path, dirs_exist_ok=True)
   return tmp_path
+
+
+@pytest.fixture
+def at_once(stop_at):
+  """Runs go on, and stop before the next step: nothing is compiled."""
+  stop_at(0)
 
 
 def go_on(*flags):
@@ -90,7 +97,7 @@ def test_data_that_moved_are_named_and_the_run_goes_on(trained):
   assert not (trained / 'run' / 'changes.json').exists()
 
 
-def test_changed_data_are_counted_and_refused_but_on_purpose(trained):
+def test_changed_data_are_counted_and_refused_but_on_purpose(trained, at_once):
   config = (trained / 'run' / 'config.json').read_bytes()
   pictures(trained / 'images', '7.png', '8.png')
   (trained / 'images' / '0.png').unlink()
@@ -108,17 +115,18 @@ def test_changed_data_are_counted_and_refused_but_on_purpose(trained):
 
 
 def test_an_evaluation_says_that_the_data_have_changed(trained, caplog):
-  evaluate = ['--mode=evaluate', '--workdir=run', '--config.evaluate.images=2']
-  evaluate += ['--config.evaluate.draws=1']
-  main.run(evaluate)
+  config = recipe.resolve(None, trained / 'run', {})
+  build.source_to_evaluate(config, trained / 'run')
   assert not [m for m in caplog.messages if 'are not those' in m]
   pictures(trained / 'images', '7.png')
-  main.run(evaluate)
+  evaluate = ['--mode=evaluate', '--workdir=run', '--config.evaluate.images=2']
+  main.run([*evaluate, '--config.evaluate.draws=1'])
   (said,) = [m for m in caplog.messages if 'are not those' in m]
   assert said.endswith('run was trained on: 1 added')
 
 
-def test_the_optimizer_changes_on_purpose_and_the_run_says_so(trained):
+def test_the_optimizer_changes_on_purpose_and_the_run_says_so(trained, stop_at):
+  stop_at(3)
   lower = '--config.optimizer.learning_rate=1e-6'
   with pytest.raises(errors.UserError, match='--allow=optimizer'):
     go_on(lower)
@@ -134,7 +142,7 @@ CONFIG_DAMAGE = ['{"steps": ', '[1]', '\0' * 64, '{"steps": "many"}', None]
 
 @pytest.mark.parametrize('text', CONFIG_DAMAGE)
 def test_a_damaged_config_json_is_mended_from_the_checkpoint(
-  text, trained, caplog
+  text, trained, at_once, caplog
 ):
   file = trained / 'run' / 'config.json'
   before = json.loads(file.read_text())
@@ -147,10 +155,12 @@ def test_a_damaged_config_json_is_mended_from_the_checkpoint(
   (said,) = [m for m in caplog.messages if 'newest checkpoint' in m]
   assert 'config.json' in said
   assert json.loads(file.read_text()) == before | {'steps': 4}
-  assert steps(trained) == [1, 2, 3, 4]
+  assert steps(trained) == [1, 2]
 
 
-def test_damaged_lines_of_the_log_are_left_out_and_said(trained, caplog):
+def test_damaged_lines_of_the_log_are_left_out_and_said(
+  trained, at_once, caplog
+):
   file = trained / 'run' / 'metrics.jsonl'
   first, second = file.read_text().splitlines(keepends=True)
   damage = '\0' * 64 + '\n{"loss": 1}\n[1]\n{"step": "x"}\n{"step": 1.5}\n'
@@ -158,7 +168,7 @@ def test_damaged_lines_of_the_log_are_left_out_and_said(trained, caplog):
   go_on()
   (said,) = [m for m in caplog.messages if 'metrics.jsonl' in m][:1]
   assert '5 line(s) are damaged and left out, the first is line 2' in said
-  assert steps(trained) == [1, 2, 3, 4]
+  assert steps(trained) == [1, 2]
 
 
 def test_a_second_run_in_the_workdir_is_refused(trained, monkeypatch):
@@ -178,14 +188,25 @@ def test_a_second_run_in_the_workdir_is_refused(trained, monkeypatch):
   assert steps(trained) == [1, 2]
 
 
-def test_a_run_that_diverged_goes_on_from_its_last_checkpoint(trained):
+def test_a_run_that_diverged_goes_on_from_its_last_checkpoint(
+  tmp_path, monkeypatch
+):
+  """The loss would only tell a step later, and the weights would be saved."""
+  monkeypatch.chdir(tmp_path)
+  pictures(tmp_path / 'images', *(f'{i}.png' for i in range(4)))
   rate = '--config.optimizer.learning_rate'
-  on_purpose = '--allow=optimizer'
-  with pytest.raises(errors.Diverged, match=r'of step 2\. To go on from it'):
-    go_on(f'{rate}=1e30', on_purpose)
-  assert checkpoint.steps(trained / 'run' / 'checkpoints') == [2]
-  go_on(f'{rate}=1e-6', on_purpose)
-  assert steps(trained) == [1, 2, 3, 4]
+  # It is of step 1, whose update is by 0, and was being saved at that moment.
+  said = r'after step 2 .* of step 1\. To go on from it'
+  with pytest.raises(errors.Diverged, match=said):
+    main.run(
+      [
+        *(*BEGIN, '--config.steps=4', *COMMON),
+        *(f'{rate}=1e30', '--config.checkpoint.every=1'),
+      ]
+    )
+  assert checkpoint.steps(tmp_path / 'run' / 'checkpoints') == [1]
+  go_on(f'{rate}=1e-6', '--allow=optimizer')
+  assert steps(tmp_path) == [1, 2, 3, 4]
 
 
 def test_a_workdir_among_the_data_is_no_data(tmp_path):

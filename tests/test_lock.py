@@ -63,7 +63,7 @@ def test_a_second_writer_is_refused_and_told_of_the_first(
 
 def test_a_writer_that_is_about_to_end_is_waited_for(tmp_path, capfd):
   with another(tmp_path) as process:
-    killer = threading.Timer(1.0, process.kill)
+    killer = threading.Timer(0.3, process.kill)
     killer.start()
     with lock.held(tmp_path):
       assert not process.is_alive()

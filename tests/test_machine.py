@@ -176,8 +176,7 @@ def test_plots_are_of_no_backend_of_a_users(backend):
   program = """
 import os, numpy as np
 from ddpm_jax.runtime import images
-from matplotlib import figure
-print(images.render(figure.Figure()).ndim, os.environ['MPLBACKEND'])
+print(images.render(images.new_figure()).ndim, os.environ['MPLBACKEND'])
 """
   env = os.environ | {'MPLBACKEND': backend, 'PYTHONPATH': str(ROOT)}
   out = subprocess.run(

@@ -36,8 +36,8 @@ def start(user_env):
   """Starts the program as a user would; kills it in the end."""
   started = []
 
-  def start(*args, devices=1, **more):
-    env = user_env | {'JAX_NUM_CPU_DEVICES': str(devices)} | more
+  def start(*args, **more):
+    env = user_env | more
     process = subprocess.Popen(
       [sys.executable, '-m', 'ddpm_jax.main', *map(str, args)],
       env=env,
@@ -58,8 +58,8 @@ def start(user_env):
 def run(start):
   """Runs the program to its end: (exit code, stderr)."""
 
-  def run(*args, devices=1):
-    process = start(*args, devices=devices)
+  def run(*args):
+    process = start(*args)
     out, err = process.communicate(timeout=300)
     assert out == ''  # nothing here is for a script to read
     return process.returncode, err
@@ -102,12 +102,16 @@ def weights(workdir):
   return saved
 
 
-def assert_equal(a, b, atol=0.0):
+def halve_arrays(workdir, step):
+  for path in (workdir / 'checkpoints' / str(step)).rglob('d/*'):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def assert_equal(a, b):
+  """To the last bit."""
   assert a.step == b.step
   assert a.data == b.data
-  chex.assert_trees_all_close(
-    (a.state, a.ema), (b.state, b.ema), rtol=0, atol=atol
-  )
+  chex.assert_trees_all_equal((a.state, a.ema), (b.state, b.ema))
 
 
 def test_a_run_leaves_what_the_readme_promises(tiny_run):
@@ -155,20 +159,19 @@ def test_a_run_leaves_what_the_readme_promises(tiny_run):
   assert 'drawing: 9 images in ' in err
 
 
-def test_the_command_printed_last_works(tiny_run, run, tmp_path):
+def test_the_command_printed_last_works(tiny_run, tmp_path):
   _, err = tiny_run
   command = err.strip().splitlines()[-1].split()
   assert command[:3] == ['python', '-m', 'ddpm_jax.main']
   output = tmp_path / 'out'
-  code, err = run(*command[3:], '--num_samples=7', f'--output={output}')
-  assert code == 0, err
-  assert len(list(output.glob('*.png'))) == 7
+  main.run([*command[3:], '--num_samples=21', f'--output={output}'])
+  assert len(list(output.glob('*.png'))) == 21
 
 
 def test_the_same_images_in_every_format_and_batch(tiny_run, tmp_path):
   workdir, _ = tiny_run
   common = ['--mode=sample', f'--workdir={workdir}', '--num_samples=21']
-  for output, size in (('a.npz', 256), ('b.npz', 8), ('c', 8), ('d.png', 16)):
+  for output, size in (('a.npz', 256), ('b.npz', 8), ('c', 8), ('d.png', 8)):
     main.run(
       [
         *(*common, f'--output={tmp_path / output}'),
@@ -189,25 +192,37 @@ def test_the_same_images_in_every_format_and_batch(tiny_run, tmp_path):
   assert np.mean(e != a) > 0.5
 
 
-def test_a_run_stopped_by_SIGTERM_and_resumed_is_the_undisturbed_run(
+def test_a_run_stopped_killed_and_damaged_ends_as_the_undisturbed_run(
   tiny_run, start, run, tmp_path
 ):
-  workdir = tmp_path / 'stopped'
+  workdir = tmp_path / 'story'
   args = [*TINY, '--config.steps=200', f'--workdir={workdir}']
   process = start(*args)
   file = workdir / 'metrics.jsonl'
-  wait_for(lambda: file.exists() and len(file.read_text()) > 5000, process)
+  wait_for(lambda: file.exists() and len(file.read_text()) > 2000, process)
   process.send_signal(signal.SIGTERM)
   _, err = process.communicate(timeout=60)
   assert process.returncode == 0, err
   assert f'python -m ddpm_jax.main --workdir={workdir}' in err
-  (*_, step) = checkpoint.steps(workdir / 'checkpoints')
-  assert 10 < step < 200
-  assert f'at step {step} of 200' in err
+  (*_, stopped) = checkpoint.steps(workdir / 'checkpoints')
+  assert 10 < stopped < 120
+  assert f'at step {stopped} of 200' in err
 
-  code, err = run(*args)  # the same command again
+  process = start(*args)  # the same command again
+  newest = workdir / 'checkpoints' / str(-(-stopped // 40) * 40 + 40)
+  wait_for(newest.exists, process)
+  process.kill()
+  _, err = process.communicate()
+  assert f'going on from step {stopped}' in err
+  with file.open('a') as log:
+    log.write('{"step": 19')  # a line cut short
+  before, damaged = checkpoint.steps(workdir / 'checkpoints')[-2:]
+  halve_arrays(workdir, damaged)
+
+  code, err = run(f'--workdir={workdir}', '--num_samples=9')
   assert code == 0, err
-  assert f'going on from step {step}' in err
+  assert f'{damaged} is damaged' in err
+  assert f'going on from step {before}' in err
   assert metrics(workdir) == metrics(tiny_run[0])
   assert_equal(weights(workdir), weights(tiny_run[0]))
   for name in ('samples.png', 'progress.png'):
@@ -220,10 +235,7 @@ def test_ctrl_c_is_answered_while_xla_compiles_and_a_second_one_quits(
 ):
   workdir = tmp_path / 'early'
   cold = str(tmp_path / 'cache')
-  process = start(
-    *(f'--config={DIGITS}', f'--workdir={workdir}'),
-    JAX_COMPILATION_CACHE_DIR=cold,
-  )
+  process = start(*TINY, f'--workdir={workdir}', JAX_COMPILATION_CACHE_DIR=cold)
   lines = iter(process.stderr.readline, '')
   assert 'compiling the train step\n' in lines
   process.send_signal(signal.SIGINT)
@@ -235,7 +247,7 @@ def test_ctrl_c_is_answered_while_xla_compiles_and_a_second_one_quits(
   assert not checkpoint.steps(workdir / 'checkpoints')
 
 
-def test_the_history_of_the_losses_is_resumed_too(tmp_path):
+def test_the_history_of_the_losses_is_resumed_too(tmp_path, stop_at):
   few = [
     *('--config.loss.t=importance', '--config.loss.name=vlb'),
     *('--config.schedule.T=3', '--config.sampler.steps=3'),
@@ -243,8 +255,9 @@ def test_the_history_of_the_losses_is_resumed_too(tmp_path):
 
   def trained(name, *steps):
     workdir = tmp_path / name
-    for n in steps:
-      main.run([*TINY, *few, f'--workdir={workdir}', f'--config.steps={n}'])
+    for step in steps:
+      stop_at(step)
+      main.run([*TINY, *few, f'--workdir={workdir}', '--config.steps=99'])
     return workdir
 
   whole, parts = trained('whole', 9), trained('parts', 5, 9)
@@ -259,89 +272,21 @@ def test_the_history_of_the_losses_is_resumed_too(tmp_path):
   assert weights(whole).state['history'].seen.min() > 10
 
 
-def test_a_run_that_was_killed_and_resumed_is_the_undisturbed_run(
-  tiny_run, start, run, tmp_path
-):
-  workdir = tmp_path / 'killed'
-  process = start(*TINY, '--config.steps=200', f'--workdir={workdir}')
-  wait_for(lambda: (workdir / 'checkpoints' / '40').exists(), process)
-  process.kill()
-  process.communicate()
-  with (workdir / 'metrics.jsonl').open('a') as file:
-    file.write('{"step": 19')  # a line cut short
-  code, err = run(f'--workdir={workdir}', '--num_samples=9')
-  assert code == 0, err
-  assert 'going on from step' in err
+def test_a_finished_run_is_not_trained_again(tiny_run, tmp_path, capfd):
+  workdir = shutil.copytree(tiny_run[0], tmp_path / 'finished')
+  main.run([f'--workdir={workdir}', '--num_samples=9'])
+  assert 'going on from step 200' in capfd.readouterr().err
   assert metrics(workdir) == metrics(tiny_run[0])
-  assert_equal(weights(workdir), weights(tiny_run[0]))
 
 
-def test_a_run_goes_on_on_other_devices(tiny_run, run, tmp_path):
-  workdir = tmp_path / 'moved'
-  first = [*TINY, f'--workdir={workdir}']
-  code, err = run(*first, '--config.steps=30')
-  assert code == 0, err
-  code, err = run(
-    *first, '--config.steps=80', '--config.parallel.fsdp=4', devices=4
-  )
-  assert code == 0, err
-  assert '4 device(s)' in err
-  assert 'going on from step 30' in err
-  code, err = run(
-    *first, '--config.steps=200', '--config.parallel.engine=pmap', devices=2
-  )
-  assert code == 0, err
-  losses = [
-    [line['loss'] for line in metrics(w)] for w in (workdir, tiny_run[0])
-  ]
-  # To rounding, which training magnifies: Adam divides by small numbers.
-  np.testing.assert_allclose(*losses, rtol=2e-3)
-  assert_equal(weights(workdir), weights(tiny_run[0]), atol=2e-3)
-
-
-def test_a_finished_run_is_not_trained_again(tiny_run, run):
-  workdir, _ = tiny_run
-  before = metrics(workdir)
-  code, err = run(f'--workdir={workdir}', '--num_samples=9')
-  assert code == 0, err
-  assert 'going on from step 200' in err
-  assert metrics(workdir) == before
-
-
-def test_weights_that_grow_beyond_use_stop_the_run(run, tmp_path):
-  """Their loss would only tell a step later, and they would have been saved."""
-  workdir = tmp_path / 'diverged'
-  code, err = run(
-    *TINY,
-    f'--workdir={workdir}',
-    '--config.optimizer.learning_rate=1e30',
-    '--config.checkpoint.every=1',
-  )
-  assert code == 2  # which no script tries again
-  last = err.strip().splitlines()[-1]
-  assert last.startswith('stopped: after step 2 ')
-  # It was being saved at that moment.
-  assert f'the last checkpoint in {workdir} is of step 1. To go on' in last
-  assert checkpoint.steps(workdir / 'checkpoints') == [1]
-
-
-def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
-  tiny_run, run, tmp_path
+def test_the_checkpoint_before_a_damaged_one_is_sampled(
+  tiny_run, tmp_path, caplog, capfd
 ):
-  workdir = tmp_path / 'damaged'
-  shutil.copytree(tiny_run[0], workdir)
-  for path in (workdir / 'checkpoints' / '200').rglob('d/*'):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-  common = [f'--workdir={workdir}', '--num_samples=2']
-  code, err = run('--mode=sample', *common)
-  assert code == 0, err
-  assert 'is damaged' in err
-  assert 'of step 160' in err
-  code, err = run(*common)
-  assert code == 0, err
-  assert 'going on from step 160' in err
-  assert metrics(workdir) == metrics(tiny_run[0])
-  assert_equal(weights(workdir), weights(tiny_run[0]))
+  workdir = shutil.copytree(tiny_run[0], tmp_path / 'damaged')
+  halve_arrays(workdir, 200)
+  main.run(['--mode=sample', f'--workdir={workdir}', '--num_samples=21'])
+  assert 'is damaged' in caplog.text
+  assert 'of step 160' in capfd.readouterr().err
 
 
 def test_mistakes_are_one_line_and_exit_2(run):
@@ -459,7 +404,7 @@ def mistake(*args):
   ],
   ids=lambda x: ' '.join(x)[-40:] if isinstance(x, list) else '',
 )
-def test_mistakes_are_named_and_nothing_is_begun(
+def test_mistakes_are_named_before_anything_is_begun(
   args, message, tmp_path, monkeypatch
 ):
   monkeypatch.chdir(ROOT)
@@ -541,13 +486,14 @@ def test_a_run_of_other_devices_takes_those_here(begun, capfd):
   assert capfd.readouterr().err == ''
 
 
-def test_a_run_without_a_checkpoint_is_begun_again(begun, capfd):
+def test_a_run_without_a_checkpoint_is_begun_again(begun, stop_at, capfd):
   file = begun / 'config.json'
   config = json.loads(file.read_text())
   file.write_text(json.dumps(config | {'parallel': ELSEWHERE}))
   (begun / 'metrics.jsonl').write_text('{"step": 1, "loss": 7}\n' * 3)
   changes = [flag for flag in TINY if '--config=' not in flag]
-  main.run([f'--workdir={begun}', *changes, '--config.steps=1'])
+  stop_at(1)
+  main.run([f'--workdir={begun}', *changes, '--config.steps=2'])
   err = capfd.readouterr().err
   assert f'{begun} has no checkpoint: it is begun again' in err
   saved = json.loads(file.read_text())

@@ -36,13 +36,15 @@ def test_eight_gaussians_are_eight():
   assert np.abs(angle - np.round(angle)).mean() < 0.1
 
 
-def test_points_train_and_are_drawn_and_sampled(tmp_path, capsys):
+def test_points_train_and_are_drawn_and_sampled(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(train, 'POINTS', 200)
   workdir = tmp_path / 'roll'
   main.run([
     *('--config=configs/swiss_roll.py', f'--workdir={workdir}'),
     *('--config.steps=30', '--config.schedule.T=40'),
     *('--config.schedule.beta_T=0.4', '--config.batch_size=64'),
-    '--config.log.pictures_every=15',
+    *('--config.log.pictures_every=15', '--config.model.channels=16'),
+    '--config.model.blocks=1',
   ])  # fmt: skip
   out, err = capsys.readouterr()
   assert out.count('energy distance') == 2  # after half of the steps, and all

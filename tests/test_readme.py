@@ -4,6 +4,7 @@ import pathlib
 import re
 import shlex
 
+import conftest
 import pytest
 
 from ddpm_jax import build
@@ -87,16 +88,15 @@ def test_the_small_recipe_runs_as_it_says(tmp_path, monkeypatch, capfd):
   assert not changes
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'configs').symlink_to(ROOT / 'configs')
-  short = ['--config.steps=3', '--config.sampler.steps=4']
-  short += ['--config.model.channels=8', '--config.model.multipliers=(1,)']
-  main.run([*flags, *short])
+  _, *tiny = conftest.TINY
+  main.run([*flags, *tiny, '--config.steps=3'])
   (workdir,) = (tmp_path / 'runs').glob('digits_*')
   for name in re.findall(r'^\| `(\w+\.\w+)`', TEXT, re.M):
     assert (workdir / name).exists(), name
   last = capfd.readouterr().err.strip().splitlines()[-1]
   flags, changes = parsed(last)
   main.run([*flags, '--num_samples=3'])
-  drawn = workdir / 'samples_seed0_step3_ancestral4'
+  drawn = workdir / 'samples_seed0_step3_ancestral10'
   assert len(list(drawn.glob('*.png'))) == 3
   with pytest.raises(errors.UserError, match='keys differ'):
     main.run([f'--workdir={workdir}', '--config.batch_size=8'])

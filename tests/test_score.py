@@ -1,5 +1,6 @@
 """`--mode=score` and `--mode=compare`."""
 
+import functools
 import json
 import shutil
 
@@ -9,7 +10,7 @@ import pytest
 from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax.jobs import score
-from ddpm_jax.jobs.evaluate import record
+from ddpm_jax.metrics import classifier
 
 
 @pytest.fixture
@@ -19,7 +20,10 @@ def workdir(tiny_run, tmp_path):
   return copied
 
 
-def test_a_run_is_scored_and_compared(workdir, capsys):
+def test_a_run_is_scored_and_compared(workdir, capsys, monkeypatch):
+  # 100 steps, of 500: enough for 90% of the digits.
+  quick = functools.partial(classifier.train, steps=100)
+  monkeypatch.setattr(classifier, 'train', quick)
   args = ['--mode=score', f'--workdir={workdir}', '--num_samples=30']
   main.run(args)
   out = capsys.readouterr().out
@@ -39,10 +43,6 @@ def test_a_run_is_scored_and_compared(workdir, capsys):
   assert kept == first
   assert second['frechet_distance'] != first['frechet_distance']
 
-  evaluate = ['--mode=evaluate', f'--workdir={workdir}']
-  main.run(
-    [*evaluate, '--config.evaluate.images=8', '--config.evaluate.draws=2']
-  )
   capsys.readouterr()
   main.run(['--mode=compare', f'--workdir={workdir.parent}'])
   rows = [
@@ -50,10 +50,7 @@ def test_a_run_is_scored_and_compared(workdir, capsys):
     for line in capsys.readouterr().out.splitlines()
     if line.startswith('| tiny |')
   ]
-  (bound,) = record.read(workdir)['bounds']
-  assert rows[0][:7] == ['tiny', '200', 'digits', 'EMA', 'all', '8', '2']
-  assert f'{bound["bits_per_dim"]:.3f}' in rows[0]
-  for row, found in zip(rows[1:], (first, second), strict=True):
+  for row, found in zip(rows, (first, second), strict=True):
     assert f'{found["frechet_distance"]:.3f}' in row
 
 

@@ -1,28 +1,35 @@
-"""`--mode=evaluate` of samples and of images, by a random Inception network.
+"""`--mode=evaluate` of samples and of images, by a small random network.
 
-With random weights the scores mean nothing, and are scores all the same.
+The scores mean nothing, and are scores all the same. tests/test_inception.py
+holds the features of Inception itself.
 """
 
 import contextlib
 import json
+import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import small_inception
 from test_inception import state
 
 from ddpm_jax import errors
+from ddpm_jax import functions
 from ddpm_jax import main
+from ddpm_jax import recipe
 from ddpm_jax.jobs.evaluate import record
+from ddpm_jax.metrics import inception
 from ddpm_jax.runtime import images
 
+REAL = inception.Inception
 SHORT = [
   '--config.sampler.steps=4',
   '--config.sampler.batch_size=3',
@@ -33,24 +40,12 @@ SHORT = [
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
+  """A file of random weights, of the network that is in Inception's place."""
   path = tmp_path_factory.mktemp('inception') / 'inception.safetensors'
-  safetensors.numpy.save_file(state(), path)
-  return path
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_once(tmp_path_factory):
-  """Each run compiles the network anew; let the second find it on disk."""
-  options = {
-    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('cache')),
-    'jax_persistent_cache_min_compile_time_secs': 0.5,
-  }
-  before = {name: getattr(jax.config, name) for name in options}
-  for name, value in options.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(inception, 'Inception', small_inception.Inception)
+    safetensors.numpy.save_file(state(), path)
+    yield path
 
 
 def command(workdir, weights, *more):
@@ -66,19 +61,37 @@ def entries(workdir):
 
 
 @pytest.fixture(scope='module')
-def undisturbed(tiny_run, weights, user_env, tmp_path_factory):
+def undisturbed(tiny_run, weights, tmp_path_factory):
   """A run that was scored in one go, and its 7 samples: (workdir, .npz)."""
   workdir = tmp_path_factory.mktemp('scored') / 'runs' / 'one'
   shutil.copytree(tiny_run[0], workdir)
   output = workdir.parent / 'samples.npz'
   args = command(workdir, weights, '--num_samples=7', f'--output={output}')
-  subprocess.run(
-    [sys.executable, '-m', 'ddpm_jax.main', *args],
-    env=user_env,
-    check=True,
-    capture_output=True,
-  )
+  main.run(args)
   return workdir, output
+
+
+@pytest.fixture
+def start(user_env):
+  """Starts the program with the small network; kills it in the end."""
+  started = []
+
+  def start(*args):
+    process = subprocess.Popen(
+      [sys.executable, small_inception.__file__, *args],
+      # What it compiles is what is compiled here.
+      env=user_env | {'XLA_FLAGS': os.environ['XLA_FLAGS']},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    started.append(process)
+    return process
+
+  yield start
+  for process in started:
+    process.kill()
+    process.communicate()
 
 
 def test_exactly_so_many_images_are_drawn_and_scored(undisturbed, tmp_path):
@@ -109,41 +122,50 @@ def test_exactly_so_many_images_are_drawn_and_scored(undisturbed, tmp_path):
   assert np.abs(drawn.astype(int) - scored).max() <= 1
 
 
+@contextlib.contextmanager
+def watched(paths):
+  """Gives {path: when it was written}, as seen while the block runs."""
+  seen, done = {}, threading.Event()
+
+  def look():
+    while not done.is_set():
+      for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+          seen.setdefault(path, set()).add(path.stat().st_mtime_ns)
+      time.sleep(0.005)
+
+  thread = threading.Thread(target=look)
+  thread.start()
+  try:
+    yield seen
+  finally:
+    done.set()
+    thread.join()
+
+
 def test_a_run_that_was_killed_and_resumed_has_the_same_scores(
-  undisturbed, tiny_run, weights, user_env, tmp_path
+  undisturbed, tiny_run, weights, start, capsys, tmp_path
 ):
   workdir = tmp_path / 'runs' / 'killed'
   shutil.copytree(tiny_run[0], workdir)
   shutil.copytree(
     undisturbed[0].parent / 'reference', tmp_path / 'runs' / 'reference'
   )
-  program = [sys.executable, '-m', 'ddpm_jax.main']
-  program += command(workdir, weights, '--num_samples=7')
-  process = subprocess.Popen(program, env=user_env, stderr=subprocess.DEVNULL)
-  deadline = time.time() + 120
+  args = command(workdir, weights, '--num_samples=7')
+  args.append(f'--output={tmp_path / "samples.npz"}')
+  process = start(*args)
+  deadline = time.monotonic() + 120
   while not (done := list(workdir.glob('evaluation_parts_*/*-*.npz'))):
-    assert process.poll() is None
-    assert time.time() < deadline
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < deadline
     time.sleep(0.005)
-  process.send_signal(signal.SIGKILL)
+  process.kill()
   process.wait()
   assert not (workdir / 'evaluation.json').exists()
-  made = {path: path.stat().st_mtime_ns for path in done}
-  process = subprocess.Popen(
-    program,
-    env=user_env,
-    stderr=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    text=True,
-  )
-  seen = {}
-  while process.poll() is None:
-    for path in made:
-      with contextlib.suppress(FileNotFoundError):
-        seen[path] = path.stat().st_mtime_ns
-    time.sleep(0.005)
-  out, err = process.communicate()
-  assert process.returncode == 0, err
+  made = {path: {path.stat().st_mtime_ns} for path in done}
+  with watched(made) as seen:
+    main.run(args)
+  out, err = capsys.readouterr()
   assert f'going on after {3 * len(done)} images' in err
   assert seen == made  # not made again
   assert entries(workdir) == entries(undisturbed[0])
@@ -182,6 +204,10 @@ def test_checkpoints_are_compared_and_the_bound_stays(
 
   main.run(['--mode=compare', f'--workdir={workdir.parent}'])
   out = capsys.readouterr().out
+  lines = [line.strip('| ').split(' | ') for line in out.splitlines()]
+  (row,) = (x for x in lines if x[:3] == ['two', '160', 'digits'])
+  assert row[:7] == ['two', '160', 'digits', 'EMA', 'all', '4', '2']
+  assert f'{found["bits_per_dim"]:.3f}' in row
   rows = [line.split(' | ') for line in out.splitlines() if 'FID@7' in line]
   assert [row[1:3] for row in rows] == [['160', 'EMA'], ['200', 'EMA']]
   assert [float(row[-2].split()[1]) for row in rows] == pytest.approx(
@@ -216,19 +242,25 @@ def scores_of(path, data, weights, cache, *more):
   return json.loads(output.read_text())
 
 
+def assert_at_0(npz, weights, folder):
+  """Scores a set against itself, copied to `folder`/data.npz."""
+  shutil.copy(npz, folder / 'data.npz')
+  found = scores_of(npz, folder / 'data.npz', weights, folder)
+  assert found['samples'] == 5
+  size = np.load(folder / 'data_all_5_24x32.npz')['sigma'].trace()
+  # A rounding of what they vary by.
+  assert found['scores']['FID@5'] < 1e-6 * size
+  assert found['scores']['precision'] == found['scores']['recall'] == 1
+  return found
+
+
 def test_images_made_elsewhere_and_statistics_that_do_not_fit(
   photographs, weights, tmp_path, capsys
 ):
   """No run is there. A set against itself is at 0, in either form."""
   npz, folder = photographs
+  first = assert_at_0(npz, weights, tmp_path)
   data = tmp_path / 'data.npz'
-  shutil.copy(npz, data)
-  first = scores_of(npz, data, weights, tmp_path)
-  assert first['samples'] == 5
-  size = np.load(tmp_path / 'data_all_5_24x32.npz')['sigma'].trace()
-  # A rounding of what they vary by.
-  assert first['scores']['FID@5'] < 1e-6 * size
-  assert first['scores']['precision'] == first['scores']['recall'] == 1
   assert f'| {npz} |' in capsys.readouterr().out
   second = scores_of(folder, data, weights, tmp_path)
   assert second['scores'] == first['scores']
@@ -317,9 +349,31 @@ def test_images_of_two_sizes_and_broken_ones_are_named(tmp_path):
     main.run(args)
 
 
+def test_features_are_those_of_inception():
+  """Of gray images too, and not of the network that is in its place here."""
+  images = jax.ShapeDtypeStruct((2, 8, 8, 1), np.uint8)
+  config = recipe.shipped('digits')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(inception, 'Inception', REAL)
+    features = jax.eval_shape(
+      functions.features(config), inception.parameters(), images
+    )
+  assert [x.shape for x in features] == [(2, 2048), (2, 2023), (2, 1008)]
+
+
+@pytest.mark.slow
+def test_a_set_scored_by_inception_itself_is_at_0_from_itself(
+  photographs, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(inception, 'Inception', REAL)
+  path = tmp_path / 'inception.safetensors'
+  safetensors.numpy.save_file(state(), path)
+  assert_at_0(photographs[0], path, tmp_path)
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_work(
-  undisturbed, tiny_run, weights, user_env, tmp_path
+  undisturbed, tiny_run, weights, start, tmp_path
 ):
   workdir = tmp_path / 'runs' / 'shared'
   shutil.copytree(tiny_run[0], workdir)
@@ -328,23 +382,9 @@ def test_two_processes_share_the_work(
     where = f'--coordinator=127.0.0.1:{free.getsockname()[1]}'
   args = command(workdir, weights, '--num_samples=7')
   processes = [
-    subprocess.Popen(
-      [
-        *(sys.executable, '-m', 'ddpm_jax.main', *args),
-        *(where, '--num_processes=2', f'--process_id={i}'),
-      ],
-      env=user_env,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in '01'
+    start(*args, where, '--num_processes=2', f'--process_id={i}') for i in '01'
   ]
-  try:
-    outs = [process.communicate(timeout=300) for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
+  outs = [process.communicate(timeout=300) for process in processes]
   for process, (out, err) in zip(processes, outs, strict=True):
     assert process.returncode == 0, out + err
   assert 'FID@7' in outs[0][0]

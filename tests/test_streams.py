@@ -1,11 +1,14 @@
 """Streams that are closed, that break, or that lead to a full disk."""
 
+import fcntl
 import json
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import conftest
@@ -100,6 +103,11 @@ def test_what_an_encoding_does_not_have_is_a_question_mark(talk, encoding):
   assert err.decode(encoding).splitlines()[0].startswith('progress 0 ')
 
 
+def unread(pipe):
+  """The bytes that wait in it."""
+  return struct.unpack('i', fcntl.ioctl(pipe, termios.FIONREAD, b'1234'))[0]
+
+
 def test_a_pipe_that_is_full_is_waited_for(tmp_path):
   """Also where another program has made it non-blocking."""
   program = tmp_path / 'program.py'
@@ -111,7 +119,12 @@ def test_a_pipe_that_is_full_is_waited_for(tmp_path):
   command = [sys.executable, str(program)]
   env = os.environ | {'PYTHONPATH': str(ROOT)}
   with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as process:
-    time.sleep(1)
+    size = fcntl.fcntl(process.stdout, fcntl.F_GETPIPE_SZ)
+    late = time.monotonic() + 60
+    while unread(process.stdout) <= size - 4096:  # but for a page
+      assert process.poll() is None
+      assert time.monotonic() < late
+      time.sleep(0.01)
     assert len(process.stdout.read()) == 1_000_001
   assert process.returncode == 0
 

@@ -45,6 +45,7 @@ many_processes = True
 # Of a weight. Those of a network that learns are below 100; products of some
 # like this leave the range of float32 within a few layers.
 LARGEST = 1e6
+POINTS = 2000  # of the data, and drawn, in pictures of points
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
@@ -371,7 +372,7 @@ def point_pictures(
   A two-sample test is printed: the energy distance of samples and data, and how
   often it would be as large between two halves of one set.
   """
-  n = 2000 // mesh.size * mesh.size
+  n = POINTS // mesh.size * mesh.size
   source, table = build.source(config), build.schedule(config)
   steps, times = picture_times(functions.reverse_process(config).schedule)
   data = source.gather(np.arange(n))['image']

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
 
 
 class Moments(NamedTuple):
@@ -57,7 +56,9 @@ def frechet(
 
 def _factor(cov: np.ndarray) -> np.ndarray:
   """F (d, rank) of Σ = F Fᵀ, by Cholesky's method with pivots."""
-  lower, pivots, rank, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)
+  from scipy.linalg import lapack  # slow to import, and training needs it not
+
+  lower, pivots, rank, _ = lapack.dpstrf(cov, lower=1)
   factor = np.empty((len(cov), rank))
   factor[pivots - 1] = np.tril(lower)[:, :rank]
   return factor

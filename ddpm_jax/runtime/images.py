@@ -6,6 +6,8 @@ import math
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from typing import Any
 from typing import NamedTuple
 
 import numpy as np
@@ -14,17 +16,8 @@ from PIL import Image
 from ddpm_jax import imagefile
 from ddpm_jax.runtime import paths
 
-# Matplotlib reads it when it is imported, and fails if it does not know the
-# backend; a notebook's is not for the files that are written here. That there
-# is no home for its cache, it says at length.
-_backend = os.environ.pop('MPLBACKEND', None)
-logging.getLogger('matplotlib').setLevel(logging.ERROR)
-from matplotlib import figure  # noqa: E402
-from matplotlib.backends import backend_agg  # noqa: E402
-
-if _backend is not None:
-  os.environ['MPLBACKEND'] = _backend
-
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
 
 whole = paths.whole
 
@@ -77,8 +70,26 @@ def save_gif(
     )
 
 
-def render(fig: figure.Figure) -> np.ndarray:
+def new_figure(**options: Any) -> 'Figure':
+  """An empty figure of Matplotlib, which is slow to import: not before this.
+
+  It reads MPLBACKEND when it is imported, and fails if it does not know the
+  backend; a notebook's is not for the files that are written here. That there
+  is no home for its cache, it says at length.
+  """
+  backend = os.environ.pop('MPLBACKEND', None)
+  logging.getLogger('matplotlib').setLevel(logging.ERROR)
+  from matplotlib import figure
+
+  if backend is not None:
+    os.environ['MPLBACKEND'] = backend
+  return figure.Figure(**options)
+
+
+def render(fig: 'Figure') -> np.ndarray:
   """The pixels of a figure, uint8 (H, W, 3)."""
+  from matplotlib.backends import backend_agg
+
   canvas = backend_agg.FigureCanvasAgg(fig)
   canvas.draw()
   return np.asarray(canvas.buffer_rgba())[..., :3]
@@ -127,7 +138,7 @@ def save_curve(
   path: pathlib.Path, x: np.ndarray, y: np.ndarray, xlabel: str, ylabel: str
 ) -> None:
   """A curve on a logarithmic y axis, with its running median over it."""
-  fig = figure.Figure(figsize=(8, 4.5), dpi=100, layout='constrained')
+  fig = new_figure(figsize=(8, 4.5), dpi=100, layout='constrained')
   axes = fig.subplots()
   axes.semilogy(x, y, color='tab:blue', alpha=0.3, linewidth=1)
   middle = running_median(y, max(1, len(y) // 100))
@@ -163,8 +174,8 @@ def save_scatter(
   """
   limit = scatter_limit(data)
 
-  def draw(columns: list[int]) -> figure.Figure:
-    fig = figure.Figure(
+  def draw(columns: list[int]) -> 'Figure':
+    fig = new_figure(
       figsize=(2.2 * len(columns), 2.3 * len(rows)),
       dpi=80,
       layout='constrained',
@@ -213,7 +224,7 @@ def labelled(
   left = 20 + int(max([len(x) for x in labels], default=0) * 10 * em * 100 / 72)
   top = 12 + 16 * bool(titles) + 20 * bool(head)
   full = np.array([left + width + 12, top + height + 12])
-  fig = figure.Figure(figsize=tuple(full / 100), dpi=100)
+  fig = new_figure(figsize=tuple(full / 100), dpi=100)
   x, y = np.array([left, 12]) / full
   axes = fig.add_axes((x, y, width / full[0], height / full[1]))
   # As many pixels as there are: none is blended with its neighbour.
@@ -254,7 +265,7 @@ class Panel(NamedTuple):
 
 def plot(panels: Sequence[Panel], bold: str = '') -> np.ndarray:
   """Panels side by side, (height, width, 3); the curve `bold` stands out."""
-  fig = figure.Figure(
+  fig = new_figure(
     figsize=(12, 8 / len(panels) + 1), dpi=100, layout='constrained'
   )
   for axes, panel in zip(fig.subplots(1, len(panels)), panels, strict=True):
