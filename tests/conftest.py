@@ -18,7 +18,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
-os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
+os.environ['XLA_FLAGS'] = (
+  '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+)
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(ROOT / '.pytest_cache' / 'xla')
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 # A broadcast that adds an axis, (B,) with (B, D), is written out.

@@ -23,7 +23,7 @@ def digits():
 @pytest.fixture(scope='module')
 def classifier(digits):
   """Of the first 1198 digits; the other 599 are held out."""
-  return classifiers.train(digits[0][:1198], digits[1][:1198], 10, steps=200)
+  return classifiers.train(digits[0][:1198], digits[1][:1198], 10, steps=120)
 
 
 @pytest.fixture(scope='module')

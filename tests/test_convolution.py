@@ -159,7 +159,7 @@ def test_gradients_of_bfloat16_are_float32_on_a_tpu_before_they_are_added(f):
   x, kernel = jnp.bfloat16(x), jnp.float32(kernel)
   if f is convolution.multiply:
     kernel = kernel[0, 0]
-  assert f(x, kernel).dtype == jnp.float32
+  assert jax.eval_shape(f, x, kernel).dtype == jnp.float32
   gradient = jax.grad(lambda k: jnp.sum(jnp.sin(f(x, k))))
   for of, platform, dtype in (
     (gradient, 'tpu', 'f32'),
@@ -199,9 +199,14 @@ def test_tangents_and_batches_of_batches(f, exact):
   """What figures, and others, ask of a network."""
   del exact
   x, kernel = (jnp.float32(a) for a in operands())
-  y, along = jax.jvp(lambda x: f(x, kernel), (x,), (x,))
+
+  @jax.jit
+  def both(x):
+    several = jax.vmap(f, (0, None))(jnp.stack([x, 2 * x]), kernel)
+    return *jax.jvp(lambda x: f(x, kernel), (x,), (x,)), several
+
+  y, along, several = both(x)
   np.testing.assert_allclose(y, along, atol=1e-5)
-  several = jax.vmap(f, (0, None))(jnp.stack([x, 2 * x]), kernel)
   np.testing.assert_allclose(several[1], 2 * y, atol=1e-5)
 
 

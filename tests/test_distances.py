@@ -100,7 +100,7 @@ def test_kernel_distance_is_unbiased(shift):
       distances.kernel(
         rng.normal(size=(8, 1)), rng.normal(shift, 1, (11, 1)), groups=2
       ).value
-      for _ in range(4000)
+      for _ in range(1000)
     ]
   )
   error = draws.std() / np.sqrt(len(draws))

@@ -22,7 +22,7 @@ from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import variances
 
 NAMES = sorted(registry.known(schedules, 'T'))
-TIMES = (1, 2, 10, 1000, 4000, 10_000)
+TIMES = (1, 2, 1000, 10_000)
 KINDS = ('eps', 'x0', 'v', 'mu')
 B, D = 5, 6  # examples, one for each time that is looked at; their dimensions
 
@@ -138,6 +138,23 @@ def near(got, want, what, rtol=3e-4, atol=3e-5):
 
 
 @jax.jit
+def forward(s, x0, eps, t, low, high):
+  """x_t; x_t of each x_s with s in `low`; the targets of all predictions."""
+  targets = {
+    kind: jax.vmap(getattr(predictions, kind).target, (None, 0, 0, 0))(
+      s, x0, eps, t
+    )
+    for kind in KINDS
+  }
+  between = jax.vmap(process.q_between, (None, None, 0, 0, None))
+  return (
+    process.q_sample(s, x0, t, eps),
+    between(s, x0, low, high, eps),
+    targets,
+  )
+
+
+@jax.jit
 def reverse_steps(s, outs, x_t, t):
   """Mean, log variance and x̂_0 of every prediction, clipped and not."""
   return {
@@ -160,26 +177,20 @@ def test_forward_and_reverse_step(name, T):
   s, t = schedule(name, T), times(T)
   e, at = Exact(s), t[:, None]
   x0, eps = grays(), np.asarray(jax.random.normal(jax.random.key(5), (B, D)))
-  near(process.q_sample(s, x0, t, eps), e.q(x0, eps, at), 'q_sample')
-  for low in (0, 1, T // 2, T - 1, T):
-    high = np.maximum(t, low)
-    with np.errstate(invalid='ignore'):  # -∞ less itself
-      kept = e.log_alpha_bar[high] - e.log_alpha_bar[low]
-    kept = np.where(high == low, 0, kept)[:, None]
-    want = np.exp(kept / 2) * x0 + np.sqrt(-np.expm1(kept)) * eps
-    got = process.q_between(s, x0, jnp.full(B, low), high, eps)
-    near(got, want, f'q_between {low}')
+  low = np.repeat([[0], [1], [T // 2], [T - 1], [T]], B, axis=1)
+  high = np.maximum(t, low)
+  sampled, between, targets = forward(s, jnp.float32(x0), eps, t, low, high)
+  near(sampled, e.q(x0, eps, at), 'q_sample')
+  with np.errstate(invalid='ignore'):  # -∞ less itself
+    kept = e.log_alpha_bar[high] - e.log_alpha_bar[low]
+  kept = np.where(high == low, 0, kept)[..., None]
+  want = np.exp(kept / 2) * x0 + np.sqrt(-np.expm1(kept)) * eps
+  near(between, want, 'q_between')
   x_t = np.float32(e.q(x0, eps, at))
   out = np.asarray(net(x_t, t))
   reverse = reverse_steps(s, out, x_t, t)
   for kind in kinds(s):
-    near(
-      jax.vmap(getattr(predictions, kind).target, (None, 0, 0, 0))(
-        s, x0, eps, t
-      ),
-      e.target(kind, x0, eps, at),
-      kind,
-    )
+    near(targets[kind], e.target(kind, x0, eps, at), kind)
     for clip in (True, False):
       mean, log_var, x0_hat = reverse[kind, clip]
       near(mean, e.mean(kind, out, x_t, at, clip), f'{kind} {clip}')
@@ -384,7 +395,7 @@ def all_chains(s, x_T, keys):
 
 
 CHAINS = [(name, T) for name in NAMES for T in (1, 2, 1000)]
-CHAINS += [('linear', 10_000), ('sqrt', 10_000)]
+CHAINS += [('sqrt', 10_000)]
 
 
 @pytest.mark.parametrize(('name', 'T'), CHAINS)
@@ -416,18 +427,18 @@ def test_a_network_in_bfloat16_has_its_mean_in_float32(kind, T):
   near(mean, want, kind)
 
 
-@pytest.mark.parametrize('draws', [0, 5])
-@pytest.mark.parametrize('variance', ['beta', 'beta_tilde'])
+@pytest.mark.parametrize(
+  ('variance', 'draws'), [('beta', 5), ('beta_tilde', 0)]
+)
 @pytest.mark.parametrize('T', [1, 2, 10])
 def test_the_bound(T, variance, draws):
   """L_T + Σ L_t + L_0, all of it written again in NumPy."""
   s, x0 = schedules.linear(T, beta_T=0.3), grays()
   e = Exact(s)
-  got = likelihood.bound(
-    *(s, net, keys(), jnp.float32(x0)),
-    draws=draws,
-    variance=getattr(variances, variance),
+  bound = functools.partial(
+    likelihood.bound, draws=draws, variance=getattr(variances, variance)
   )
+  got = jax.jit(lambda x0: bound(s, net, keys(), x0))(jnp.float32(x0))
   rows = got.t.shape[1]
   assert rows == (1 + draws if draws and T > 1 else T)
   assert np.all(got.t[:, 0] == 1)

@@ -1,7 +1,10 @@
 """Inception-v3: what others' networks say of the same weights and images."""
 
+import functools
+
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -13,6 +16,7 @@ from ddpm_jax.metrics import inception
 from ddpm_jax.metrics import weights
 
 
+@functools.cache
 def state():
   shapes = {}
   flat = jax.tree_util.tree_leaves_with_path(inception.parameters())
@@ -34,20 +38,30 @@ def params():
   return inception.from_torch(state())
 
 
-def features(params, way, images):
-  def apply(params, images):
-    return inception.Inception().apply({'params': params}, way(images))
+@pytest.fixture(scope='module')
+def features(params):
+  """By the way in: of each of the golden images, a dictionary of arrays."""
+  apply = jax.jit(inception.Inception().apply)
 
-  return jax.jit(apply)(params, images)._asdict()
+  def of(way):
+    images = make_inception.images()
+    ready = jnp.concatenate([way(x) for x in images])
+    every = apply({'params': params}, ready)._asdict()
+    ends = np.cumsum([len(x) for x in images])[:-1]
+    parts = {name: np.split(x, ends) for name, x in every.items()}
+    return [{name: x[i] for name, x in parts.items()} for i in range(2)]
+
+  ways = inception.tensorflow, inception.pytorch_fid
+  return {way: of(way) for way in ways}
 
 
 @pytest.mark.parametrize('way', [inception.tensorflow, inception.pytorch_fid])
-def test_features_are_those_of_torch_fidelity_and_of_pytorch_fid(params, way):
+def test_features_are_those_of_torch_fidelity_and_of_pytorch_fid(features, way):
   """Of the same random weights and statistics; see golden/make_inception.py."""
   compared = []
   with np.load(make_inception.FILE) as golden:
-    for i, images in enumerate(make_inception.images()):
-      for name, x in features(params, way, images).items():
+    for i, found in enumerate(features[way]):
+      for name, x in found.items():
         key = f'{way.__name__}_{i}_{name}'
         if key in golden:
           want, got = golden[key], make_inception.thinned(np.asarray(x))
@@ -58,13 +72,9 @@ def test_features_are_those_of_torch_fidelity_and_of_pytorch_fid(params, way):
   assert len(compared) == {'tensorflow': 6, 'pytorch_fid': 2}[way.__name__]
 
 
-def test_the_two_ways_in_are_not_the_same(params):
+def test_the_two_ways_in_are_not_the_same(features):
   """Else the comparison above could not tell them apart."""
-  images = make_inception.images()[0]
-  a, b = (
-    np.asarray(features(params, way, images)['pool'])
-    for way in (inception.tensorflow, inception.pytorch_fid)
-  )
+  a, b = (of[0]['pool'] for of in features.values())
   assert np.abs(a - b).max() > 1e-2 * a.std()
 
 

@@ -1,5 +1,7 @@
 """The bound, against likelihoods that are known."""
 
+import functools
+
 import gaussian
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from ddpm_jax.diffusion import two_term
 from ddpm_jax.diffusion import variances
 
 GRAYS = jnp.arange(256) / 127.5 - 1
+decoder_log_prob = jax.jit(likelihood.decoder_log_prob)
 
 
 def keys(n, seed=0):
@@ -23,7 +26,7 @@ def keys(n, seed=0):
 @pytest.mark.parametrize('mean', [-3.0, -1.0, 0.013, 0.9, 40.0])
 @pytest.mark.parametrize('sigma', [1e-3, 0.01, 0.3, 5.0])
 def test_the_decoder_spreads_a_probability_of_1_over_256_bins(mean, sigma):
-  log_p = likelihood.decoder_log_prob(GRAYS, mean, 2 * jnp.log(sigma))
+  log_p = decoder_log_prob(GRAYS, mean, 2 * jnp.log(sigma))
   assert jnp.exp(log_p).sum() == pytest.approx(1, abs=2e-5)
 
 
@@ -31,7 +34,7 @@ def test_the_decoder_is_right_in_the_far_tails():
   """Where a difference of CDFs is 0 in float32, and in float64 beyond 38 σ."""
   mean, sigma = -1.0, 0.02
   x0 = GRAYS[jnp.array([3, 30, 60, 80])]
-  got = likelihood.decoder_log_prob(x0, mean, 2 * jnp.log(sigma))
+  got = decoder_log_prob(x0, mean, 2 * jnp.log(sigma))
   z = (np.asarray(x0, float) - mean) / sigma
   h = 1 / 255 / sigma
   want = stats.norm.logsf(z - h) + np.log1p(
@@ -39,11 +42,12 @@ def test_the_decoder_is_right_in_the_far_tails():
   )
   np.testing.assert_allclose(got, want, rtol=1e-4)
   for edge in (GRAYS[0], GRAYS[-1]):
-    assert np.isfinite(likelihood.decoder_log_prob(edge, -edge * 9, -9.0))
+    assert np.isfinite(decoder_log_prob(edge, -edge * 9, -9.0))
 
 
 def test_the_decoder_has_a_finite_gradient_everywhere():
-  f = jax.vmap(jax.grad(likelihood.decoder_log_prob, (1, 2)), (0, None, None))
+  gradient = jax.grad(likelihood.decoder_log_prob, (1, 2))
+  f = jax.jit(jax.vmap(gradient, (0, None, None)))
   for mean, log_var in ((0.0, -9.0), (5.0, -12.0), (-1.0, 2.0)):
     for g in f(GRAYS, mean, log_var):
       assert np.all(np.isfinite(g))
@@ -59,9 +63,7 @@ def test_the_rmse_of_the_paper_has_the_distortion_of_the_paper(variance):
   x0 = rng.integers(0, 256, n) / 127.5 - 1
   mean = np.clip(x0 + 0.95136 / 127.5 * rng.normal(size=n), -1, 1)
   log_var = variance(schedules.linear(), None, 1)
-  nats = likelihood.decoder_log_prob(
-    jnp.float32(x0), jnp.float32(mean), log_var
-  )
+  nats = decoder_log_prob(jnp.float32(x0), jnp.float32(mean), log_var)
   # One draw of an error varies by 1.2 bits: 0.002 over all.
   bits = -float(nats.mean()) * likelihood.BITS
   assert bits == pytest.approx(1.97, abs=0.005 + 5 * 0.002)
@@ -80,23 +82,23 @@ def test_the_kl_is_that_of_two_normals():
 
 def bound(schedule, model_fn, x0, draws=1, **kwargs):
   """All terms of each x_0, (T, B), and L_T (B,), nats a dimension."""
+  n = len(x0) * draws
 
-  def at(t):
-    k = keys(len(x0) * draws, t)
+  @jax.jit
+  def each(x0):
     repeated = jnp.repeat(x0, draws, axis=0)
-    nats, _ = likelihood.terms(
-      schedule,
-      model_fn,
-      k,
-      repeated,
-      jnp.full(len(repeated), t),
-      clip=False,
-      **kwargs,
-    )
-    return nats.reshape(len(x0), draws).mean(1)
 
-  terms = jnp.stack([at(t) for t in range(1, schedule.T + 1)])
-  return terms, jax.vmap(lambda x: likelihood.prior(schedule, x))(x0)
+    def at(t):
+      k, times = keys(n, t), jnp.full(n, t)
+      nats, _ = likelihood.terms(
+        *(schedule, model_fn, k, repeated, times), clip=False, **kwargs
+      )
+      return nats.reshape(len(x0), draws).mean(1)
+
+    terms = jax.lax.map(at, jnp.arange(1, schedule.T + 1))
+    return terms, jax.vmap(lambda x: likelihood.prior(schedule, x))(x0)
+
+  return each(x0)
 
 
 def test_the_bound_of_standard_normal_data_is_their_likelihood():
@@ -174,7 +176,7 @@ def test_one_step_is_the_bound_of_a_vae():
   z = z_mean + jnp.sqrt(z_var) * process.normal(keys(3, 1), (1,))
   out = net(z, jnp.ones(3, int))
   x_hat = (z - jnp.sqrt(0.7) * out) / jnp.sqrt(0.3)
-  log_p = likelihood.decoder_log_prob(x0, x_hat, jnp.log(0.7))
+  log_p = decoder_log_prob(x0, x_hat, jnp.log(0.7))
   np.testing.assert_allclose(terms[0], -log_p[:, 0], rtol=1e-4)
 
 
@@ -186,7 +188,8 @@ def test_monte_carlo_over_t_is_unbiased():
   n = 30_000
   t = jax.random.randint(jax.random.key(1), (n,), 1, s.T + 1)
   many = jnp.tile(x0, (n // 2, 1))
-  nats, _ = likelihood.terms(s, net, keys(n, 2), many, t, clip=False)
+  terms = jax.jit(functools.partial(likelihood.terms, s, net, clip=False))
+  nats, _ = terms(keys(n, 2), many, t)
   estimate = s.T * nats
   error = estimate.std() / np.sqrt(n)
   assert abs(estimate.mean() - exact.sum(0).mean()) < 5 * error
@@ -198,7 +201,8 @@ def test_the_two_term_form_is_the_three_term_form():
   net = gaussian.model_fn(s, 0.0, 0.2)
   n = 20_000
   x0 = jnp.full((n, 1), GRAYS[150])
-  parts = two_term.bound(s, net, keys(n, 3), x0, clip=False)
+  form = jax.jit(functools.partial(two_term.bound, s, net, clip=False))
+  parts = form(keys(n, 3), x0)
   two = parts.terms.sum(1) + parts.prior
   terms, prior = bound(s, net, x0)
   three = terms.sum(0) + prior

@@ -18,9 +18,12 @@ S = schedules.linear()
 ALL = [timesteps.uniform, timesteps.antithetic, timesteps.stratified]
 
 
-def draw(choice, n, T=1000, seed=0):
-  key = jax.random.key(seed)
-  return np.asarray(jax.vmap(lambda i: choice(key, i, n, T))(jnp.arange(n)))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def draw(choice, n, T=1000, seeds=1):
+  """The t of as many batches of n, (seeds, n)."""
+  one = lambda seed, i: choice(jax.random.key(seed), i, n, T)  # noqa: E731
+  batch = jax.vmap(one, (None, 0))
+  return jax.vmap(batch, (0, None))(jnp.arange(seeds), jnp.arange(n))
 
 
 def keys(n):
@@ -30,7 +33,8 @@ def keys(n):
 def test_the_loss_of_a_network_that_answers_0_is_1():
   x0 = jnp.zeros((4096, 12))
   t = jnp.arange(4096) % 1000 + 1
-  losses = objectives.simple(S, lambda x, t: 0 * x, keys(4096), x0, t)
+  loss = jax.jit(functools.partial(objectives.simple, S, lambda x, t: 0 * x))
+  losses = loss(keys(4096), x0, t)
   assert losses.shape == (4096,)
   # Mean of 49,152 squared normals: standard error √(2/49152) = 0.0064.
   assert abs(losses.mean() - 1) < 5 * 0.0064
@@ -41,7 +45,8 @@ def test_the_closed_form_optimum_has_the_loss_that_theory_gives():
   n, t, variance = 20_000, 300, 0.25
   x0 = 0.5 * jax.random.normal(jax.random.key(2), (n, 4))
   net = gaussian.model_fn(S, 0.0, variance)
-  losses = objectives.simple(S, net, keys(n), x0, jnp.full(n, t))
+  loss = jax.jit(functools.partial(objectives.simple, S, net))
+  losses = loss(keys(n), x0, jnp.full(n, t))
   signal = S.alpha_bar[t] * variance
   expected = signal / (signal + S.one_minus_alpha_bar[t])
   assert abs(losses.mean() / expected - 1) < 5 * np.sqrt(2 / (4 * n))
@@ -50,7 +55,8 @@ def test_the_closed_form_optimum_has_the_loss_that_theory_gives():
 def test_the_loss_of_an_example_depends_on_no_other():
   x0 = jax.random.normal(jax.random.key(0), (8, 5))
   t = jnp.arange(1, 9) * 100
-  f = functools.partial(objectives.simple, S, lambda x, t: x**2, keys(8))
+  loss = functools.partial(objectives.simple, S, lambda x, t: x**2, keys(8))
+  f = jax.jit(loss)
   before, after = f(x0, t), f(x0.at[3].set(9.0), t)
   changed = before != after
   assert changed.tolist() == [i == 3 for i in range(8)]
@@ -59,33 +65,33 @@ def test_the_loss_of_an_example_depends_on_no_other():
 @pytest.mark.parametrize('choice', ALL)
 @pytest.mark.parametrize('n', [1, 7, 128])
 def test_times_are_in_1_to_T(choice, n):
-  t = np.concatenate([draw(choice, n, T=10, seed=s) for s in range(200)])
+  t = draw(choice, n, 10, 200)
   assert t.min() == 1
   assert t.max() == 10
 
 
 @pytest.mark.parametrize('choice', ALL)
 def test_times_are_uniform_over_the_batch(choice):
-  t = np.concatenate([draw(choice, 100, T=10, seed=s) for s in range(300)])
-  counts = np.bincount(t, minlength=11)[1:]
+  t = draw(choice, 100, 10, 300)
+  counts = np.bincount(t.ravel(), minlength=11)[1:]
   # 30,000 draws: 3000 ± 52 a time if independent, nearer otherwise.
   assert np.all(np.abs(counts - 3000) < 5 * 52)
 
 
 def test_antithetic_halves_mirror_each_other():
-  t = draw(timesteps.antithetic, 64)
+  t = draw(timesteps.antithetic, 64)[0]
   np.testing.assert_array_equal(t[:32] + t[32:], 1001)
 
 
 def test_stratified_draws_one_time_a_stratum():
-  t = draw(timesteps.stratified, 100)
+  t = draw(timesteps.stratified, 100)[0]
   np.testing.assert_array_equal((t - 1) // 10, np.arange(100))
 
 
 @pytest.mark.parametrize('choice', [timesteps.antithetic, timesteps.stratified])
 def test_the_mean_time_of_a_batch_varies_less_than_with_uniform(choice):
   def spread(choice):
-    return np.std([draw(choice, 32, seed=s).mean() for s in range(50)])
+    return draw(choice, 32, 1000, 50).mean(1).std()
 
   assert spread(choice) < 0.3 * spread(timesteps.uniform)
 
@@ -93,33 +99,37 @@ def test_the_mean_time_of_a_batch_varies_less_than_with_uniform(choice):
 @pytest.mark.parametrize('choice', ALL)
 def test_the_time_of_an_example_follows_from_its_index_alone(choice):
   key = jax.random.key(0)
-  whole = draw(choice, 16)
-  for i in range(16):
-    assert choice(key, i, 16, 1000) == whole[i]
+  whole = draw(choice, 16)[0]
+  alone = jax.jit(choice, static_argnums=(2, 3))
+  assert [alone(key, i, 16, 1000) for i in range(16)] == whole.tolist()
+
+
+N = 40_000
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def gradients(objective, predict, t, seed):
+  """N of them, for a network a x_t + b and its two parameters."""
+  x0 = 0.3 + 0.5 * jax.random.normal(jax.random.key(8), (N, 1))
+  keys = jax.random.split(jax.random.key(seed), N)
+
+  def loss(w, key, x0):
+    net = lambda x, t: w[0] * x + w[1]  # noqa: E731
+    at = jnp.full(1, t)
+    return objective(S, net, key[None], x0[None], at, predict=predict)[0]
+
+  each = jax.vmap(jax.grad(loss), (None, 0, 0))
+  return each(jnp.array([0.3, 0.1]), keys, x0)
 
 
 @pytest.mark.parametrize('kind', ['eps', 'x0', 'v', 'mu'])
 @pytest.mark.parametrize('t', [1, 2, 100, 900])
 def test_two_noises_and_one_have_the_same_gradient_and_one_varies_less(t, kind):
-  """The notes' claim, for a network a x_t + b and its two parameters."""
-  n = 40_000
-  x0 = 0.3 + 0.5 * jax.random.normal(jax.random.key(8), (n, 1))
+  """The notes' claim."""
   predict = getattr(predictions, kind)
-
-  def gradients(objective, seed):
-    keys = jax.random.split(jax.random.key(seed), n)
-
-    def loss(w, key, x0):
-      net = lambda x, t: w[0] * x + w[1]  # noqa: E731
-      at = jnp.full(1, t)
-      return objective(S, net, key[None], x0[None], at, predict=predict)[0]
-
-    each = jax.vmap(jax.grad(loss), (None, 0, 0))
-    return jax.jit(each)(jnp.array([0.3, 0.1]), keys, x0)
-
-  one = gradients(objectives.one_noise, 1)
-  two = gradients(objectives.two_noise, 2)
-  error = jnp.sqrt((one.var(0) + two.var(0)) / n)
+  one = gradients(objectives.one_noise, predict, t, 1)
+  two = gradients(objectives.two_noise, predict, t, 2)
+  error = jnp.sqrt((one.var(0) + two.var(0)) / N)
   assert np.all(np.abs(one.mean(0) - two.mean(0)) < 5 * error)
   # At t = 1 there is no noise before, and both are one. A μ̃ that is far off has
   # an error beside which either noise is nothing.
@@ -129,22 +139,11 @@ def test_two_noises_and_one_have_the_same_gradient_and_one_varies_less(t, kind):
 
 def test_x_prev_has_the_gradient_of_its_weighted_simple_loss():
   """For ε: ‖x_{t-1} - μ_θ‖² weighs `one_noise` by β_t/(1-β_t)."""
-  n, t = 40_000, 300
-  x0 = 0.3 + 0.5 * jax.random.normal(jax.random.key(8), (n, 1))
-
-  def gradients(objective, seed):
-    keys = jax.random.split(jax.random.key(seed), n)
-
-    def loss(w, key, x0):
-      net = lambda x, t: w[0] * x + w[1]  # noqa: E731
-      return objective(S, net, key[None], x0[None], jnp.full(1, t))[0]
-
-    each = jax.vmap(jax.grad(loss), (None, 0, 0))
-    return jax.jit(each)(jnp.array([0.3, 0.1]), keys, x0)
-
-  weighted = gradients(objectives.one_noise, 1) * S.beta[t] / (1 - S.beta[t])
-  got = gradients(objectives.x_prev, 2)
-  error = jnp.sqrt((weighted.var(0) + got.var(0)) / n)
+  t, eps = 300, predictions.eps
+  one_noise = gradients(objectives.one_noise, eps, t, 1)
+  weighted = one_noise * S.beta[t] / (1 - S.beta[t])
+  got = gradients(objectives.x_prev, eps, t, 2)
+  error = jnp.sqrt((weighted.var(0) + got.var(0)) / N)
   assert np.all(np.abs(weighted.mean(0) - got.mean(0)) < 5 * error)
 
 
@@ -162,7 +161,9 @@ def test_the_losses_of_the_notes_know_the_truth(name, kind):
     eps = rest / process.per_example(noise, x_t)
     return jax.vmap(predict.target, (None, 0, 0, 0))(S, x0, eps, t)
 
-  got = getattr(objectives, name)(S, net, keys(n), x0, t, predict=predict)
+  objective = getattr(objectives, name)
+  loss = jax.jit(functools.partial(objective, S, net, predict=predict))
+  got = loss(keys(n), x0, t)
   # What x_t leaves open of ε_t, and of x_{t-1}: their variances given x_t.
   left = {
     'one_noise': 0.0,

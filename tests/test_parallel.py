@@ -1,6 +1,8 @@
 """One device, eight, FSDP, rows and pmap: the same losses, weights, samples."""
 
 import functools
+from typing import Any
+from typing import NamedTuple
 
 import chex
 import jax
@@ -21,12 +23,14 @@ STEPS = 4
 
 
 def config(**changes):
+  """The least network with all layers; t by a history of the whole batch."""
   c = digits.get_config()
   c.batch_size = 32
   c.data.flip = True
-  c.model.update(channels=8, multipliers=(1,), blocks=1, groups=4, dropout=0.2)
+  c.model.update(channels=8, multipliers=(1,), blocks=0, groups=4, dropout=0.2)
+  c.loss.update(name='vlb', t='importance')
+  c.schedule.T = 4
   c.optimizer.warmup = 2
-  c.sampler.steps = 8
   recipe.override(c, {k.replace('__', '.'): str(v) for k, v in changes.items()})
   return c
 
@@ -45,68 +49,63 @@ def start(c):
   return mesh, parallel.init_state(init, mesh)
 
 
+class Trained(NamedTuple):
+  """What a few steps leave behind."""
+
+  losses: np.ndarray  # (STEPS, 2), with the norm of the gradients
+  first: Any  # the state before the first step
+  state: Any  # and after the last
+  step: Any  # (state, batch) -> (state, metrics), compiled
+  batch: Any  # as it takes them
+  draw: Any  # (index) -> samples, compiled
+  images: Any  # half a batch of samples
+
+
 @functools.cache
 def train(**changes):
-  """(losses, parameters and EMA, samples), as NumPy."""
   c = config(**changes)
-  mesh, state = start(c)
+  mesh, first = start(c)
   how, n = c.parallel.engine, c.batch_size
   step = parallel.compile_step(
-    functions.train_step(c, parallel.parts(mesh)), mesh, how, state
+    functions.train_step(c, parallel.parts(mesh)), mesh, how, first
   )
-  losses = []
+  losses, state = [], first
   for i in range(STEPS):
     rows = parallel.put(batch(i, n, recipe.shape(c)), mesh, how)
     state, metrics = step(state, rows)
     losses.append([float(metrics['loss']), float(metrics['grad_norm'])])
-  cut = functools.partial(parallel.cut_rows, mesh=mesh)
-  draw = parallel.compile_map(
-    functions.sampler(c, seed=0, snapshots=2, cut=cut),
-    mesh,
-    how,
-    state.ema_params,
+  images_of = parallel.compile_map(
+    sampler(c, mesh), mesh, how, state.ema_params
   )
-  index = parallel.put(np.arange(n // 2, dtype=np.int32), mesh, how)
-  images = draw(state.ema_params, index)
-  weights = jax.tree.map(np.asarray, (state.params, state.ema_params))
-  return np.array(losses), weights, images
+
+  def draw(index):
+    index = np.array(index, np.int32)
+    return images_of(state.ema_params, parallel.put(index, mesh, how))
+
+  images = draw(range(n // 2))
+  return Trained(np.array(losses), first, state, step, rows, draw, images)
 
 
-def one_device():
-  return train(parallel__data=1)
+def sampler(c, mesh):
+  cut = functools.partial(parallel.cut_rows, mesh=mesh)
+  return functions.sampler(c, seed=0, snapshots=2, cut=cut)
 
 
-@pytest.mark.parametrize(
-  'changes',
-  [
-    dict(parallel__data=8),
-    dict(parallel__data=1, parallel__fsdp=8),
-    dict(parallel__data=2, parallel__fsdp=4),
-    dict(parallel__engine='pmap', parallel__data=8),
-    dict(parallel__data=1, accumulate=4),
-    dict(parallel__engine='pmap', parallel__data=4, accumulate=2),
-  ],
-  ids=lambda changes: ' '.join(f'{k}={v}' for k, v in changes.items()),
-)
-def test_all_ways_agree_with_one_device(changes):
-  agree(train(**changes), one_device())
+def compiled(trained):
+  """Its step once more, from the cache, to be looked at."""
+  return trained.step.lower(trained.state, trained.batch).compile()
 
 
-def agree(some, one):
-  losses, weights, images = some
-  one_losses, one_weights, one_images = one
-  # float32 sums in another order; Adam divides small gradients by their size,
-  # so that rounding in them is a learning rate's share (1e-3) of an update.
-  np.testing.assert_allclose(losses, one_losses, rtol=2e-5)
-  chex.assert_trees_all_close(weights, one_weights, rtol=0, atol=2e-5)
-  for a, b in zip(images, one_images, strict=True):
-    # A rounding may carry a value over the edge between two grays.
-    assert np.abs(a.astype(int) - b).max() <= 1
-    assert np.mean(a != b) < 0.01
-
-
+# Without a history nothing but gradients goes from device to device.
+PLAIN = dict(loss__name='simple', loss__t='stratified', schedule__T=50)
+ONE = dict(parallel__data=1)
+DATA = dict(parallel__data=8)
+FSDP = dict(parallel__data=2, parallel__fsdp=4)
+PARTS = dict(parallel__data=4, accumulate=2)
+PMAP = dict(parallel__engine='pmap', parallel__data=4, accumulate=2)
 # Down and up again, with attention: all that rows go through.
 LEVELS = dict(model__multipliers=(1, 1), model__attention=(4,))
+ROWS = dict(parallel__data=2, parallel__fsdp=2, parallel__spatial=2)
 # The network of 256x256, narrow.
 LARGE = dict(
   batch_size=8,
@@ -119,16 +118,28 @@ LARGE = dict(
 )
 
 
+def named(changes):
+  return ' '.join(f'{k}={v}' for k, v in changes.items())
+
+
+@pytest.mark.parametrize('changes', [FSDP, PARTS, PMAP], ids=named)
+def test_all_ways_agree_with_one_device(changes):
+  agree(train(**changes), train(**ONE))
+
+
+def test_devices_that_share_gradients_alone_agree_with_one_device():
+  agree(train(**PLAIN, **DATA), train(**PLAIN, **ONE))
+
+
 def test_images_cut_into_rows_agree_with_one_device():
-  axes = dict(parallel__data=2, parallel__fsdp=2, parallel__spatial=2)
-  agree(train(**LEVELS, **axes), train(**LEVELS, parallel__data=1))
+  agree(train(**LEVELS, **ROWS), train(**LEVELS, **ONE))
 
 
 @pytest.mark.slow
 def test_rows_and_parts_of_a_batch_agree_with_one_device():
   """With a row of the smallest level on each device."""
   axes = dict(parallel__data=2, parallel__spatial=4, accumulate=2)
-  agree(train(**LEVELS, **axes), train(**LEVELS, parallel__data=1))
+  agree(train(**LEVELS, **axes), train(**LEVELS, **ONE))
 
 
 @pytest.mark.slow
@@ -136,107 +147,86 @@ def test_rows_and_parts_of_a_batch_agree_with_one_device():
 def test_large_images_cut_into_rows_agree_with_one_device(axes):
   names = ('parallel__data', 'parallel__fsdp', 'parallel__spatial')
   cut = dict(zip(names, axes, strict=True))
-  agree(train(**LARGE, **cut), train(**LARGE, parallel__data=1))
+  agree(train(**LARGE, **cut), train(**LARGE, **ONE))
 
 
-def by_history(**changes):
-  """Losses, t by importance, where all have a history after two of 8 steps."""
-  c = config(loss__t='importance', loss__name='vlb', schedule__T=4, **changes)
-  c.sampler.steps = 4
-  mesh, state = start(c)
-  how = c.parallel.engine
-  step = parallel.compile_step(
-    functions.train_step(c, mesh.size), mesh, how, state
-  )
-  losses = []
-  for i in range(8):
-    state, metrics = step(state, parallel.put(batch(i), mesh, how))
-    losses.append(float(metrics['loss']))
-  return np.array(losses), jax.tree.map(np.asarray, state.history)
+def agree(some, one):
+  # float32 sums in another order; Adam divides small gradients by their size,
+  # so that rounding in them is a learning rate's share (1e-3) of an update.
+  np.testing.assert_allclose(some.losses, one.losses, rtol=2e-5)
+  for name in ('params', 'ema_params'):
+    weights, one_weights = getattr(some.state, name), getattr(one.state, name)
+    chex.assert_trees_all_close(weights, one_weights, rtol=0, atol=2e-5)
+  for a, b in zip(some.images, one.images, strict=True):
+    # A rounding may carry a value over the edge between two grays.
+    assert np.abs(a.astype(int) - b).max() <= 1
+    assert np.mean(a != b) < 0.01
+  history, one_history = some.state.history, one.state.history
+  if history is not None:
+    # Every t has its 10 losses: the last t were drawn by them.
+    assert history.seen.min() > 10
+    np.testing.assert_array_equal(history.seen, one_history.seen)
+    np.testing.assert_allclose(history.losses, one_history.losses, rtol=2e-4)
 
 
-by_history_on_one = functools.cache(
-  functools.partial(by_history, parallel__data=1)
-)
-
-
-@pytest.mark.parametrize(
-  'changes',
-  [
-    dict(parallel__data=2, parallel__fsdp=4),
-    dict(parallel__engine='pmap', parallel__data=4, accumulate=2),
-  ],
-  ids=lambda changes: ' '.join(f'{k}={v}' for k, v in changes.items()),
-)
-def test_all_ways_draw_the_same_t_by_history(changes):
-  losses, history = by_history(**changes)
-  one_losses, one_history = by_history_on_one()
-  assert history.seen.min() > 10
-  np.testing.assert_array_equal(history.seen, one_history.seen)
-  # Float32 sums in another order, as above.
-  np.testing.assert_allclose(losses, one_losses, rtol=2e-5)
-  np.testing.assert_allclose(history.losses, one_history.losses, rtol=2e-4)
-
-
-def test_dropout_and_flip_were_part_of_that():
+def test_dropout_flip_and_history_were_part_of_that():
   """Else the comparison above would say nothing of them."""
-  losses = one_device()[0]
-  for changes in (dict(model__dropout=0), dict(data__flip=False)):
-    other = train(parallel__data=1, **changes)[0]
-    assert np.abs(other[1:] / losses[1:] - 1).max() > 1e-4
+  state, rows = train(**ONE).state, batch(0)
+  uniform = state.history._replace(seen=0 * state.history.seen)
+
+  @jax.jit
+  def losses(key):
+    """As they are, and without one thing."""
+    each = [
+      functions.loss_fn(config(**changes))(state.params, key, rows, history)[0]
+      for changes, history in (
+        ({}, state.history),
+        (dict(model__dropout=0), state.history),
+        (dict(data__flip=False), state.history),
+        ({}, uniform),
+      )
+    ]
+    return jax.numpy.stack(each)
+
+  as_it_is, *without = losses(jax.random.key(0))
+  for other in without:
+    assert np.abs(other / as_it_is - 1).max() > 1e-4
 
 
-def test_fsdp_leaves_an_eighth_of_the_state_on_a_device():
-  _, state = start(config(parallel__data=1, parallel__fsdp=8))
-  whole = sum(x.nbytes for x in jax.tree.leaves(state))
-  parts = [
-    sum(x.addressable_shards[i].data.nbytes for x in jax.tree.leaves(state))
-    for i in range(8)
-  ]
-  # A few arrays of four numbers do not divide.
-  assert max(parts) < 1.05 * whole / 8
+def test_fsdp_leaves_its_share_of_the_state_on_a_device():
+  """A quarter; test_plan has it of an eighth."""
+  leaves = jax.tree.leaves(train(**FSDP).state)
+  whole = sum(x.nbytes for x in leaves)
+  for i in range(8):
+    part = sum(x.addressable_shards[i].data.nbytes for x in leaves)
+    # A few numbers of steps and biases do not divide.
+    assert part < 1.05 * whole / 4
 
 
 def test_fsdp_gathers_parameters_and_moves_no_activations():
   """Sharded kernels must not make XLA split the convolutions."""
-  c = config(parallel__data=1, parallel__fsdp=8)
-  mesh, state = start(c)
-  step = parallel.compile_step(
-    functions.train_step(c, mesh.size), mesh, 'jit', state
-  )
-  text = step.lower(state, parallel.put(batch(0), mesh, 'jit')).compile()
-  text = text.as_text()
+  text = compiled(train(**FSDP)).as_text()
   assert 'all-gather' in text
   assert 'collective-permute' not in text
   assert 'all-to-all' not in text
 
 
-@pytest.mark.parametrize('how', ['jit', 'pmap'])
-def test_the_state_is_donated(how):
-  c = config(parallel__engine=how)
-  mesh, state = start(c)
-  step = parallel.compile_step(
-    functions.train_step(c, mesh.size), mesh, how, state
-  )
-  step(state, parallel.put(batch(0), mesh, how))
-  kinds = {x.is_deleted() for x in jax.tree.leaves(state.params)}
-  assert kinds == {True}
+@pytest.mark.parametrize('changes', [ONE, FSDP, PMAP], ids=named)
+def test_the_state_is_donated(changes):
+  params = train(**changes).first.params
+  assert all(x.is_deleted() for x in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize('how', ['jit', 'pmap'])
-def test_an_image_is_the_same_in_any_batch(how):
-  c = config(parallel__engine=how)
-  mesh, state = start(c)
-  draw = parallel.compile_map(
-    functions.sampler(c, seed=3), mesh, how, state.ema_params
-  )
+@pytest.mark.parametrize('changes', [ONE, FSDP], ids=named)
+def test_one_program_serves_all_steps(changes):
+  assert train(**changes).step._cache_size() == 1
 
-  def images(index):
-    index = np.array(index, np.int32)
-    return draw(state.ema_params, parallel.put(index, mesh, how))[0]
 
-  whole = images(range(16))
-  other = images([11, 3, *range(20, 26)])
+@pytest.mark.parametrize('changes', [PLAIN | DATA, PMAP], ids=named)
+def test_an_image_is_the_same_in_any_batch(changes):
+  trained = train(**changes)
+  whole = trained.images.images
+  other = trained.draw([11, 3, *range(20, 26)]).images
   np.testing.assert_array_equal(other[:2], whole[[11, 3]])
   assert np.mean(whole[0] != whole[1]) > 0.5
 
@@ -279,16 +269,11 @@ def test_devices_that_do_not_fit_are_a_line_for_the_user(changes, message):
 
 
 def test_a_step_on_several_devices_adds_gradients_and_moves_nothing_else():
-  c = config(parallel__data=-1)
-  mesh, state = start(c)
-  step = parallel.compile_step(
-    functions.train_step(c, mesh.size), mesh, 'jit', state
-  )
-  compiled = step.lower(state, parallel.put(batch(0), mesh, 'jit')).compile()
-  said = account.of(compiled)
+  trained = train(**PLAIN, **DATA)
+  said = account.of(compiled(trained))
   assert set(said.collectives) == {'all-reduce'}
   reduced = said.collectives['all-reduce']
-  gradients = sum(x.nbytes for x in jax.tree.leaves(state.params))
+  gradients = sum(x.nbytes for x in jax.tree.leaves(trained.state.params))
   # Beside them the loss, and what little the norm takes.
   assert gradients <= reduced.bytes < gradients + 1000
   assert reduced.in_loops == 0
@@ -296,10 +281,9 @@ def test_a_step_on_several_devices_adds_gradients_and_moves_nothing_else():
 
 
 def test_sampling_on_several_devices_moves_nothing():
-  c = config(parallel__data=-1)
-  mesh, state = start(c)
-  params = state.ema_params
-  draw = parallel.jit_map(functions.sampler(c, 0), mesh, params)
+  c, params = config(**PLAIN, **DATA), train(**PLAIN, **DATA).state.ema_params
+  mesh = build.mesh(c)
+  draw = parallel.jit_map(sampler(c, mesh), mesh, params)
   rows = parallel.put(np.arange(16, dtype=np.int32), mesh, 'jit')
   said = account.of(draw.lower(params, rows).compile())
   assert said.collectives == {}

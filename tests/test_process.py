@@ -1,5 +1,7 @@
 """q and p: identities of the paper, exact to float32 rounding."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ def test_q_sample_has_the_mean_and_variance_of_t_steps_of_q_step():
 
   start = (jnp.float32(0.7), jnp.float32(0))
   _, (mean, variance) = jax.lax.scan(step, start, jnp.arange(1, T + 1))
-  at = jax.vmap(process.q_sample, (None, None, 0, None))
+  at = jax.jit(jax.vmap(process.q_sample, (None, None, 0, None)))
   t = jnp.arange(1, T + 1)
   # A thousand products: a thousand roundings of 6e-8, at random.
   np.testing.assert_allclose(at(S, 0.7, t, 0.0), mean, rtol=2e-5)
@@ -100,10 +102,12 @@ def test_a_batch_of_times_is_taken_as_it_is():
     (process.q_posterior, (x0, eps, t)),
     (process.p_mean_variance, (eps, x0, t)),
   ):
-    whole = fn(S, *args)
-    each = jax.vmap(lambda *a, fn=fn: fn(S, *a))(*args)
+    fn = functools.partial(fn, S)
+    whole = jax.jit(fn)(*args)
     each = jax.tree.map(
-      lambda a, b: b.reshape(b.shape + (1,) * (a.ndim - b.ndim)), whole, each
+      lambda a, b: b.reshape(b.shape + (1,) * (a.ndim - b.ndim)),
+      whole,
+      jax.jit(jax.vmap(fn))(*args),
     )
     chex.assert_trees_all_close(whole, each, rtol=2e-6, atol=1e-6)
 

@@ -43,8 +43,9 @@ def test_the_weighted_loss_is_unbiased():
 def test_the_draws_have_the_probabilities():
   p = timesteps.probabilities(full([4.0, 2.0, 1.0, 0.5, 0.5]))
   n = 20_000
-  draw = jax.vmap(lambda i: timesteps.importance(jax.random.key(0), i, n, T, p))
-  counts = np.bincount(draw(jnp.arange(n)), minlength=T + 1)[1:]
+  draw = lambda i: timesteps.importance(jax.random.key(0), i, n, T, p)  # noqa: E731
+  t = jax.jit(jax.vmap(draw))(jnp.arange(n))
+  counts = np.bincount(t, minlength=T + 1)[1:]
   assert stats.chisquare(counts, n * np.asarray(p, float)).pvalue > 1e-4
 
 
@@ -58,7 +59,7 @@ def test_t_is_uniform_until_all_have_a_history():
 
 def test_the_history_holds_the_last_losses_at_each_t():
   """As a list would, whatever the order of the arrays."""
-  rng = np.random.default_rng(0)
+  rng, record = np.random.default_rng(0), jax.jit(timesteps.record)
   history = timesteps.no_history(T, K)
   past = [[] for _ in range(T + 1)]
   for _ in range(6):
@@ -67,8 +68,7 @@ def test_the_history_holds_the_last_losses_at_each_t():
     for a, b in zip(t, losses, strict=True):
       past[a].append(b)
     index = rng.permutation(n)
-    batch = map(jnp.asarray, (index, t[index], losses[index]))
-    history = timesteps.record(history, *batch)
+    history = record(history, index, t[index], losses[index])
   assert max(map(len, past)) > 6 * K
   for t in range(1, T + 1):
     assert history.seen[t - 1] == len(past[t])
