@@ -86,21 +86,23 @@ class GroupNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, 'B H W C']) -> Float[Array, 'B H W C']:
-    B, C = x.shape[0], x.shape[-1]
+    C = x.shape[-1]
     scale = self.param('scale', nn.initializers.ones, (C,))
     bias = self.param('bias', nn.initializers.zeros, (C,))
-
-    def mean(x: Float32[Array, 'B H W C']) -> Float32[Array, 'B C']:
-      """Of pixels, then of the channels of a group."""
-      x = jnp.mean(x, axis=(1, 2)).reshape(B, self.groups, -1)
-      return jnp.repeat(x.mean(2), C // self.groups, axis=1)
-
     y = x.astype(jnp.float32)
-    mu = mean(y)
-    variance = jnp.maximum(mean(jnp.square(y)) - jnp.square(mu), 0)
+    mu = _mean(y, self.groups)
+    square = _mean(jnp.square(y), self.groups)
+    variance = jnp.maximum(square - jnp.square(mu), 0)
     a = jax.lax.rsqrt(variance + 1e-6) * scale[None]
     b = bias[None] - mu * a
     return (y * a[:, None, None] + b[:, None, None]).astype(self.dtype)
+
+
+def _mean(x: Float32[Array, 'B H W C'], groups: int) -> Float32[Array, 'B C']:
+  """Of pixels, then of the channels of a group."""
+  B, _, _, C = x.shape
+  x = jnp.mean(x, axis=(1, 2)).reshape(B, groups, -1)
+  return jnp.repeat(x.mean(2), C // groups, axis=1)
 
 
 class Dense(nn.Module):
