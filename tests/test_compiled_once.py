@@ -60,15 +60,15 @@ def traced_once(fn):
 @pytest.fixture
 def compiled():
   """A list that grows with every program that XLA compiles, or has cached."""
-  seen, listening = [], True
+  seen = []
 
   def heard(event, seconds, **_):
-    if listening and event == '/jax/core/compile/backend_compile_duration':
+    if event == '/jax/core/compile/backend_compile_duration':
       seen.append(seconds)
 
   jax.monitoring.register_event_duration_secs_listener(heard)
   yield seen
-  listening = False
+  jax.monitoring.unregister_event_duration_listener(heard)
 
 
 @BOTH
