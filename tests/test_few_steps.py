@@ -329,29 +329,30 @@ def test_a_zero_terminal_snr_is_zero_and_leaves_the_first_step():
 @pytest.mark.parametrize(
   ('name', 'predict'), [*((name, 'v') for name in NAMES), ('ddim', 'x0')]
 )
-@pytest.mark.parametrize('steps', [1, 25])
-def test_every_sampler_begins_at_a_zero_terminal_snr(name, predict, steps):
+def test_every_sampler_begins_at_a_zero_terminal_snr(name, predict):
   """With x_T of noise alone, in float32; the data's mean is met."""
-  full = schedules.zero_terminal_snr(S)
-  table = schedules.stride(full, steps)
-  kind = getattr(predictions, predict)
+  full, kind = schedules.zero_terminal_snr(S), getattr(predictions, predict)
+  x = process.normal(keys(2000, 1), (1,))
 
-  def net(x_t, t):
-    a = table.alpha_bar[t][:, None]
-    n = table.one_minus_alpha_bar[t][:, None]
-    x0 = M + jnp.sqrt(a) * V * (x_t - jnp.sqrt(a) * M) / (a * V + n)
-    eps = (x_t - jnp.sqrt(a) * x0) / jnp.sqrt(n)
-    return jax.vmap(kind.target, (None, 0, 0, 0))(table, x0, eps, t)
+  def drawn(steps):
+    table = schedules.stride(full, steps)
+    told = table._replace(time=jnp.arange(steps + 1))
 
-  told = table._replace(time=jnp.arange(steps + 1))
-  draw = functools.partial(
-    samplers.sample, step(name, predict=kind), told, net, keys(2000)
-  )
-  x_0, *_ = jax.jit(draw)(process.normal(keys(2000, 1), (1,)))
+    def net(x_t, t):
+      a = table.alpha_bar[t][:, None]
+      n = table.one_minus_alpha_bar[t][:, None]
+      x0 = M + jnp.sqrt(a) * V * (x_t - jnp.sqrt(a) * M) / (a * V + n)
+      eps = (x_t - jnp.sqrt(a) * x0) / jnp.sqrt(n)
+      return jax.vmap(kind.target, (None, 0, 0, 0))(table, x0, eps, t)
+
+    way = step(name, predict=kind)
+    draw = functools.partial(samplers.sample, way, told, net)
+    return np.asarray(jax.jit(draw)(keys(2000), x).x_0)
+
+  np.testing.assert_allclose(drawn(1), M, atol=1e-6)
+  x_0 = drawn(25)
   assert np.all(np.isfinite(x_0))
-  assert abs(float(x_0.mean()) - M) < 0.07  # 5 standard errors of 2000
-  if steps == 1:
-    np.testing.assert_allclose(x_0, M, atol=1e-6)
+  assert abs(x_0.mean() - M) < 0.07  # 5 standard errors of 2000
 
 
 def test_a_learned_range_is_of_the_jump_when_steps_are_jumps():
@@ -400,10 +401,9 @@ def test_learned_variances_are_used_on_a_strided_schedule():
   assert min(off['beta'], off['beta_tilde']) > 10 * np.sqrt(2 / N)
 
 
-@pytest.mark.parametrize('name', ['dpm_solver_pp_2m_sde', 'heun'])
-def test_a_sampler_draws_from_a_run(name, tiny_run, tmp_path):
+def test_a_sampler_draws_from_a_run(tiny_run, tmp_path):
   args = ['--mode=sample', f'--workdir={tiny_run[0]}', '--num_samples=4']
-  args += [f'--config.sampler.name={name}', '--config.sampler.steps=5']
+  args += ['--config.sampler.name=heun', '--config.sampler.steps=5']
   main.run([*args, f'--output={tmp_path / "a.npz"}'])
   with np.load(tmp_path / 'a.npz') as file:
     assert file['images'].shape == (4, 8, 8, 1)
