@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import jitted
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from configs import base
+from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax import recipe
@@ -24,6 +26,7 @@ from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import spacings
+from ddpm_jax.jobs import convert
 from ddpm_jax.jobs import edit
 
 T = 100
@@ -100,7 +103,7 @@ def test_with_nothing_known_and_no_jumps_it_is_the_sampler():
 
 def test_the_way_up_and_down_again_leaves_the_data_as_they_are():
   """With the exact ε: jumps neither add to the noise nor take from it."""
-  N = 4000
+  N = 1000
   net = gaussian.model_fn(S, 0.0, 1.0)
   x_T = process.normal(keys(N, 1), (1,))
   all_anew = editing.inpaint(step(), jnp.zeros(1), jnp.ones(1, bool))
@@ -129,7 +132,7 @@ def pair(rho):
 
 def test_resampling_makes_the_new_fit_the_known():
   """x_2 given x_1 = 1.5 has the mean 1.5 ρ: more nearly with more visits."""
-  N, rho = 500, 0.9
+  N, rho = 200, 0.9
   known, mask = jnp.array([1.5, 0.0]), jnp.array([False, True])
   x_T = process.normal(keys(N, 1), (2,))
   inpaint = editing.inpaint(step(), known, mask)
@@ -159,11 +162,22 @@ def files(tmp_path):
   return found
 
 
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """A run of a network that compiles at once."""
+  with pytest.MonkeyPatch.context() as patch:
+    tiny.make_known(patch)
+    c = tiny.config()
+    folder = tmp_path_factory.mktemp('edit') / 'run'
+    convert.save(c, build.mesh(c), tiny.weights_of(c), folder)
+    yield folder
+
+
 @pytest.fixture
-def edited(tiny_run, tmp_path):
+def edited(workdir, tmp_path):
   def edited(*args):
     output = tmp_path / 'out.npz'
-    flags = ['--mode=edit', f'--workdir={tiny_run[0]}', f'--output={output}']
+    flags = ['--mode=edit', f'--workdir={workdir}', f'--output={output}']
     main.run([*flags, '--num_samples=5', *map(str, args)])
     with np.load(output) as file:
       return file['images'][..., 0].astype(int)
@@ -179,7 +193,7 @@ def test_a_part_is_made_anew_and_the_rest_is_kept(files, edited, capsys):
     drawn[:, anew == 0], np.broadcast_to(x0[anew == 0], (5, 32))
   )
   assert len({x.tobytes() for x in drawn}) == 5
-  # tiny_run takes 10 steps, of which 6, 5, 4, 3, 2 are taken again.
+  # It takes 10 steps, of which 6, 5, 4, 3, 2 are taken again.
   assert '32 of 64 pixels anew, in 15 steps' in capsys.readouterr().err
 
 
@@ -198,7 +212,8 @@ def test_a_variation_is_nearer_to_the_image_the_less_noisy_it_was(
 
 def test_one_image_turns_into_another(files, edited):
   (image, x0), (to, other) = files['image'], files['to']
-  drawn = edited(f'--image={image}', f'--to={to}', '--strength=0.1')
+  steps = '--config.sampler.steps=50'
+  drawn = edited(f'--image={image}', f'--to={to}', '--strength=0.02', steps)
   first, *_, last = drawn
   assert np.abs(first - x0).mean() < np.abs(first - other).mean() / 2
   assert np.abs(last - other).mean() < np.abs(last - x0).mean() / 2

@@ -400,10 +400,9 @@ def test_learned_variances_are_used_on_a_strided_schedule():
   assert min(off['beta'], off['beta_tilde']) > 10 * np.sqrt(2 / N)
 
 
-@pytest.mark.parametrize('name', ['dpm_solver_pp_2m_sde', 'heun'])
-def test_a_sampler_draws_from_a_run(name, tiny_run, tmp_path):
+def test_a_sampler_draws_from_a_run(tiny_run, tmp_path):
   args = ['--mode=sample', f'--workdir={tiny_run[0]}', '--num_samples=4']
-  args += [f'--config.sampler.name={name}', '--config.sampler.steps=5']
+  args += ['--config.sampler.name=heun', '--config.sampler.steps=5']
   main.run([*args, f'--output={tmp_path / "a.npz"}'])
   with np.load(tmp_path / 'a.npz') as file:
     assert file['images'].shape == (4, 8, 8, 1)
