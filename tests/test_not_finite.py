@@ -20,18 +20,31 @@ from ddpm_jax.runtime import outputs
 
 
 @pytest.fixture(scope='module')
-def broken():
-  """A small run of which a weight is NaN: (config, mesh, weights)."""
+def config():
   config = recipe.shipped('digits')
   config = config.copy_and_resolve_references()
   config.model.update(channels=8, multipliers=(1,), groups=4)
   config.schedule.T = config.sampler.steps = 5
   config.parallel.data = 1
-  params = jax.jit(functools.partial(functions.init_state, config))().params
-  params['conv_out']['bias'] = jnp.full_like(
-    params['conv_out']['bias'], jnp.nan
-  )
-  return config, build.mesh(config), params
+  return config
+
+
+@pytest.fixture(scope='module')
+def state(config):
+  return jax.jit(functools.partial(functions.init_state, config))()
+
+
+def with_bias(params, value):
+  """The weights with that bias of the last layer."""
+  return params | {
+    'conv_out': {**params['conv_out'], 'bias': jnp.full(1, value)}
+  }
+
+
+@pytest.fixture(scope='module')
+def broken(config, state):
+  """A small run of which a weight is NaN: (config, mesh, weights)."""
+  return config, build.mesh(config), with_bias(state.params, jnp.nan)
 
 
 def test_samples_name_the_image_and_the_time(broken):
@@ -101,17 +114,9 @@ def test_no_checkpoint_is_promised_that_is_not_there(tmp_path):
 
 @pytest.mark.parametrize('weight', [np.nan, np.inf, -1e30, 1e6])
 @pytest.mark.parametrize('field', ['params', 'ema_params'])
-def test_weights_that_no_run_can_go_on_from_are_not_saved(
-  broken, field, weight
-):
-  config, _, params = broken
-  params = jax.tree.map(jnp.zeros_like, params)
-  state = jax.jit(functools.partial(functions.init_state, config))()
-  state = state.replace(params=params, ema_params=params)
+def test_weights_that_no_run_can_go_on_from_are_not_saved(state, field, weight):
   train.check_weights(state, 3)
-  bad = params | {
-    'conv_out': {**params['conv_out'], 'bias': jnp.full(1, weight)}
-  }
+  bad = with_bias(state.params, weight)
   with pytest.raises(errors.Diverged, match=r'after step 3 .*conv_out/bias'):
     train.check_weights(state.replace(**{field: bad}), 3)
 

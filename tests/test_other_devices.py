@@ -6,45 +6,71 @@ import chex
 import conftest
 import numpy as np
 import pytest
-from test_main import weights
+import test_main
 
 from ddpm_jax import main
 
 pytestmark = pytest.mark.eight_devices
+begun = test_main.begun
 
 
 def losses(workdir):
-  text = (workdir / 'metrics.jsonl').read_text()
-  return [json.loads(line)['loss'] for line in text.splitlines()]
+  return [line['loss'] for line in test_main.metrics(workdir)]
 
 
 def test_a_run_goes_on_on_other_devices(tmp_path, stop_at, capfd):
-  def train(name, step, *where):
+  still, moved = tmp_path / 'still', tmp_path / 'moved'
+
+  def train(workdir, step, *where):
     stop_at(step)
-    main.run(
-      [
-        *(*conftest.TINY, f'--workdir={tmp_path / name}'),
-        *('--config.steps=99', *where),
-      ]
-    )
+    args = [*test_main.POINTS, '--config.steps=99', *where]
+    main.run([*args, f'--workdir={workdir}'])
     return capfd.readouterr().err
 
-  one = '--config.parallel.data=1'
-  train('still', 12, one)
-  train('moved', 4, one)
-  err = train('moved', 8, '--config.parallel.fsdp=4', one)
+  one, two = '--config.parallel.data=1', '--config.parallel.data=2'
+  train(still, 12, one)
+  train(moved, 4, one)
+  err = train(moved, 8, '--config.parallel.fsdp=4', one)
   assert '4 device(s)' in err
   assert 'going on from step 4' in err
-  two = '--config.parallel.data=2'
-  err = train('moved', 12, '--config.parallel.engine=pmap', two)
+  err = train(moved, 12, '--config.parallel.engine=pmap', two)
   assert '2 device(s)' in err
   assert 'going on from step 8' in err
   # To rounding, which training magnifies: Adam divides by small numbers.
-  np.testing.assert_allclose(
-    losses(tmp_path / 'moved'), losses(tmp_path / 'still'), rtol=2e-3
-  )
-  moved, still = weights(tmp_path / 'moved'), weights(tmp_path / 'still')
-  assert moved.data == still.data
+  np.testing.assert_allclose(losses(moved), losses(still), rtol=2e-3)
+  a, b = test_main.weights(moved), test_main.weights(still)
+  assert a.data == b.data
   chex.assert_trees_all_close(
-    (moved.state, moved.ema), (still.state, still.ema), rtol=0, atol=2e-3
+    (a.state, a.ema), (b.state, b.ema), rtol=0, atol=2e-3
   )
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(tmp_path):
+  message = test_main.mistake(
+    *(f'--config={conftest.DIGITS}', '--config.batch_size=30'),
+    f'--workdir={tmp_path}',
+  )
+  assert 'not divisible by 8 device(s)' in message
+
+
+def test_a_run_of_other_devices_takes_those_here(begun, capfd):
+  file = begun / 'config.json'
+  config = json.loads(file.read_text())
+  file.write_text(json.dumps(config | {'parallel': test_main.ELSEWHERE}))
+
+  def resolved(mode, *changes):
+    flags, changes = main.split([f'--workdir={begun}', mode, *changes])
+    args = main.parser().parse_args(flags)
+    args.changes = changes
+    return main.config_of(args).parallel, args.parallel
+
+  here, kept = resolved('--mode=sample')
+  assert (here.data, here.fsdp, here.spatial) == (-1, 1, 1)
+  assert kept == test_main.ELSEWHERE
+  assert 'using 8 of 8 device(s)' in capfd.readouterr().err
+  # As many as share the batch evenly, to train.
+  assert resolved('--mode=train', '--config.batch_size=12')[0].data == 6
+  assert 'using 6 of 8 device(s)' in capfd.readouterr().err
+  # What is said now is meant.
+  assert resolved('--mode=sample', '--config.parallel.data=2')[0].fsdp == 16
+  assert capfd.readouterr().err == ''
