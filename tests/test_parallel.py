@@ -172,21 +172,19 @@ def agree(some, one):
 def test_dropout_flip_and_history_were_part_of_that():
   """Else the comparison above would say nothing of them."""
   state, rows = train(**ONE).state, batch(0)
-  uniform = state.history._replace(seen=0 * state.history.seen)
+  history = state.history
+  uniform = history._replace(seen=0 * history.seen)
+  ways = [
+    (functions.loss_fn(config()), history),
+    (functions.loss_fn(config(model__dropout=0)), history),
+    (functions.loss_fn(config(data__flip=False)), history),
+    (functions.loss_fn(config()), uniform),
+  ]
 
   @jax.jit
   def losses(key):
     """As they are, and without one thing."""
-    each = [
-      functions.loss_fn(config(**changes))(state.params, key, rows, history)[0]
-      for changes, history in (
-        ({}, state.history),
-        (dict(model__dropout=0), state.history),
-        (dict(data__flip=False), state.history),
-        ({}, uniform),
-      )
-    ]
-    return jax.numpy.stack(each)
+    return [f(state.params, key, rows, past)[0] for f, past in ways]
 
   as_it_is, *without = losses(jax.random.key(0))
   for other in without:
