@@ -114,7 +114,7 @@ def test_a_collective_in_a_loop_is_said_to_be_there(mesh):
         x.sum(0), NamedSharding(mesh, P())
       )
       more = jax.lax.cond(whole[0] > 0, lambda x: x, jnp.cos, whole)
-      return x + more, None
+      return x + more[None], None
 
     return jax.lax.scan(body, x, None, length=7)[0].sum()
 

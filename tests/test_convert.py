@@ -145,7 +145,7 @@ def test_ancestral_steps_are_those_of_diffusers(prediction, variance):
   @jax.jit
   def step(t):
     return samplers.ancestral(
-      *(schedules.linear(), lambda x, t: out, keys, x, t),
+      *(schedules.linear(), lambda x, t: jnp.asarray(out), keys, x, t),
       predict=getattr(predictions, fields.PREDICTIONS[prediction]),
       variance=getattr(variances, fields.VARIANCES[variance]),
     )

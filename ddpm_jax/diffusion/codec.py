@@ -226,7 +226,9 @@ def group_sums(x: Float[Array, 'D *shape']) -> list[Float[Array, '_ *shape']]:
   return list(sums.values())
 
 
-def group_size(kl: Float[Array, 'B D'], most: float) -> Int32[Array, 'B']:
+def group_size(
+  kl: Float[Array, 'B D'], most: float | Float[Array, '']
+) -> Int32[Array, 'B']:
   """Which of `sizes` is the largest with no group above `most`.
 
   Size 1 if there is none. `kl` is that of each dimension.

@@ -21,7 +21,7 @@ def guided(
   nothing: Any,
   *,
   T: int,
-  scale: float = 1.0,
+  scale: float | Float[Array, ''] = 1.0,
   interval: tuple[float, float] = (0.0, 1.0),
   rescale: float = 0.0,
 ) -> process.ModelFn:
