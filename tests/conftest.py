@@ -50,15 +50,13 @@ TINY = [
 def user_env(tmp_path_factory):
   """The environment of a user with one device, for programs of their own.
 
-  They share what they compile, so that the second to need it need not. Nothing
-  that is deprecated is called, however they run: jit or pmap, new or resumed.
+  They share what they compile, so that the second to need it need not.
   """
   env = os.environ | {
     'JAX_NUM_CPU_DEVICES': '1',
     'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'PYTHONPATH': str(ROOT),
-    'PYTHONWARNINGS': 'error::DeprecationWarning',
   }
   del env['XLA_FLAGS']
   return env

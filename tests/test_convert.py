@@ -190,7 +190,7 @@ def test_a_class_embedding_is_ours_and_the_dense_layer_after_it():
   )
   x, label = golden.noise(0, (4, 8, 8, 1)), np.array([0, 1, 2, -1])
   a, b = (
-    build.model(c).apply({'params': p}, x, np.full(4, 500), label)
+    jax.jit(build.model(c).apply)({'params': p}, x, np.full(4, 500), label)
     for c, p in ((config, ours), (wide, theirs))
   )
   scale = np.max(np.abs(a))
@@ -201,7 +201,7 @@ def test_a_class_embedding_is_ours_and_the_dense_layer_after_it():
     np.max(
       np.abs(
         a[:1]
-        - build.model(config).apply(
+        - jax.jit(build.model(config).apply)(
           {'params': ours}, x[:1], np.full(1, 500), label[1:2]
         )
       )

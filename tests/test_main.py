@@ -33,11 +33,15 @@ ELSEWHERE = {'engine': 'jit', 'data': 2, 'fsdp': 16, 'spatial': 1}
 
 @pytest.fixture
 def start(user_env):
-  """Starts the program as a user would; kills it in the end."""
+  """Starts the program as a user would; kills it in the end.
+
+  It calls nothing that is deprecated, be it with jit or pmap, new or resumed.
+  """
   started = []
 
   def start(*args, devices=1, **more):
-    env = user_env | {'JAX_NUM_CPU_DEVICES': str(devices)} | more
+    strict = {'PYTHONWARNINGS': 'error::DeprecationWarning'}
+    env = user_env | {'JAX_NUM_CPU_DEVICES': str(devices)} | strict | more
     process = subprocess.Popen(
       [sys.executable, '-m', 'ddpm_jax.main', *map(str, args)],
       env=env,
