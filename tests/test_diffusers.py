@@ -257,7 +257,7 @@ def test_a_trained_run_is_the_same_network_there(tiny_run, tmp_path):
   pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / 'out')
   config, params = ours(workdir)
   x, t = golden.noise(6, (2, 8, 8, 1)), np.array([3, 700])
-  here = build.model(config).apply({'params': params}, x, t + 1)
+  here = jax.jit(build.model(config).apply)({'params': params}, x, t + 1)
   there = golden.answer(pipeline.unet.eval(), x, t)
   np.testing.assert_allclose(here, there, atol=1e-4 * np.max(np.abs(there)))
   drawn = pipeline(num_inference_steps=2, output_type='np').images

@@ -40,11 +40,14 @@ ELSEWHERE = {'engine': 'jit', 'data': 2, 'fsdp': 16, 'spatial': 1}
 
 @pytest.fixture
 def start(user_env):
-  """Starts the program as a user would; kills it in the end."""
+  """Starts the program as a user would; kills it in the end.
+
+  It calls nothing that is deprecated, be it with jit or pmap, new or resumed.
+  """
   started = []
 
   def start(*args, **more):
-    env = user_env | more
+    env = user_env | {'PYTHONWARNINGS': 'error::DeprecationWarning'} | more
     process = subprocess.Popen(
       [sys.executable, '-m', 'ddpm_jax.main', *map(str, args)],
       env=env,
