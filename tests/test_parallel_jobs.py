@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import numpy as np
 import pytest
 import tiny
@@ -13,7 +12,6 @@ from ddpm_jax import build
 from ddpm_jax import functions
 from ddpm_jax import recipe
 from ddpm_jax.data import captions
-from ddpm_jax.diffusion import process
 from ddpm_jax.jobs.evaluate import bound
 from ddpm_jax.jobs.figures import common
 from ddpm_jax.jobs.figures import pictures
@@ -103,20 +101,23 @@ def figure(**changes):
 
 def test_what_a_figure_maps():
   """Three rows, which eight devices cannot share evenly."""
-  keys = jax.random.split(jax.random.key(0), 3)
-  rows = {'key': keys, 'x': np.arange(3, dtype=np.float32)}
+  index = np.arange(3, dtype=np.int32)
+  rows, c = {'index': index, 'x': index.astype(np.float32)}, tiny.config()
 
   def fn(params, rows):
-    noise = process.normal(rows['key'], (4,))
-    return noise * params['Conv_0']['bias'][:4] + rows['x'][:, None]
+    _, noise = functions.noise(c, 0, rows['index'])
+    return (
+      params['Conv_0']['kernel'][0, 0] * noise[:, 0] + rows['x'][:, None, None]
+    )
 
   one, *others = (
     figure(**changes).map(fn, rows)
     for changes in ({}, EIGHT, PMAP, dict(parallel__fsdp='8'))
   )
-  assert one.shape == (3, 4)
+  assert one.shape == (3, 8, 8)
+  assert np.all(one[1] != one[0] + 1)
   for other in others:
-    np.testing.assert_allclose(other, one, rtol=1e-6)
+    np.testing.assert_allclose(other, one, atol=1e-6)
 
 
 def test_a_figure():
