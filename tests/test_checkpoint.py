@@ -138,6 +138,7 @@ def _flip(file, at):
 
 @pytest.mark.parametrize('there', ['one', 'eight'])
 @pytest.mark.parametrize('here', ['one', 'eight'])
+@pytest.mark.smoke
 def test_a_checkpoint_comes_back_bit_for_bit_on_any_layout(
   tmp_path, there, here
 ):
@@ -256,6 +257,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.smoke
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
   two, damage, caplog, capfd
 ):

@@ -124,6 +124,7 @@ def assert_equal(a, b):
   chex.assert_trees_all_equal((a.state, a.ema), (b.state, b.ema))
 
 
+@pytest.mark.smoke
 def test_a_run_leaves_what_the_readme_promises(tiny_run):
   workdir, err = tiny_run
   names = {path.name for path in workdir.iterdir()}
@@ -169,6 +170,7 @@ def test_a_run_leaves_what_the_readme_promises(tiny_run):
   assert 'drawing: 9 images in ' in err
 
 
+@pytest.mark.smoke
 def test_the_command_printed_last_works(tiny_run, tmp_path):
   _, err = tiny_run
   command = err.strip().splitlines()[-1].split()
@@ -202,6 +204,7 @@ def test_the_same_images_in_every_format_and_batch(tiny_run, tmp_path):
   assert np.mean(e != a) > 0.5
 
 
+@pytest.mark.smoke
 def test_a_run_stopped_killed_and_damaged_ends_as_the_undisturbed_run(
   tiny_run, start, run, tmp_path
 ):
@@ -296,6 +299,7 @@ def test_the_checkpoint_before_a_damaged_one_is_sampled(
   assert 'of step 160' in capfd.readouterr().err
 
 
+@pytest.mark.smoke
 def test_mistakes_are_one_line_and_exit_2(run):
   code, err = run('--config=configs/digit.py')
   assert code == 2

@@ -10,7 +10,7 @@ import test_main
 
 from ddpm_jax import main
 
-pytestmark = pytest.mark.eight_devices
+pytestmark = [pytest.mark.eight_devices, pytest.mark.smoke]
 begun = test_main.begun
 
 

@@ -10,6 +10,8 @@ from ddpm_jax import errors
 from ddpm_jax.data import pipeline
 from ddpm_jax.data import store
 
+pytestmark = pytest.mark.smoke
+
 
 def numbered(n):
   """A source of n images, whose labels are their indices."""

@@ -105,6 +105,7 @@ def run(step, schedule=S, n=6, **kwargs):
   return jitted.sample(step, schedule, toy, keys(n), x_T, **kwargs)
 
 
+@pytest.mark.smoke
 def test_scan_equals_a_python_loop():
   x_0, *_ = run(samplers.ancestral)
   x = process.normal(keys(6, 1), (4,))

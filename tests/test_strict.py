@@ -13,6 +13,8 @@ from ddpm_jax.diffusion import schedules
 from ddpm_jax.models import layers
 from ddpm_jax.models import mlp
 
+pytestmark = pytest.mark.smoke
+
 S = schedules.linear(10)
 
 

@@ -39,6 +39,7 @@ def step(state, **kwargs):
   return training.train_step(state, BATCH, loss_fn=quadratic, **kwargs)
 
 
+@pytest.mark.smoke
 def test_one_step_is_the_gradient_and_the_average():
   s = state(optax.sgd(0.5))
   new, metrics = step(s)
@@ -107,6 +108,7 @@ def test_gradients_are_clipped_to_a_global_norm_of_1(norm, seen):
   [dict(data=1), dict(data=8), dict(data=1, fsdp=8), dict(data=8, how='pmap')],
   ids=str,
 )
+@pytest.mark.smoke
 def test_what_is_clipped_is_the_gradient_of_the_whole_batch(axes, clip):
   """g min(1, c/‖g‖) of the mean g over all devices, and not of each one's."""
   how = axes.get('how', 'jit')
@@ -212,6 +214,7 @@ def one_step_in(dtype):
   return np.array([metrics['loss'], metrics['grad_norm']]), (trees, metrics)
 
 
+@pytest.mark.smoke
 def test_a_step_in_bfloat16_keeps_in_float32_all_that_lasts():
   exact, _ = one_step_in('float32')
   rough, kept = one_step_in('bfloat16')
