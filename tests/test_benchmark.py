@@ -61,12 +61,13 @@ def test_the_work_is_three_times_that_of_the_kernels_forward(printed):
   params = jax.eval_shape(
     functools.partial(functions.init_state, small())
   ).params
-  # A kernel of a convolution is at work at all 64 pixels.
+  # A kernel of a convolution is at work at all 64 pixels. What else there is,
+  # norms and attention, is less than that in all.
   forward = sum(
     2 * x.size * {2: 1, 4: 64}.get(x.ndim, 0) for x in jax.tree.leaves(params)
   )
   work = found['results']['train step, work']['value']
-  assert 0.8 < work / (3 * 16 * forward) < 1.5
+  assert 0.8 < work / (3 * 16 * forward) < 2
 
 
 def test_what_is_measured_lies_between_its_least_and_its_most(printed):
