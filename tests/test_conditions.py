@@ -51,6 +51,11 @@ def config(module=digits_text, **changes):
   return c
 
 
+@pytest.fixture(autouse=True)
+def tiny_network(monkeypatch):
+  tiny.make_known(monkeypatch)
+
+
 def text(row):
   return bytes(row[row > 0]).decode()
 
@@ -474,7 +479,7 @@ def test_each_prompt_is_asked_so_many_times_in_turn(tmp_path):
 
 def test_a_picture_has_a_row_for_each_prompt(of_words, tmp_path):
   common = ['--mode=sample', f'--workdir={of_words}', '--num_samples=3']
-  asked = ['--prompt=seven', '--prompt=a nine']
+  asked = ['--prompt=seven', '--prompt=a nine', '--guidance=3']
   run(*common, *asked, f'--output={tmp_path / "a.npz"}')
   run(*common, *asked, f'--output={tmp_path / "a.png"}')
   with np.load(tmp_path / 'a.npz') as file:

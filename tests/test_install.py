@@ -53,7 +53,9 @@ def test_a_wheel_has_every_module_every_recipe_and_the_license(wheel):
     assert file.read(license) == (ROOT / 'LICENSE').read_bytes()
     [metadata] = (x for x in about if x.endswith('/METADATA'))
     fields = email.message_from_bytes(file.read(metadata))
-  assert fields['License-Expression'] == 'Apache-2.0'
+  # setuptools writes the one or the other.
+  licenses = fields['License'], fields['License-Expression']
+  assert 'Apache-2.0' in licenses
   assert fields['Requires-Python'] == '>=3.11'
   assert 'jax>=0.10' in fields.get_all('Requires-Dist')
 
