@@ -51,11 +51,6 @@ def config(module=digits_text, **changes):
   return c
 
 
-@pytest.fixture(autouse=True)
-def tiny_network(monkeypatch):
-  tiny.make_known(monkeypatch)
-
-
 def text(row):
   return bytes(row[row > 0]).decode()
 
