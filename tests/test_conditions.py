@@ -51,11 +51,6 @@ def config(module=digits_text, **changes):
   return c
 
 
-@pytest.fixture(autouse=True)
-def tiny_network(monkeypatch):
-  tiny.make_known(monkeypatch)
-
-
 def text(row):
   return bytes(row[row > 0]).decode()
 
@@ -370,7 +365,12 @@ def test_guiding_any_prediction_guides_x0_alike(name):
   np.testing.assert_allclose(got, want, atol=1e-3 if name == 'mu' else 1e-5)
 
 
-def test_without_guidance_an_image_is_drawn_as_told():
+@pytest.fixture
+def tiny_network(monkeypatch):
+  tiny.make_known(monkeypatch)
+
+
+def test_without_guidance_an_image_is_drawn_as_told(tiny_network):
   """The shortcut for w = 1 is the guided network at w = 1."""
   c, *others = (
     config(model__name='tiny', sampler__guidance=w) for w in (1, 1 + 1e-6, 0)
@@ -563,7 +563,7 @@ def test_a_class_that_is_not_there(label):
   assert conditioning.class_number(c, 'seven') == 1
 
 
-def test_classes_take_turns_if_none_is_asked_for():
+def test_classes_take_turns_if_none_is_asked_for(tiny_network):
   c = config(digits, condition__name='label', condition__classes=10)
   c.model.name = 'tiny'
   params, draw = tiny.weights_of(c), functions.sampler(c, seed=0)

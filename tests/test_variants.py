@@ -39,6 +39,9 @@ from ddpm_jax.diffusion import training
 from ddpm_jax.diffusion import two_term
 from ddpm_jax.diffusion import variances
 
+# chex tries pmap where there are several.
+pytestmark = pytest.mark.eight_devices
+
 T, B, IMAGE = 8, 4, (2, 3, 1)
 D, K = 6, 2  # numbers in an image; losses in a history
 S = schedules.linear(T, 0.01, 0.4)
