@@ -176,10 +176,10 @@ def test_a_second_run_in_the_workdir_is_refused(trained, monkeypatch):
   assert steps(trained) == [1, 2]
 
 
-def test_a_run_that_diverged_goes_on_with_another_optimizer_and_says_so(
+def test_a_run_that_diverged_goes_on_from_its_last_checkpoint(
   tmp_path, monkeypatch, stop_at
 ):
-  """The loss would only tell a step later, and the weights would be saved."""
+  """With another optimizer, on purpose; and it says so."""
   monkeypatch.chdir(tmp_path)
   pictures(tmp_path / 'images', *(f'{i}.png' for i in range(4)))
   rate = '--config.optimizer.learning_rate'
