@@ -125,18 +125,6 @@ def test_an_evaluation_says_that_the_data_have_changed(trained, caplog):
   assert said.endswith('run was trained on: 1 added')
 
 
-def test_the_optimizer_changes_on_purpose_and_the_run_says_so(trained, stop_at):
-  stop_at(3)
-  lower = '--config.optimizer.learning_rate=1e-6'
-  with pytest.raises(errors.UserError, match='--allow=optimizer'):
-    go_on(lower)
-  go_on(lower, '--allow=optimizer')
-  (change,) = json.loads((trained / 'run' / 'changes.json').read_text())
-  assert change['optimizer.learning_rate'] == [2e-4, 1e-6]
-  assert change['step'] == 2
-  go_on()  # It is the run's now.
-
-
 CONFIG_DAMAGE = ['{"steps": ', '[1]', '\0' * 64, '{"steps": "many"}', None]
 
 
@@ -189,9 +177,9 @@ def test_a_second_run_in_the_workdir_is_refused(trained, monkeypatch):
 
 
 def test_a_run_that_diverged_goes_on_from_its_last_checkpoint(
-  tmp_path, monkeypatch
+  tmp_path, monkeypatch, stop_at
 ):
-  """The loss would only tell a step later, and the weights would be saved."""
+  """With another optimizer, on purpose; and it says so."""
   monkeypatch.chdir(tmp_path)
   pictures(tmp_path / 'images', *(f'{i}.png' for i in range(4)))
   rate = '--config.optimizer.learning_rate'
@@ -205,8 +193,15 @@ def test_a_run_that_diverged_goes_on_from_its_last_checkpoint(
       ]
     )
   assert checkpoint.steps(tmp_path / 'run' / 'checkpoints') == [1]
+  with pytest.raises(errors.UserError, match='--allow=optimizer'):
+    go_on(f'{rate}=1e-6')
   go_on(f'{rate}=1e-6', '--allow=optimizer')
   assert steps(tmp_path) == [1, 2, 3, 4]
+  (change,) = json.loads((tmp_path / 'run' / 'changes.json').read_text())
+  assert change['optimizer.learning_rate'] == [1e30, 1e-6]
+  assert change['step'] == 1
+  stop_at(0)
+  go_on('--config.steps=5')  # It is the run's now.
 
 
 def test_a_workdir_among_the_data_is_no_data(tmp_path):
