@@ -12,7 +12,6 @@ from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
 
-
 T = 1000
 S = schedules.linear(T)
 
