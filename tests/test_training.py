@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,8 @@ from ddpm_jax import functions
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import training
 from ddpm_jax.runtime import parallel
+
+pytestmark = pytest.mark.eight_devices
 
 BATCH = {'x': jnp.linspace(-1, 1, 12), 'index': jnp.arange(12)}
 
@@ -162,8 +165,8 @@ def test_the_average_of_many_steps_is_its_closed_form(decay):
   c.batch_size = 8
   c.model.update(channels=8, blocks=1)
   c.optimizer.update(ema=decay, warmup=0, learning_rate=0.1)
-  batch = build.source(c).gather(np.arange(8))
-  batch['index'] = np.arange(8)
+  batch = build.source(c).gather(np.arange(8)) | {'index': np.arange(8)}
+  batch = jax.tree.map(jnp.asarray, batch)
   train_step = functions.train_step(c, 1)
 
   def body(state, _):
@@ -182,11 +185,7 @@ def test_the_average_of_many_steps_is_its_closed_form(decay):
 
   want = jax.tree.map(closed, first.params, after)
   # n steps that round weights of up to 4 to 6e-8 of themselves, two at a time.
-  jax.tree.map(
-    functools.partial(np.testing.assert_allclose, rtol=0, atol=n * 5e-7),
-    last.ema_params,
-    want,
-  )
+  chex.assert_trees_all_close(last.ema_params, want, rtol=0, atol=n * 5e-7)
   moved = jax.tree.map(lambda p, q: np.abs(p - q).max(), want, first.params)
   assert min(jax.tree.leaves(moved)) > 1e-3
 
@@ -204,6 +203,7 @@ def one_step_in(dtype):
   params = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape), shapes)
   params = jax.tree.map(np.float32, params)
   batch = build.source(c).gather(np.arange(32)) | {'index': np.arange(32)}
+  batch = jax.tree.map(jnp.asarray, batch)
   step = jax.jit(functions.train_step(c, 1))
   after, metrics = step(functions.begin(c, params), batch)
   loss, adam = functions.loss_fn(c), after.opt_state[1][0]
