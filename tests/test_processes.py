@@ -614,8 +614,9 @@ import sys
 from ddpm_jax import main
 try:
   main.run(['--help'])
-except SystemExit:
-  assert 'jax' not in sys.modules
+except SystemExit as end:
+  sys.exit(end.code or 'jax' in sys.modules)
+sys.exit('no end')
 """
   command = [sys.executable, '-c', program]
   out = subprocess.check_output(command, cwd=ROOT, text=True)
