@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -171,7 +172,10 @@ def agree(some, one):
 
 def test_dropout_flip_and_history_were_part_of_that():
   """Else the comparison above would say nothing of them."""
-  state, rows = train(**ONE).state, batch(0)
+  state = train(**ONE).state
+  rows = jax.tree.map(jnp.asarray, batch(0))
+  # The last layer begins at 0: so small, it hides what the others do.
+  params = jax.tree.map(lambda p: p + 0.1, state.params)
   history = state.history
   uniform = history._replace(seen=0 * history.seen)
   ways = [
@@ -184,11 +188,11 @@ def test_dropout_flip_and_history_were_part_of_that():
   @jax.jit
   def losses(key):
     """As they are, and without one thing."""
-    return [f(state.params, key, rows, past)[0] for f, past in ways]
+    return [f(params, key, rows, past)[0] for f, past in ways]
 
   as_it_is, *without = losses(jax.random.key(0))
   for other in without:
-    assert np.abs(other / as_it_is - 1).max() > 1e-4
+    assert np.abs(other / as_it_is - 1).max() > 1e-2
 
 
 def test_fsdp_leaves_its_share_of_the_state_on_a_device():

@@ -106,9 +106,8 @@ def test_what_a_figure_maps():
 
   def fn(params, rows):
     _, noise = functions.noise(c, 0, rows['index'])
-    return (
-      params['Conv_0']['kernel'][0, 0] * noise[:, 0] + rows['x'][:, None, None]
-    )
+    kernel = params['Conv_0']['kernel'][0, 0][None]
+    return kernel * noise[:, 0] + rows['x'][:, None, None]
 
   one, *others = (
     figure(**changes).map(fn, rows)
