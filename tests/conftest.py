@@ -56,6 +56,15 @@ TINY = [
 ]
 
 
+def pytest_collection_modifyitems(items):
+  """What takes long comes first, so that no worker is left with it at the end.
+
+  A worker takes over tests from the end of what another has to do: so a module
+  with much to share stays with one.
+  """
+  items.sort(key=lambda item: not item.get_closest_marker('eight_devices'))
+
+
 @pytest.fixture(scope='module', autouse=True)
 def devices(request):
   """One, or eight in a module that is marked so: tests of parallelism.

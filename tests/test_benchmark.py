@@ -127,6 +127,7 @@ def test_a_wrong_file_to_compare_with_is_one_line(tmp_path, text):
     main.run([*SMALL, f'--compare={file}'])
 
 
+@pytest.mark.slow
 def test_rows_and_parts_of_a_batch_are_as_much_work(tmp_path, monkeypatch):
   monkeypatch.setattr(benchmark, 'SECONDS', 0.05)
   axes = dict(parallel__spatial='2', accumulate='2')

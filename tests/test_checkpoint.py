@@ -493,7 +493,7 @@ def test_what_cannot_be_read_is_not_taken_for_damaged(
       with pytest.raises(errors.UserError, match='cannot read') as error:
         _restore(root)
       assert '\n' not in str(error.value)
-      if path != root:
+      if path in paths[2:4]:  # a run that goes on reads it alike
         checkpointer = checkpoint.open(root, keep=2)
         with pytest.raises(errors.UserError, match='cannot read'):
           _restore(checkpointer)

@@ -1,4 +1,4 @@
-"""Every function of `diffusion`, plain, under jit, over devices, on NumPy.
+"""Every function of `diffusion`, plain, under jit, on a device, under pmap.
 
 `TRACED` has a row for each: small arrays to call it with, and the shapes and
 types that it returns. `HOST` has those that make Python's numbers and NumPy's
@@ -13,12 +13,10 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 from typing import NamedTuple
-from unittest import mock
 
 import chex
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -454,21 +452,21 @@ def plain(name: str) -> Any:
 
 
 # The same operations, one by one, on the same arrays. The others are compiled
-# as one program, which XLA fuses, or are NumPy's: float32 (6e-8) rounded in
-# another order, some tens of times.
+# as one program, which XLA fuses: float32 (6e-8) rounded in another order, some
+# tens of times.
 SAME = chex.ChexVariantType.WITHOUT_JIT, chex.ChexVariantType.WITH_DEVICE
 
 
 class Traced(chex.TestCase):
-  @chex.all_variants
+  # Not on NumPy's arrays: the signatures name JAX's.
+  @chex.variants(
+    with_jit=True, without_jit=True, with_device=True, with_pmap=True
+  )
   @parameterized.named_parameters((f'_{name}', name) for name in TRACED)
   def test_all_ways_to_call_it_agree(self, name):
     row, kind = TRACED[name], self.variant.type
     fn = self.variant(row.fn, n_devices=2, reduce_fn=None)
-    # Signatures name JAX's arrays; NumPy's, of this variant, do as well.
-    numpy = kind is chex.ChexVariantType.WITHOUT_DEVICE
-    with mock.patch.object(jaxtyping.config, 'jaxtyping_disable', numpy):
-      got = fn(*row.args)
+    got = fn(*row.args)
     if kind is chex.ChexVariantType.WITH_PMAP:
       got, other = (jax.tree.map(lambda x, i=i: x[i], got) for i in (0, 1))
       chex.assert_trees_all_equal(got, other)
