@@ -18,7 +18,7 @@ from ddpm_jax.jobs import sample
 from ddpm_jax.jobs import train
 from ddpm_jax.runtime import parallel
 
-pytestmark = [pytest.mark.eight_devices, pytest.mark.smoke]
+pytestmark = pytest.mark.eight_devices
 BOTH = pytest.mark.parametrize('how', parallel.ENGINES)
 
 

@@ -204,7 +204,6 @@ def test_the_same_images_in_every_format_and_batch(tiny_run, tmp_path):
   assert np.mean(e != a) > 0.5
 
 
-@pytest.mark.smoke
 def test_a_run_stopped_killed_and_damaged_ends_as_the_undisturbed_run(
   tiny_run, start, run, tmp_path
 ):
