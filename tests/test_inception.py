@@ -16,8 +16,8 @@ from ddpm_jax.metrics import inception
 from ddpm_jax.metrics import weights
 
 
-@functools.cache
-def state():
+def drawn():
+  """Random weights of the network that is `inception.Inception` now."""
   shapes = {}
   flat = jax.tree_util.tree_leaves_with_path(inception.parameters())
   for path, leaf in flat:
@@ -31,6 +31,9 @@ def state():
       for part in ('weight', 'bias', 'running_mean', 'running_var'):
         shapes[f'{name}.bn.{part}'] = (n,)
   return make_inception.state(shapes)
+
+
+state = functools.cache(drawn)
 
 
 @pytest.fixture(scope='module')

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import small_inception
-from test_inception import state
+from test_inception import drawn
 
 from ddpm_jax import errors
 from ddpm_jax import functions
@@ -44,7 +44,7 @@ def weights(tmp_path_factory):
   path = tmp_path_factory.mktemp('inception') / 'inception.safetensors'
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(inception, 'Inception', small_inception.Inception)
-    safetensors.numpy.save_file(state(), path)
+    safetensors.numpy.save_file(drawn(), path)
     yield path
 
 
@@ -367,7 +367,7 @@ def test_a_set_scored_by_inception_itself_is_at_0_from_itself(
 ):
   monkeypatch.setattr(inception, 'Inception', REAL)
   path = tmp_path / 'inception.safetensors'
-  safetensors.numpy.save_file(state(), path)
+  safetensors.numpy.save_file(drawn(), path)
   assert_at_0(photographs[0], path, tmp_path)
 
 
