@@ -82,6 +82,16 @@ def devices(request):
     yield
 
 
+@pytest.fixture
+def no_nans():
+  """A NaN is an error where it arises: for tests of mathematics, at no cost.
+
+  Looking for tracers that leak takes six times as long there: not done.
+  """
+  with jax.debug_nans(True):
+    yield
+
+
 @contextlib.contextmanager
 def shared(tmp_path_factory, name):
   """A folder of all workers of this session, held by one of them at a time."""

@@ -14,6 +14,8 @@ from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import variances
 
+pytestmark = pytest.mark.usefixtures('no_nans')
+
 S = schedules.linear()
 KINDS = {
   name: value

@@ -12,6 +12,8 @@ from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
 
+pytestmark = pytest.mark.usefixtures('no_nans')
+
 T = 1000
 S = schedules.linear(T)
 

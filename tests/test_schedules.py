@@ -5,6 +5,8 @@ import pytest
 
 from ddpm_jax.diffusion import schedules
 
+pytestmark = pytest.mark.usefixtures('no_nans')
+
 NAMES = ['linear', 'cosine', 'sqrt_linear', 'scaled_linear']
 NAMES += ['quad', 'sqrt', 'const', 'su', 'jsd', 'warmup10', 'warmup50']
 ALL = [getattr(schedules, name) for name in NAMES]

@@ -50,6 +50,11 @@ def test_a_broadcast_that_adds_an_axis_is_refused():
     jnp.ones(3) + jnp.ones((2, 3))
 
 
+def test_a_nan_is_an_error_where_it_arises(no_nans):
+  with pytest.raises(FloatingPointError):
+    jnp.log(-jnp.ones(1))
+
+
 @pytest.mark.parametrize('module', ['ddpm_jax.build', 'jax'])
 @pytest.mark.parametrize('kind', [DeprecationWarning, UserWarning])
 def test_a_warning_is_an_error(kind, module):

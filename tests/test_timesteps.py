@@ -12,6 +12,8 @@ from scipy import stats
 from ddpm_jax.diffusion import timesteps
 from ddpm_jax.diffusion import training
 
+pytestmark = pytest.mark.usefixtures('no_nans')
+
 T, K = 5, 10
 
 
