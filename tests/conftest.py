@@ -10,6 +10,7 @@ import fcntl
 import importlib.metadata
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -130,6 +131,12 @@ def stop_at(monkeypatch):
   return stop_at
 
 
+@pytest.fixture(scope='session')
+def env(user_env):
+  """As `user_env`, with less optimisation, so that programs start sooner."""
+  return user_env | {'XLA_FLAGS': os.environ['XLA_FLAGS']}
+
+
 def contents(folder):
   return {
     path: (path.stat().st_size, path.stat().st_mtime_ns)
@@ -162,3 +169,36 @@ def tiny_run(tmp_path_factory, user_env):
   before = contents(workdir)
   yield workdir, stderr.read_text()
   assert contents(workdir) == before
+
+
+def children(process):
+  path = f'/proc/{process.pid}/task/{process.pid}/children'
+  return [int(x) for x in pathlib.Path(path).read_text().split()]
+
+
+@pytest.fixture
+def popen():
+  """Starts a program; kills it in the end."""
+  started = []
+
+  def popen(command, env):
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+      command,
+      env=env,
+      cwd=ROOT,
+      stdin=pipe,
+      stdout=pipe,
+      stderr=pipe,
+      text=True,
+    )
+    started.append(process)
+    return process
+
+  yield popen
+  for process in started:
+    if process.poll() is None:
+      for child in children(process):  # of a launcher
+        os.kill(child, signal.SIGKILL)
+    process.kill()
+    process.communicate()

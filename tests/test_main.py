@@ -6,7 +6,6 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -39,29 +38,18 @@ ELSEWHERE = {'engine': 'jit', 'data': 2, 'fsdp': 16, 'spatial': 1}
 
 
 @pytest.fixture
-def start(user_env):
-  """Starts the program as a user would; kills it in the end.
+def start(popen, user_env):
+  """Starts the program as a user would.
 
   It calls nothing that is deprecated, be it with jit or pmap, new or resumed.
   """
-  started = []
+  strict = {'PYTHONWARNINGS': 'error::DeprecationWarning'}
+  program = [sys.executable, '-m', 'ddpm_jax.main']
 
   def start(*args, **more):
-    env = user_env | {'PYTHONWARNINGS': 'error::DeprecationWarning'} | more
-    process = subprocess.Popen(
-      [sys.executable, '-m', 'ddpm_jax.main', *map(str, args)],
-      env=env,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    started.append(process)
-    return process
+    return popen([*program, *map(str, args)], user_env | strict | more)
 
-  yield start
-  for process in started:
-    process.kill()
-    process.communicate()
+  return start
 
 
 @pytest.fixture

@@ -39,48 +39,10 @@ TINY = [
 ]
 
 
-@pytest.fixture(scope='module')
-def env(user_env):
-  return user_env | {'XLA_FLAGS': os.environ['XLA_FLAGS']}
-
-
 def free_port():
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     return probe.getsockname()[1]
-
-
-def children(process):
-  path = f'/proc/{process.pid}/task/{process.pid}/children'
-  return [int(x) for x in pathlib.Path(path).read_text().split()]
-
-
-@pytest.fixture
-def popen():
-  """Starts a program; kills it in the end."""
-  started = []
-
-  def popen(command, env):
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(
-      command,
-      env=env,
-      cwd=ROOT,
-      stdin=pipe,
-      stdout=pipe,
-      stderr=pipe,
-      text=True,
-    )
-    started.append(process)
-    return process
-
-  yield popen
-  for process in started:
-    if process.poll() is None:
-      for child in children(process):  # of a launcher
-        os.kill(child, signal.SIGKILL)
-    process.kill()
-    process.communicate()
 
 
 @pytest.fixture
@@ -329,6 +291,16 @@ WAIT = 'multihost_utils.process_allgather(np.ones(1))'
 def test_one_that_is_mistaken_ends_both_at_once(peers):
   """While process 0 waits for it, and would for minutes."""
   what = f'if me: raise errors.UserError("no such file")\n{WAIT}'
+  first, other = ends(peers(2, what), timeout=60)
+  assert first == (2, '', 'error: no such file (process 1)\n')
+  assert other == (2, '', '')
+
+
+def test_the_first_one_leaves_last(peers):
+  """JAX aborts a process that the first one leaves behind."""
+  slow = 'processes.leave = lambda *how: (time.sleep(2), leave(*how))'
+  what = f'leave = processes.leave\nif me: {slow}\n'
+  what += f'if me: raise errors.UserError("no such file")\n{WAIT}'
   first, other = ends(peers(2, what), timeout=60)
   assert first == (2, '', 'error: no such file (process 1)\n')
   assert other == (2, '', '')
@@ -930,10 +902,10 @@ def test_a_run_killed_at_twenty_random_moments_ends_bit_for_bit(
       time.sleep(0.01)
     span = loop / 24 if i % 2 else start_up / 2  # it was cold then
     moment = time.monotonic() + draw.uniform(0, span)
-    while time.monotonic() < moment or len(children(process)) < 2:
+    while time.monotonic() < moment or len(conftest.children(process)) < 2:
       assert process.poll() is None, (at, process.communicate())
       time.sleep(0.005)
-    os.kill(draw.choice(children(process)), signal.SIGKILL)
+    os.kill(draw.choice(conftest.children(process)), signal.SIGKILL)
     at.append(step())
   ((code, _, err),) = ends([process])
   assert code == 0, err

@@ -6,10 +6,8 @@ holds the features of Inception itself.
 
 import contextlib
 import json
-import os
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -72,26 +70,10 @@ def undisturbed(tiny_run, weights, tmp_path_factory):
 
 
 @pytest.fixture
-def start(user_env):
-  """Starts the program with the small network; kills it in the end."""
-  started = []
-
-  def start(*args):
-    process = subprocess.Popen(
-      [sys.executable, small_inception.__file__, *args],
-      # What it compiles is what is compiled here.
-      env=user_env | {'XLA_FLAGS': os.environ['XLA_FLAGS']},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    started.append(process)
-    return process
-
-  yield start
-  for process in started:
-    process.kill()
-    process.communicate()
+def start(popen, env):
+  """Starts the program with the small network."""
+  program = [sys.executable, small_inception.__file__]
+  return lambda *args: popen([*program, *args], env)
 
 
 def test_exactly_so_many_images_are_drawn_and_scored(undisturbed, tmp_path):

@@ -30,9 +30,9 @@ class Net(nn.Module):
 
   @nn.compact
   def __call__(self, x_t, t, context=None, keys=None):
-    told = [layers.time_embedding(t, 8)]
-    told += [] if context is None else [context.pooled]
-    h = nn.Dense(8)(jnp.concatenate(told, axis=-1))[:, None, None]
+    embedded = [layers.time_embedding(t, 8)]
+    embedded += [] if context is None else [context.pooled]
+    h = nn.Dense(8)(jnp.concatenate(embedded, axis=-1))[:, None, None]
     h += nn.Conv(8, (3, 3))(x_t)
     return nn.Conv(self.channels, (3, 3))(jnp.tanh(h))
 

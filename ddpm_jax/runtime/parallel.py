@@ -172,7 +172,7 @@ def init_state(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
 def put(tree: Any, mesh: Mesh, how: str) -> Any:
   """This process's rows of a batch, NumPy -> what a compiled function takes."""
   if how == 'pmap':
-    n, rows = len(mesh.local_devices), _of_pmap(mesh, P('batch'))
+    n, rows = len(mesh.local_devices), _pmap_sharding(mesh, P('batch'))
     return jax.tree.map(
       lambda x: jax.device_put(x.reshape(n, -1, *x.shape[1:]), rows), tree
     )
@@ -191,21 +191,21 @@ def put_whole(tree: Any, mesh: Mesh, how: str) -> Any:
   )
 
 
-def _of_pmap(mesh: Mesh, spec: P) -> NamedSharding:
-  """Of the mesh, with one axis, that pmap makes of the devices of ours."""
+def _pmap_sharding(mesh: Mesh, spec: P) -> NamedSharding:
+  """`spec` on the mesh of one axis that pmap builds of the same devices."""
   return NamedSharding(Mesh(mesh.devices.ravel(), ('batch',)), spec)
 
 
-def _renamed(tree: Any, sharding: NamedSharding) -> Any:
-  """The same buffers, on the same devices, under another mesh."""
+def _relabel(tree: Any, sharding: NamedSharding) -> Any:
+  """The arrays with an equivalent sharding: the same buffers, not a copy."""
 
-  def renamed(x: jax.Array) -> jax.Array:
+  def relabel(x: jax.Array) -> jax.Array:
     if x.sharding == sharding:
       return x
     parts = [shard.data for shard in x.addressable_shards]
     return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
 
-  return jax.tree.map(renamed, tree)
+  return jax.tree.map(relabel, tree)
 
 
 def compiler_options(mesh: Mesh) -> dict[str, int]:
@@ -241,13 +241,13 @@ def compile_step(step: Callable, mesh: Mesh, how: str, state: Any) -> Callable:
       donate_argnums=0,
       devices=list(mesh.devices.flat),
     )
-    own = _of_pmap(mesh, P())
+    own = _pmap_sharding(mesh, P())
 
-    # The state that pmap returns lies on a mesh of its own: if the first were
-    # not to lie there too, the second step would be compiled once more.
+    # pmap returns the state on a mesh of its own. If the first state were on
+    # ours, the second step would be compiled again.
     @functools.wraps(mapped)
     def on_own_mesh(state: Any, batch: Any) -> Any:
-      return mapped(_renamed(state, own), batch)
+      return mapped(_relabel(state, own), batch)
 
     return on_own_mesh
   sharding = state_sharding(mesh, state)

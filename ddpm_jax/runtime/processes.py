@@ -36,7 +36,7 @@ from ddpm_jax.runtime import streams
 # Seconds.
 CONNECT = 20.0
 GREETING = 5.0  # that a connection may take to say who it is
-LINGER = 5.0  # for the others to go first; one that hangs does not
+LINGER = 5.0  # that a process which ends all waits for the others to leave
 SILENT = 64  # connections that have not said it; the oldest gives way
 LATER = 30  # that JAX waits for a sign of life longer than we do
 
@@ -362,14 +362,14 @@ class _Links:
   def end(self, code: int, message: str) -> NoReturn:
     self.last_word.acquire()
     self.tell('end', code, message)
-    self.hear_out()
+    self.wait_for_the_others_to_leave()
     leave(code, message)
 
-  def hear_out(self) -> None:
-    """Reads until the others have gone, or for `LINGER`.
+  def wait_for_the_others_to_leave(self) -> None:
+    """Until their connections are closed, or for `LINGER` seconds.
 
-    A socket that is closed with something unread in it resets the connection,
-    and what was just told may then be lost on its way.
+    To close a socket with unread bytes resets the connection and drops what is
+    still to be sent: the others would not learn why they are to end.
     """
     late = time.monotonic() + LINGER
     for link in self.sockets.values():
