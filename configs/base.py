@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
   c.data.max_value = 0
 
   c.model = ConfigDict()
-  c.model.name = 'unet'  # a file of ddpm_jax/models
+  c.model.name = 'unet'  # | mlp (for points)
   # What the network predicts: eps | x0 | v | mu.
   c.model.predict = 'eps'
   # Of p(x_{t-1} | x_t): beta ("fixed large") | beta_tilde ("fixed small") |
@@ -78,15 +78,17 @@ def get_config() -> ConfigDict:
   c.schedule.beta_T = 0.02  # with T = 1, that of the only step
   # Shift it so that x_T is noise alone (Lin et al. 2023); not with eps.
   c.schedule.zero_terminal_snr = False
+  c.schedule.s = 0.008  # of cosine: what keeps β_1 from being tiny
 
   c.loss = ConfigDict()
-  # A function of ddpm_jax/diffusion/objectives.py: simple (eq. 14; with
+  # A function of ddpm_jax/diffusion/losses.py: simple (eq. 14; with
   # predict = 'mu' the error of the mean) | vlb (the true bound) | hybrid
   # | min_snr | two_noise, one_noise, x_prev (derivations of eq. 14, for study).
   c.loss.name = 'simple'
   # How t is drawn: uniform | antithetic | stratified | importance (by the
   # losses of the past; for vlb, whose terms differ by thousands).
   c.loss.t = 'uniform'
+  c.loss.gamma = 5.0  # of min_snr: the largest weight
 
   c.optimizer = ConfigDict()  # Adam
   c.optimizer.learning_rate = 2e-4

@@ -1,14 +1,15 @@
 """From a recipe to objects: the only place where names become functions."""
 
+import functools
 import importlib
 import inspect
-import logging
-import pathlib
-import pkgutil
+import re
 from collections.abc import Callable
-from collections.abc import Collection
+from collections.abc import Mapping
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,353 +17,355 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from ddpm_jax import checks
-from ddpm_jax import conditioning
 from ddpm_jax import errors
-from ddpm_jax import models
 from ddpm_jax import recipe
-from ddpm_jax import registry
-from ddpm_jax.data import contents
-from ddpm_jax.data import sources
-from ddpm_jax.data import store
-from ddpm_jax.diffusion import likelihood
-from ddpm_jax.diffusion import objectives
+from ddpm_jax.diffusion import denoiser as denoisers
+from ddpm_jax.diffusion import guidance
+from ddpm_jax.diffusion import losses
+from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import spacings
+from ddpm_jax.diffusion import timesteps
+from ddpm_jax.diffusion import training
 from ddpm_jax.diffusion import variances
-from ddpm_jax.runtime import checkpoint
-from ddpm_jax.runtime import logs
+from ddpm_jax.models import condition as encoders
+from ddpm_jax.models import networks
 from ddpm_jax.runtime import parallel
-from ddpm_jax.runtime import paths
-from ddpm_jax.runtime import workdir
-
-# Keys that are read whatever the name of their section is: by conditioning.py,
-# by the evaluation, and as names themselves.
-READ_ELSEWHERE = ('data.captions', 'data.names', 'data.split', 'loss.t')
 
 
-def reverse(config: ConfigDict, variance: str) -> dict[str, Any]:
-  """`predict` and `variance`, for the functions of the reverse process.
-
-  Raises:
-    UserError: if there are none of the names, or the network was not made for
-      this variance.
-  """
-  kinds = {
-    name: value
-    for name, value in vars(predictions).items()
-    if isinstance(value, predictions.Prediction)
-  }
-  predict, trained = config.model.predict, config.model.variance
-  if predict not in kinds:
-    raise errors.unknown('prediction', predict, kinds)
-  function = registry.named(variances, variance, 'raw', 'variance')
-  if variance != trained and any(
-    variances.is_learned(name) for name in (variance, trained)
-  ):
-    raise errors.UserError(
-      f'config.sampler.variance={variance} does not fit the network, whose '
-      f'config.model.variance is {trained}'
-    )
-  return {'predict': kinds[predict], 'variance': function}
-
-
-def warn_of_signal(config: ConfigDict) -> None:
-  """Warns if x_T is not nearly the standard normal of the prior."""
-  table = schedule(config)
-  bits = likelihood.prior(table, jnp.ones(1)) * likelihood.BITS
-  # The paper's is 3e-5 for x_0 = ±1.
-  if bits > 1e-3:
-    logging.warning(
-      'x_T still holds something of x_0: log ᾱ_T = %.3g (the paper: -10.1), '
-      'KL(q(x_T | x_0) ‖ N(0, I)) = %.2g bits/dim; samples may suffer; raise '
-      'config.schedule.T or beta_T',
-      table.log_alpha_bar[-1],
-      bits,
-    )
-
-
-def check_used(
-  config: ConfigDict, said: Collection[str], changes: Collection[str] = ()
-) -> None:
-  """Refuses keys that the function chosen by name does not take, others do.
+def member(module: ModuleType, name: str, what: str) -> Any:
+  """What a name in a recipe stands for.
 
   Args:
-    config: the recipe.
-    said: the keys that the user sets now. A run that was saved with others is
-      not refused for them.
-    changes: those of them that are on the command line.
+    module: whose `__all__` lists the names.
+    name: one of them, or a dotted path to code outside of this repository, such
+      as 'my_package.my_file.my_step'.
+    what: it is, for the message.
 
   Raises:
-    UserError: naming the first such key that is not at its default.
+    UserError: if there is no such thing, listing the names that there are.
   """
-  registries: dict[str, dict[str, Callable]] = {
-    'data': registry.known(sources),
-    'schedule': registry.known(schedules, 'T'),
-    'model': {name: file.build for name, file in networks().items()},
-    'loss': registry.known(objectives, 'model_fn'),
-    'sampler': registry.known(samplers, 'x_t'),
-  }
-  default = recipe.defaults()
-  default['sampler.variance'] = config.model.variance
-  for section, members in registries.items():
-    keys, name = config[section], config[section].name
-    if name not in members:
-      continue  # is refused by those who call it
-    for key in registry.unused(members, name, keys):
-      full = f'{section}.{key}'
-      if full not in said or full in READ_ELSEWHERE or full not in default:
-        continue
-      if keys[key] != default[full]:
-        mend = f'set config.{full}={default[full]}'
-        raise errors.UserError(
-          f'config.{full}={keys[key]} is not used by config.{section}.name='
-          f'{name}: {"leave it out" if full in changes else mend}'
-        )
+  if '.' in name:
+    return _imported(name, what)
+  if name not in module.__all__:
+    raise errors.unknown(what, name, module.__all__)
+  return getattr(module, name)
 
 
-def networks() -> dict[str, Any]:
-  """The files of models/ that build a network, by name."""
-  files = {
-    m.name: importlib.import_module(f'ddpm_jax.models.{m.name}')
-    for m in pkgutil.iter_modules(models.__path__)
-  }
-  return {name: file for name, file in files.items() if hasattr(file, 'build')}
+def _imported(path: str, what: str) -> Any:
+  module, _, name = path.rpartition('.')
+  try:
+    return getattr(importlib.import_module(module), name)
+  except Exception as e:  # a user's file may raise anything
+    reason = ' '.join(str(e).split())
+    raise errors.UserError(
+      f'the {what} {path} cannot be imported ({type(e).__name__}: '
+      f'{reason:.200}): name a function as package.file.function, of a package '
+      'that Python finds from here'
+    ) from e
 
 
-def model(config: ConfigDict) -> nn.Module:
-  """The linen module: `model.apply(variables, x_t, t, keys=None)`.
+def options(function: Callable, section: Mapping[str, Any]) -> dict[str, Any]:
+  """The keys of a section of the recipe that a function has arguments for."""
+  return {key: x for key, x in section.items() if reads(function, key)}
 
-  It takes a condition after t, if the recipe has one, and in training keys (B,)
-  for what is random.
+
+def reads(function: Callable, key: str) -> bool:
+  """Whether a function has an argument for a key of its section."""
+  return key in inspect.signature(function).parameters
+
+
+def call(
+  function: Callable, section: Mapping[str, Any], *args: Any, of: str
+) -> Any:
+  """Calls `function` with `args` and its `options` of a section.
+
+  Args:
+    function: to call.
+    section: of the recipe.
+    *args: positional arguments.
+    of: the name of the section, such as 'sampler'.
+
+  Raises:
+    UserError: for a value that `function` refuses, naming its keys.
   """
-  name, known = config.model.name, networks()
-  if name not in known:
-    raise errors.unknown('model', name, known)
-  channels = config.data.channels
-  if variances.is_learned(config.model.variance):
-    channels *= 2
-  size = recipe.image_size(config)
-  network = registry.call(
-    known[name].build, config.model, size, channels, of='model'
-  )
-  return conditioning.wrap(config, network)
+  passed = options(function, section)
+  try:
+    return function(*args, **passed)
+  except errors.UserError:
+    raise
+  except ValueError as e:
+    raise errors.UserError(_with_keys(str(e), passed, of)) from e
+
+
+def _with_keys(message: str, passed: Mapping[str, Any], section: str) -> str:
+  """A refusal with the keys it is about: those that it names, or else all."""
+  if 'config.' in message:
+    return message
+  keys = {k: v for k, v in passed.items() if not callable(v)}
+  about = [k for k in keys if re.search(rf'\b{k}\b', message)] or list(keys)
+  said = ', '.join(f'config.{section}.{k}={keys[k]}' for k in about)
+  return f'{said or f"config.{section}"}: {message}'
 
 
 def schedule(config: ConfigDict) -> schedules.Schedule:
   """The schedule of all T steps.
 
   Raises:
-    UserError: if there is none of the name, or the prediction does not fit it.
+    UserError: if there is none of the name, or it refuses a value.
   """
   c = config.schedule
-  function = registry.named(schedules, c.name, 'T', 'schedule')
-  table = registry.call(function, c, of='schedule')
+  made = call(member(schedules, c.name, 'schedule'), c, of='schedule')
   if c.zero_terminal_snr:
     of = 'schedule.zero_terminal_snr'
-    table = registry.call(schedules.zero_terminal_snr, {}, table, of=of)
-  if schedules.ends_in_noise(table) and config.model.predict == 'eps':
-    key = 'zero_terminal_snr' if c.zero_terminal_snr else f'name={c.name}'
-    raise errors.UserError(
-      f'config.schedule.{key} leaves nothing of x_0 in x_T, so that ε does not '
-      'tell x_0 there: set config.model.predict to v or x0'
-    )
-  return table
-
-
-def source(
-  config: ConfigDict, split: str = '', folder: pathlib.Path | None = None
-) -> Any:
-  """The data set, or another split of it; see `data/sources.py`.
-
-  Args:
-    config: the recipe.
-    split: '': that of the recipe.
-    folder: of the run whose classes it shall have, in their order.
-
-  Raises:
-    UserError: the data are missing or do not fit, or have no splits and one is
-      named.
-  """
-  paths.of_key('data.path', config.data.get('path') or '.', paths.local)
-  function = registry.named(sources, config.data.name, None, 'data set')
-  if not _takes(function, 'split'):
-    _refuse_split(config, 'data.split', config.data.split, 'train')
-  data = dict(config.data) | {'image_size': recipe.image_size(config)}
-  data |= {'split': split} if split else {}
-  data['needs_labels'] = (
-    config.condition.name == 'label' or config.data.captions == 'classes'
-  )
-  if (
-    folder
-    and _takes(function, 'class_order')
-    and workdir.keeps_no_classes(folder)
-  ):
-    data |= {'class_order': str}  # that of runs which saved no names
-  made = registry.call(function, data, of='data')
-  if folder and checkpoint.steps(folder / 'checkpoints'):
-    made = _as_saved(config, made, folder)
-  return conditioning.attach(config, made)
-
-
-def changed_data(now: contents.Contents, folder: pathlib.Path) -> str:
-  """How the data differ from those that the run was begun with; or ''.
-
-  Runs of earlier versions did not keep what theirs were.
-  """
-  saved = workdir.read_data(folder)
-  if saved is None:
-    return ''
-  return contents.changes(contents.Contents(*saved), now)
-
-
-def _as_saved(
-  config: ConfigDict, made: store.Source, folder: pathlib.Path
-) -> store.Source:
-  """The source with its classes in the order that the run has saved."""
-  names = workdir.read_classes(folder)
-  if names is None or names == made.class_names:
-    return made
-  if sorted(names) == sorted(made.class_names) and len(set(names)) == len(
-    names
-  ):
-    return store.relabelled(made, names)
-  if conditioning.reads_classes(config):
-    raise other_classes(made.class_names, names, folder)
+    made = call(schedules.zero_terminal_snr, {}, made, of=of)
   return made
 
 
-def other_classes(
-  here: Sequence[str], saved: Sequence[str], folder: pathlib.Path
-) -> errors.UserError:
-  """The error for data whose classes are not those of the run."""
-  new = [f'{name!r} is new' for name in here if name not in saved]
-  gone = [f'{name!r} is missing' for name in saved if name not in here]
-  return errors.UserError(
-    f'the classes of the data are not those of {folder}/classes.json '
-    f'({", ".join([*new[:2], *gone[:2]])}): give it the data that it was begun '
-    'with, or name another --workdir'
-  )
+def network(config: ConfigDict) -> nn.Module:
+  """The linen module: `network.apply(variables, x_t, t, keys=None)`.
 
-
-def split_to_evaluate(config: ConfigDict) -> str:
-  """The name of the split to evaluate on; 'all' for data without splits.
+  It takes a condition after t, if the recipe has one, and in training keys (B,)
+  for dropout.
 
   Raises:
-    UserError: the data have no splits, and one is named.
+    UserError: if there is none of the name, or it does not fit the images.
   """
-  function = registry.named(sources, config.data.name, None, 'data set')
-  if _takes(function, 'split'):
-    return config.evaluate.split or config.data.split
-  _refuse_split(config, 'evaluate.split', config.evaluate.split, '')
-  return 'all'
+  make = member(networks, config.model.name, 'model')
+  channels = config.data.channels
+  if variances.is_learned(config.model.variance):
+    channels *= 2
+  size = recipe.image_size(config)
+  made = call(make, config.model, size, channels, of='model')
+  read = encoder(config)
+  return encoders.Conditional(made, read) if read else made
 
 
-def source_to_evaluate(
-  config: ConfigDict, folder: pathlib.Path | None = None
-) -> tuple[store.Source, str]:
-  """The images to evaluate on, and the name of their split; see `source`.
-
-  Warns if they are the training data, and those have changed.
-  """
-  name = split_to_evaluate(config)
-  found = source(config, config.evaluate.split, folder)
-  if folder and config.evaluate.split in ('', config.data.split):
-    warn_of_data(found, folder)
-  return found, name
-
-
-def warn_of_data(source: store.Source, folder: pathlib.Path) -> None:
-  """Warns if the data are not those that the run was begun with."""
-  if differ := changed_data(source.held(), folder):
-    logging.warning(
-      'the data are not those that %s was trained on: %s', folder, differ
-    )
-
-
-def _takes(function: Callable[..., Any], argument: str) -> bool:
-  return argument in inspect.signature(function).parameters
-
-
-def _refuse_split(
-  config: ConfigDict, key: str, value: str, default: str
-) -> None:
-  if value != default:
-    raise errors.UserError(
-      f'config.{key}={value}: the data set {config.data.name} has no splits; '
-      f"set config.{key}='{default}'"
-    )
-
-
-def mesh(
-  config: ConfigDict,
-  *,
-  local: bool = False,
-  devices: Sequence[Any] | None = None,
-) -> jax.sharding.Mesh:
-  """The devices of a run; with `local`, those of this process.
+def encoder(config: ConfigDict) -> Any:
+  """The linen module that encodes the condition; None if there is none.
 
   Raises:
-    UserError: if there are not as many, or the engine is not for them, or the
-      images cannot be cut so often.
+    UserError: if it is of classes, and it is not known how many.
   """
-  wanted = config.parallel
-  if wanted.engine not in parallel.ENGINES:
-    raise errors.unknown('engine', wanted.engine, parallel.ENGINES)
-  if wanted.engine == 'pmap' and wanted.fsdp > 1:
+  c = config.condition
+  if not c.name:
+    return None
+  if recipe.condition_kind(config) == 'label' and not c.classes:
     raise errors.UserError(
-      'pmap keeps the whole state on every device: set parallel.fsdp=1, or '
-      'parallel.engine=jit'
+      'config.condition.classes=0 is for training, where the data say how '
+      'many there are: set it'
     )
-  if wanted.engine == 'pmap' and jax.process_count() > 1:
-    raise errors.UserError(
-      'pmap is for one process: set parallel.engine=jit, which does the same'
-    )
-  if wanted.spatial > 1:
-    checks.spatial(config)
-  return parallel.make_mesh(
-    *(wanted.data, wanted.fsdp, wanted.spatial), local=local, devices=devices
-  )
+  return call(member(encoders, c.name, 'condition'), c, of='condition')
 
 
-def fit_devices(config: ConfigDict, *, trains: bool) -> ConfigDict:
-  """A saved recipe, on the devices here if those that it names do not fit.
-
-  What a run says of devices was right for the machine that it was begun on.
+def denoiser(
+  config: ConfigDict, network: denoisers.Network, *, sampling: bool = False
+) -> denoisers.Denoiser:
+  """A network on the recipe's schedule of T steps.
 
   Args:
-    config: of the run; not changed.
-    trains: whether the devices must share `batch_size` evenly. If those here
-      cannot, as many are used as can.
+    config: the recipe.
+    network: (x_t, t) -> output, of some weights.
+    sampling: whether its variance is `sampler.variance`, with which it samples
+      and is evaluated, and not `model.variance`, with which it is trained.
   """
-
-  def share(parts: int) -> bool:
-    return not trains or config.batch_size % (parts * config.accumulate) == 0
-
-  try:
-    if share(parallel.parts(mesh(config))):
-      return config
-  except errors.UserError:
-    pass  # not these devices
-  here, was = len(jax.devices()), config.parallel
-  several = jax.process_count() > 1  # which must use all
-  used = max((n for n in range(1, here + 1) if share(n)), default=0)
-  if not used or (several and used < here):
-    return config  # is refused by those who train
-  logs.say(
-    f'the devices of this run (config.parallel.data={was.data}, fsdp='
-    f'{was.fsdp}, spatial={was.spatial}) do not fit here: using {used} of '
-    f'{here} device(s)'
+  variance = (config.sampler if sampling else config.model).variance
+  return denoisers.Denoiser(
+    schedule(config),
+    network,
+    member(predictions, config.model.predict, 'prediction'),
+    member(variances, variance, 'variance'),
   )
-  fitted = config.copy_and_resolve_references()
-  fitted.parallel.update(data=-1 if used == here else used, fsdp=1, spatial=1)
-  if several:
-    fitted.parallel.engine = 'jit'  # pmap is for one process
-  return fitted.lock()
 
 
-def stream(seed: int, use: str) -> jax.Array:
+def applied(
+  module: nn.Module, params: Any, condition: Any = None
+) -> denoisers.Network:
+  """The network of some weights, given the condition if there is one."""
+  args = () if condition is None else (condition,)
+
+  def apply(x_t: jax.Array, t: jax.Array) -> Any:
+    return module.apply({'params': params}, x_t, t, *args)
+
+  return apply
+
+
+class Sampler(NamedTuple):
+  """A sampler's step, and the model in as many steps as are sampled."""
+
+  step: samplers.Step
+  schedule: schedules.Schedule
+  # Of the weights, and of a condition if the recipe has one (else: None).
+  denoiser: Callable[..., denoisers.Denoiser]
+
+
+def sampler(config: ConfigDict) -> Sampler:
+  """The sampler of a recipe.
+
+  Raises:
+    UserError: for a name or value that it does not know.
+  """
+  c, module = config.sampler, network(config)
+  function = member(samplers, c.name, 'sampler')
+  step = functools.partial(function, **options(function, c))
+  spacing = member(spacings, c.spacing, 'spacing')
+  strided = {'steps': c.steps, 'spacing': spacing}
+  short = call(schedules.stride, strided, schedule(config), of='sampler')
+
+  def of_weights(params: Any, condition: Any = None) -> denoisers.Denoiser:
+    if condition is None:
+      apply = applied(module, params)
+      made = denoiser(config, apply, sampling=True)
+    else:
+      made = _guided(config, module, params, condition)
+    return made._replace(schedule=short, clip=c.clip)
+
+  return Sampler(step, short, of_weights)
+
+
+def _guided(
+  config: ConfigDict, module: nn.Module, params: Any, condition: Any
+) -> denoisers.Denoiser:
+  """The denoiser of a condition, which is encoded once, not at every step."""
+  s = config.sampler
+  apply: Any = functools.partial(module.apply, {'params': params})
+  encode = functools.partial(apply, method='encode')
+  denoise = functools.partial(apply, method='denoise')
+  made, context = denoiser(config, denoise, sampling=True), encode(condition)
+  if s.guidance == 1:
+    return guidance.conditioned(made, context)
+  n = len(jax.tree.leaves(condition)[0])
+  return guidance.guided(
+    made,
+    context,
+    encode(encoder(config).nothing(n)),
+    scale=s.guidance,
+    interval=tuple(s.guidance_interval),
+    rescale=s.guidance_rescale,
+  )
+
+
+def condition(
+  config: ConfigDict, batch: dict[str, Any], keys: jax.Array | None = None
+) -> Any:
+  """The condition of the examples of a batch; None if the recipe has none.
+
+  Args:
+    config: the recipe.
+    batch: of a source of `dataset.source`.
+    keys: (B,), which of its captions an example gets, and whether it gets none
+      (`condition.drop`); without keys it gets the first.
+  """
+  c = config.condition
+  if not c.name:
+    return None
+  if recipe.condition_kind(config) == 'label':
+    given = batch['label']
+  elif keys is None:
+    given = jax.tree.map(lambda x: x[:, 0], batch['text'])
+  else:
+    K = jax.tree.leaves(batch['text'])[0].shape[1]
+    which = jax.vmap(lambda k: jax.random.randint(k, (), 0, K))(keys)
+    given = jax.vmap(lambda x, k: jax.tree.map(lambda a: a[k], x))(
+      batch['text'], which
+    )
+  if keys is None:
+    return given
+  nothing = encoder(config).nothing(len(keys))
+  # Not the bits that chose the caption.
+  others = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+  dropped = jax.vmap(lambda k: jax.random.bernoulli(k, c.drop))(others)
+  return jax.vmap(
+    lambda drop, a, b: jax.tree.map(lambda x, y: jnp.where(drop, x, y), a, b)
+  )(dropped, nothing, given)
+
+
+def init_state(config: ConfigDict) -> training.TrainState:
+  """The state at step 0. Call it under jit."""
+  x = jnp.zeros((1, *recipe.shape(config)))
+  t = jnp.ones(1, jnp.int32)
+  params = network(config).init(key(config.seed, 'init'), x, t)['params']
+  return begin(config, params)
+
+
+def begin(config: ConfigDict, params: Any) -> training.TrainState:
+  """The state at step 0 with these weights. Call it under jit."""
+  by_history = config.loss.t == 'importance'
+  return training.TrainState.create(
+    apply_fn=network(config).apply,
+    params=params,
+    # A copy: a donated state must not hold one buffer twice.
+    ema_params=jax.tree.map(jnp.copy, params),
+    tx=optimizer(config),
+    history=timesteps.no_history(config.schedule.T) if by_history else None,
+  )
+
+
+def loss_fn(config: ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
+  """Algorithm 1 for a batch of images, as `training.train_step` wants it.
+
+  The randomness of an example depends on `key` and its `batch['index']` alone.
+  """
+  module, n = network(config), config.batch_size
+  function = member(losses, config.loss.name, 'loss')
+  loss = functools.partial(function, **options(function, config.loss))
+  draw_t = member(timesteps, config.loss.t, 'choice of t')
+  fold = jax.vmap(jax.random.fold_in, (None, 0))
+
+  def losses_of(
+    params: Any,
+    key: jax.Array,
+    batch: dict[str, jax.Array],
+    history: timesteps.History | None = None,
+  ) -> tuple[jax.Array, Any]:
+    k_flip, k_t, k_eps, k_drop, k_cond = jax.random.split(key, 5)
+    index = batch['index']
+    x0 = pixels.to_float(batch['image'])
+    if config.data.flip:
+      x0 = pixels.random_flip(fold(k_flip, index), x0)
+    given = condition(config, batch, fold(k_cond, index))
+    args = () if given is None else (given,)
+
+    def apply(x_t: jax.Array, t: jax.Array) -> Any:
+      keys = fold(k_drop, index)
+      return module.apply({'params': params}, x_t, t, *args, keys=keys)
+
+    model = denoiser(config, apply)
+    T = model.schedule.T
+    # Of each t, where it is drawn by its losses of the past.
+    p = None if history is None else timesteps.probabilities(history)
+    draw = draw_t if p is None else functools.partial(draw_t, p=p)
+    t = jax.vmap(lambda i: draw(k_t, i, n, T))(index)
+    values = loss(model, fold(k_eps, index), x0, t)
+    weight = 1.0 if p is None else 1 / (T * p[t - 1])
+    return weight * values, (index, t, values)
+
+  return losses_of
+
+
+def train_step(config: ConfigDict, devices: int) -> Callable:
+  """`training.train_step` of a recipe, for `devices` that share the batch.
+
+  Raises:
+    UserError: if they cannot share it evenly.
+  """
+  if config.batch_size % (devices * config.accumulate):
+    raise errors.UserError(
+      f'config.batch_size={config.batch_size} is not divisible by {devices} '
+      f'device(s) times config.accumulate={config.accumulate}'
+    )
+  return functools.partial(
+    training.train_step,
+    loss_fn=loss_fn(config),
+    key=key(config.seed, 'train'),
+    ema=config.optimizer.ema,
+    accumulate=config.accumulate,
+  )
+
+
+def key(seed: int, use: str) -> jax.Array:
   """The key of one use of a seed."""
   uses = ('init', 'train', 'sample', 'evaluate', 'codec')
   return jax.random.fold_in(jax.random.key(seed), uses.index(use))
@@ -384,4 +387,21 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
     optax.adam(
       rate if c.warmup else c.learning_rate, c.beta_1, c.beta_2, c.eps
     ),
+  )
+
+
+def mesh(
+  config: ConfigDict,
+  *,
+  local: bool = False,
+  devices: Sequence[Any] | None = None,
+) -> jax.sharding.Mesh:
+  """The devices of a run; with `local`, those of this process.
+
+  Raises:
+    UserError: if there are not as many.
+  """
+  wanted = config.parallel
+  return parallel.make_mesh(
+    *(wanted.data, wanted.fsdp, wanted.spatial), local=local, devices=devices
   )

@@ -422,8 +422,8 @@ def config_of(args: argparse.Namespace) -> Any:
   On a run that was begun on other devices it is fitted to those here; what the
   run says of them stays in `args.parallel`.
   """
-  from ddpm_jax import build
   from ddpm_jax import recipe
+  from ddpm_jax import validate
 
   config = recipe.resolve(
     *(args.config, args.workdir, args.changes),
@@ -433,12 +433,14 @@ def config_of(args: argparse.Namespace) -> Any:
   said = set(recipe.flatten(config) if args.config else args.changes)
   if args.mode in OF_THE_BOUND:
     said -= {'sampler.variance'}
-  build.check_used(config, said, args.changes)
+  validate.unread(config, said, args.changes)
   args.parallel = recipe.to_json(config)['parallel']
   says_devices = any(key.startswith('parallel.') for key in args.changes)
-  if args.config or says_devices or args.mode in OTHER_DEVICES:
-    return config
-  return build.fit_devices(config, trains=args.mode in ('train', 'benchmark'))
+  if not (args.config or says_devices or args.mode in OTHER_DEVICES):
+    trains = args.mode in ('train', 'benchmark')
+    config = validate.fit_devices(config, trains=trains)
+  validate.check(config)
+  return config
 
 
 def main() -> NoReturn:

@@ -345,6 +345,21 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
   return config.lock()
 
 
+def provisional(config: ConfigDict) -> ConfigDict:
+  """The recipe with some number of classes, before the data are read."""
+  return filled(config, {'condition.classes': 1})
+
+
+def filled(config: ConfigDict, found: dict[str, int]) -> ConfigDict:
+  """A copy of the recipe, with the keys `found` where they are 0."""
+  config = config.copy_and_resolve_references()
+  flat = flatten(config)
+  config.update_from_flattened_dict(
+    {key: value for key, value in found.items() if not flat[key]}
+  )
+  return config.lock()
+
+
 def defaults() -> dict[str, Any]:
   """The flattened configs/base.py; {} where configs/ is not here."""
   with contextlib.suppress(ImportError), _importing_configs():
@@ -420,3 +435,15 @@ def image_size(config: ConfigDict) -> tuple[int, ...]:
 def shape(config: ConfigDict) -> tuple[int, ...]:
   """Of one example: (height, width, channels), or (channels,) of a point."""
   return (*image_size(config), config.data.channels)
+
+
+def condition_kind(config: ConfigDict) -> str:
+  """What the network takes beside x_t and t: 'label', 'text', or '' nothing.
+
+  An encoder of a user's own takes texts where `data.captions` is set, and else
+  labels.
+  """
+  name = config.condition.name
+  if '.' in name:
+    return 'text' if config.data.captions else 'label'
+  return 'text' if name == 'minilm' else name

@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.diffusion import process
+from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import schedules
 
 
-def model_fn(
+def network(
   schedule: schedules.Schedule, mean: float, variance: float
-) -> process.ModelFn:
+) -> denoisers.Network:
   """E[ε | x_t] for x_0 ~ N(mean, variance), independent in each dimension."""
 
   def eps_hat(x_t: jax.Array, t: jax.Array) -> jax.Array:

@@ -4,23 +4,34 @@ import functools
 
 import jax
 
+from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import samplers
 
 
 @functools.partial(
-  jax.jit, static_argnames=('step', 'model_fn', 'times', 'snapshots')
+  jax.jit, static_argnames=('step', 'network', 'times', 'snapshots')
 )
 def sample(
-  step, schedule, model_fn, keys, x_T, *, times=None, before=None, snapshots=0
+  step, schedule, network, keys, x_T, *, times=None, previous=None, snapshots=0
 ) -> samplers.Sampled:
   """`samplers.sample`, which outside of jit is compiled at every call.
 
-  `step` and `model_fn` are compared by identity, so give it the same objects;
+  `step` and `network` are compared by identity, so give it the same objects;
   `times` is a range or a tuple.
   """
   return samplers.sample(
-    *(step, schedule, model_fn, keys, x_T),
+    *(step, denoisers.Denoiser(schedule, network), keys, x_T),
     times=times,
-    before=before,
+    previous=previous,
     snapshots=snapshots,
   )
+
+
+@functools.cache
+def reading(step, **fields) -> samplers.Step:
+  """`step` of a denoiser with these fields; the same object for the same."""
+
+  def other(denoiser, *args):
+    return step(denoiser._replace(**fields), *args)
+
+  return other

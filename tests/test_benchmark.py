@@ -14,7 +14,6 @@ import tiny
 from configs import swiss_roll
 from ddpm_jax import build
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax.jobs import benchmark
@@ -54,7 +53,7 @@ def printed(tmp_path_factory):
 
 def forward(config):
   """FLOP of the kernels of a network, for one example."""
-  init = functools.partial(functions.init_state, config)
+  init = functools.partial(build.init_state, config)
   # A kernel of a convolution is at work at all pixels, here 64.
   places = {2: 1, 4: 64}
   return sum(

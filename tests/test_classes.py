@@ -12,7 +12,7 @@ from PIL import Image
 from configs import digits
 from configs import folder as folder_recipe
 from ddpm_jax import build
-from ddpm_jax import conditioning
+from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax import recipe
@@ -63,14 +63,14 @@ def run(tmp_path, monkeypatch):
 
 def test_a_new_run_numbers_classes_in_natural_order(tmp_path):
   data = classes(tmp_path / 'data', '2', '10', '1')
-  source = build.source(config(data), folder=tmp_path / 'run')
+  source = dataset.source(config(data), folder=tmp_path / 'run')
   assert source.class_names == ('1', '2', '10')
   assert numbers(source) == {0: 1, 1: 2, 2: 0}
 
 
 def test_a_run_keeps_the_order_that_it_has_saved(tmp_path, run):
   data = classes(tmp_path / 'data', '2', '10', '1')
-  source = build.source(
+  source = dataset.source(
     config(data), folder=run(config={}, classes=['10', '1', '2'])
   )
   assert source.class_names == ('10', '1', '2')
@@ -79,7 +79,7 @@ def test_a_run_keeps_the_order_that_it_has_saved(tmp_path, run):
 
 def test_a_run_of_before_keeps_the_order_of_text(tmp_path, run):
   data = classes(tmp_path / 'data', '2', '10', '1')
-  source = build.source(config(data), folder=run(config={}))
+  source = dataset.source(config(data), folder=run(config={}))
   assert source.class_names == ('1', '10', '2')
   assert numbers(source) == {0: 2, 1: 1, 2: 0}
 
@@ -89,7 +89,7 @@ def test_numbers_as_labels_are_themselves_in_a_run_of_before(tmp_path, run):
   images = np.zeros((12, 8, 8, 1), np.uint8)
   np.savez(tmp_path / 'a.npz', images=images, labels=labels)
   c = config(tmp_path / 'a.npz', data__name='arrays')
-  source = build.source(c, folder=run(config={}))
+  source = dataset.source(c, folder=run(config={}))
   assert source.class_names == tuple(map(str, range(12)))
   np.testing.assert_array_equal(source.gather(labels)['label'], labels)
 
@@ -99,28 +99,28 @@ def test_other_classes_than_those_of_the_run_are_refused(tmp_path, run):
   folder = run(config={}, classes=['ant', 'cat'])
   message = r"run/classes.json \('dog' is new, 'ant' is missing\)"
   with pytest.raises(errors.UserError, match=message):
-    build.source(config(data), folder=folder)
+    dataset.source(config(data), folder=folder)
   words = {'condition__name': 'text', 'data__captions': 'classes'}
   with pytest.raises(errors.UserError, match=message):
-    build.source(config(data, **words), folder=folder)
+    dataset.source(config(data, **words), folder=folder)
   # What is told no classes may have others.
-  source = build.source(config(data, condition__name=''), folder=folder)
+  source = dataset.source(config(data, condition__name=''), folder=folder)
   assert source.class_names == ('cat', 'dog')
 
 
 def test_the_data_say_how_many_classes_there_are(tmp_path):
   data = classes(tmp_path / 'data', 'cat', 'dog', 'eel')
   c = config(data)
-  settled = conditioning.settled(c, build.source(c))
+  settled = dataset.settled(c, dataset.source(c))
   assert settled.condition.classes == 3
   assert c.condition.classes == 0
   with pytest.raises(errors.UserError, match=r'3 classes: set .*, not 4'):
-    build.source(config(data, condition__classes='4'))
+    dataset.source(config(data, condition__classes='4'))
   with pytest.raises(errors.UserError, match=r'condition\.classes=0 is for'):
-    build.model(c)
+    build.network(c)
   plain = classes(tmp_path / 'plain', '.')
   with pytest.raises(errors.UserError, match='has no classes'):
-    build.source(config(plain))
+    dataset.source(config(plain))
 
 
 def test_what_the_data_said_is_kept_by_the_run(tmp_path):
@@ -144,21 +144,21 @@ def test_what_the_data_said_is_kept_by_the_run(tmp_path):
 def test_a_label_is_a_name_or_else_a_number(label, number):
   c = config('', condition__classes='4')
   names = ('cat', '10', '2', 'a b')
-  assert conditioning.class_number(c, label, names) == number
-  assert conditioning.class_title(c, number, names) == names[number]
+  assert dataset.class_number(c, label, names) == number
+  assert dataset.class_title(c, number, names) == names[number]
 
 
 def test_a_label_that_is_not_there_names_those_that_are():
   c = config('', condition__classes='2')
   for wrong in ('fox', '2', '-1', '²'):
     with pytest.raises(errors.UserError, match='2 classes, 0 cat, 1 dog'):
-      conditioning.class_number(c, wrong, ('cat', 'dog'))
+      dataset.class_number(c, wrong, ('cat', 'dog'))
 
 
 def test_names_are_listed_in_one_line():
-  assert conditioning.listed(tuple('0123456789')) == '0 to 9'
-  assert conditioning.listed(['cat', 'a\nb']) == '0 cat, 1 a b'
-  many = conditioning.listed([f'class {i * i}' for i in range(1000)])
+  assert dataset.listed(tuple('0123456789')) == '0 to 9'
+  assert dataset.listed(['cat', 'a\nb']) == '0 cat, 1 a b'
+  many = dataset.listed([f'class {i * i}' for i in range(1000)])
   assert many.startswith('0 class 0, 1 class 1, 2 class 4, ')
   assert many.endswith(' ...')
   assert len(many) <= 200
@@ -247,21 +247,21 @@ def test_a_folder_is_tried_without_making_it(tmp_path):
 def test_a_split_of_data_without_splits_is_refused(name):
   c = digits.get_config()
   c.data.name = name
-  assert build.split_to_evaluate(c) == 'all'
+  assert dataset.split_to_evaluate(c) == 'all'
   c.evaluate.split = 'test'
   with pytest.raises(errors.UserError, match=f'evaluate.split=test.* {name} '):
-    build.source_to_evaluate(c)
+    dataset.source_to_evaluate(c)
   c.evaluate.split, c.data.split = '', 'train[:50%]'
   with pytest.raises(errors.UserError, match=f'data.split=train.* {name} '):
-    build.source(c)
+    dataset.source(c)
 
 
 def test_a_set_with_splits_is_evaluated_on_the_one_that_is_named():
   c = digits.get_config()
   c.data.name = 'tfds'
-  assert build.split_to_evaluate(c) == 'train'
+  assert dataset.split_to_evaluate(c) == 'train'
   c.evaluate.split = 'test'
-  assert build.split_to_evaluate(c) == 'test'
+  assert dataset.split_to_evaluate(c) == 'test'
 
 
 def test_an_evaluation_refuses_a_split_before_all_else(tmp_path):

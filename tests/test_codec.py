@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from ddpm_jax.diffusion import codec
+from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
@@ -184,27 +185,30 @@ def test_what_is_expected_is_the_mean_of_KL():
   short, squares = codec.jumps(S, 4), np.array([0.5, 0.2, 0.1, 0.01])
   found = codec.expected(short, squares)
   for bits, square, k in zip(found, squares, (5, 4, 3, 2), strict=True):
-    of_x0, _ = predictions.posterior_weights(short, k)
+    of_x0, _ = predictions.posterior_coefs(short, k)
     var, gap = short.beta_tilde[k], of_x0 * square**0.5
     exact = likelihood.normal_kl(gap, jnp.log(var), 0.0, jnp.log(var + gap**2))
     np.testing.assert_allclose(bits, exact * likelihood.BITS, rtol=1e-4)
 
 
-def both_ways(model_fn, key, x0, squares, told=None, predict=predictions.eps):
+def jumps(network, steps, predict=predictions.eps):
+  return codec.jumps(denoisers.Denoiser(S, network, predict), steps)
+
+
+def both_ways(network, key, x0, squares, told=None, predict=predictions.eps):
   """One side of the codec: the sender, or the receiver if it is `told`."""
   (B, D), steps = (len(x0), x0[0].size), len(squares)
   nothing = codec.Code(
     jnp.zeros((steps, B), jnp.int32), jnp.zeros((steps, B, D), jnp.int32)
   )
   return codec.run(
-    *(S, codec.jumps(S, steps), model_fn, key),
+    *(jumps(network, steps, predict), key),
     process.normal(jax.random.split(key, B), x0.shape[1:]),
     rules=codec.Rules(8, 6.0),
     squares=squares,
-    told=nothing if told is None else told,
+    code=nothing if told is None else told,
     x0=x0,
     sending=jnp.array(told is None),
-    predict=predict,
   )
 
 
@@ -224,11 +228,11 @@ def test_the_receiver_is_in_lockstep_under_jit():
   # One program for both, as `sending` is traced.
   run = jax.jit(
     lambda key, x0, code, sending: codec.run(
-      *(S, codec.jumps(S, 5), half, key),
+      *(jumps(half, 5), key),
       process.normal(jax.random.split(key, 3), (4, 4, 1)),
       rules=codec.Rules(8, 6.0),
       squares=SQUARES,
-      told=code,
+      code=code,
       x0=x0,
       sending=sending,
     )
@@ -279,9 +283,7 @@ def test_errors_are_those_of_x0_hat_under_q():
   """x̂_0 = 0 is wrong by x_0 itself, at every step."""
   keys = jax.random.split(jax.random.key(0), 3)
   zero = lambda x_t, t: 0 * x_t  # noqa: E731
-  errors = functools.partial(
-    codec.errors, S, codec.jumps(S, 5), zero, predict=predictions.x0
-  )
+  errors = functools.partial(codec.errors, jumps(zero, 5, predictions.x0))
   squares = jax.jit(errors)(keys, X0)
   exact = np.square(X0).mean((1, 2, 3))
   np.testing.assert_allclose(squares, np.tile(exact, (5, 1)), rtol=1e-5)

@@ -11,8 +11,9 @@ import pytest
 
 from configs import digits
 from ddpm_jax import build
-from ddpm_jax import functions
+from ddpm_jax import dataset
 from ddpm_jax import recipe
+from ddpm_jax import sampling
 from ddpm_jax.data import pipeline
 from ddpm_jax.jobs import sample
 from ddpm_jax.jobs import train
@@ -43,7 +44,7 @@ def start(how):
   }
   recipe.override(c, {name: str(value) for name, value in changes.items()})
   mesh = build.mesh(c)
-  init = functools.partial(functions.init_state, c)
+  init = functools.partial(build.init_state, c)
   return c, mesh, parallel.init_state(init, mesh)
 
 
@@ -81,8 +82,8 @@ def test_training_is_one_program_and_moves_nothing_unasked(
   Metrics are asked for. (On CPUs that is no copy, and no guard would see it.)
   """
   c, mesh, state = start(how)
-  step_fn = traced_once(functions.train_step(c, 2))
-  batches = pipeline.batches(build.source(c), batch_size=8, seed=0)
+  step_fn = traced_once(build.train_step(c, 2))
+  batches = pipeline.batches(dataset.source(c), batch_size=8, seed=0)
   seen, counts = [], []
   with contextlib.ExitStack() as stack:
 
@@ -106,7 +107,7 @@ def test_training_is_one_program_and_moves_nothing_unasked(
 def test_sampling_is_one_program_and_moves_nothing_unasked(how, compiled):
   """Also where the last batch is not full."""
   c, mesh, state = start(how)
-  draw = traced_once(functions.sampler(c, seed=0))
+  draw = traced_once(sampling.sampler(c, seed=0))
   size, batch = sample.drawer(c, mesh, 10, draw)
   assert size == 4
   before = len(compiled)

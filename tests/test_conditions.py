@@ -17,16 +17,16 @@ from PIL import Image
 from configs import digits
 from configs import digits_text
 from ddpm_jax import build
-from ddpm_jax import checks
-from ddpm_jax import conditioning
+from ddpm_jax import dataset
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import main
 from ddpm_jax import recipe
-from ddpm_jax import registry
+from ddpm_jax import sampling
+from ddpm_jax import validate
 from ddpm_jax.data import captions
 from ddpm_jax.data import sources
 from ddpm_jax.data import store
+from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import guidance
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import samplers
@@ -35,7 +35,7 @@ from ddpm_jax.jobs import convert
 from ddpm_jax.jobs import sample
 from ddpm_jax.jobs import train
 from ddpm_jax.models import condition
-from ddpm_jax.models import unet
+from ddpm_jax.models import networks
 from ddpm_jax.runtime import images
 
 TEXT = str(pathlib.Path(digits_text.__file__))
@@ -199,7 +199,7 @@ def test_an_image_without_a_label_has_no_text():
 
 
 def test_digits_are_told_in_words():
-  source = build.source(config())
+  source = dataset.source(config())
   batch = source.gather(np.arange(50))
   names = config().data.names
   for row, label in zip(batch['text'], batch['label'], strict=True):
@@ -212,7 +212,7 @@ def test_some_examples_are_told_nothing_and_the_rest_any_caption():
   n = 4000
   batch = {'text': np.tile(captions.tokens(['a', 'b', 'c'], 48), (n, 1, 1))}
   keys = jax.random.split(jax.random.key(0), n)
-  chosen = jax.jit(functools.partial(conditioning.of_batch, c))(batch, keys)
+  chosen = jax.jit(functools.partial(build.condition, c))(batch, keys)
   first = np.asarray(chosen)[:, 0]
   counts = [np.sum(first == x) for x in (0, *b'abc')]
   for count, share in zip(
@@ -223,7 +223,7 @@ def test_some_examples_are_told_nothing_and_the_rest_any_caption():
 
 
 def test_states_that_are_not_there_are_not_seen():
-  net = unet.build(
+  net = networks.unet(
     (8, 8),
     1,
     channels=8,
@@ -365,28 +365,22 @@ def test_guiding_any_prediction_guides_x0_alike(name):
   np.testing.assert_allclose(got, want, atol=1e-3 if name == 'mu' else 1e-5)
 
 
-@pytest.fixture
-def tiny_network(monkeypatch):
-  tiny.make_known(monkeypatch)
-
-
-def test_without_guidance_an_image_is_drawn_as_told(tiny_network):
+def test_without_guidance_an_image_is_drawn_as_told():
   """The shortcut for w = 1 is the guided network at w = 1."""
   c, *others = (
-    config(model__name='tiny', sampler__guidance=w) for w in (1, 1 + 1e-6, 0)
+    config(model__name='tiny.network', sampler__guidance=w)
+    for w in (1, 1 + 1e-6, 0)
   )
-  model_fn, *guided = (
-    functions.reverse_process(each).model_fn for each in (c, *others)
-  )
+  denoiser, *guided = (build.sampler(each).denoiser for each in (c, *others))
   x = jax.random.normal(jax.random.key(3), (2, 8, 8, 1))
   t, told = jnp.array([5, 900]), captions.tokens(['a two', 'zero'], 48)
 
   @jax.jit
   def answers(params):
     return (
-      build.model(c).apply({'params': params}, x, t, told),
-      model_fn(params)(x, t),
-      *(f(params, told)(x, t) for f in (model_fn, *guided)),
+      build.network(c).apply({'params': params}, x, t, told),
+      denoiser(params).network(x, t),
+      *(f(params, told).network(x, t) for f in (denoiser, *guided)),
     )
 
   want, nothing, one, near, none = answers(tiny.weights_of(c))
@@ -421,9 +415,9 @@ def test_without_guidance_an_image_is_drawn_as_told(tiny_network):
 def test_a_condition_that_cannot_be_is_a_line_for_the_user(changes, message):
   def begin():
     c = config(**changes)
-    checks.basics(c)
-    build.model(c)
-    build.source(c)
+    validate.check(c)
+    build.network(c)
+    dataset.source(c)
 
   with pytest.raises(errors.UserError, match=message):
     begin()
@@ -444,13 +438,13 @@ def of_words(tmp_path_factory):
 
 def test_pictures_in_training_are_of_captions_of_the_data(of_words, tmp_path):
   c = recipe.resolve(None, of_words, {})
-  source, mesh = build.source(c), build.mesh(c)
-  told = conditioning.of_data(c, source, 4)
+  source, mesh = dataset.source(c), build.mesh(c)
+  told = dataset.of_data(c, source, 4)
   assert [text(row) for row in told] == [
     c.data.names[label] for label in source.gather(np.arange(4))['label']
   ]
   train.picture_maker(c, mesh, tmp_path, 4)(tiny.weights_of(c), '', told)
-  drawn = functions.sampler(c, c.seed)
+  drawn = sampling.sampler(c, c.seed)
   rows = {'index': np.arange(4, dtype=np.int32), 'condition': told}
   tiles = jax.jit(drawn)(tiny.weights_of(c), rows).images
   with Image.open(tmp_path / 'samples.png') as image:
@@ -502,23 +496,24 @@ def test_an_image_is_edited_as_told_unless_guidance_is_0(of_words, tmp_path, w):
     run('--mode=edit', *common, '--prompt=a', '--prompt=b')
 
 
-@pytest.mark.parametrize('name', sorted(registry.known(samplers, 'x_t')))
+@pytest.mark.parametrize('name', samplers.__all__)
 def test_every_sampler_can_be_guided(name):
   """ε of data N(m, 0.3) is affine in m: w of m = c and 0 is that of m = w c."""
   s, w = schedules.linear(50, 1e-3, 0.3), 3.0
   c = jnp.array([[0.3], [0.0], [-0.2]])
   keys = jax.random.split(jax.random.key(2), 3)
   x_T = jax.random.normal(jax.random.key(3), (3, 6))
-  step = functools.partial(getattr(samplers, name), clip=False)
+  step = getattr(samplers, name)
 
   def net(x_t, t, mean):
-    return gaussian.model_fn(s, mean, 0.3)(x_t, t)
+    return gaussian.network(s, mean, 0.3)(x_t, t)
 
   @jax.jit
   def drawn():
-    plain = [functools.partial(net, mean=mean) for mean in (w * c, c)]
-    ways = guidance.guided(net, c, 0 * c, T=50, scale=w), *plain
-    return [samplers.sample(step, s, way, keys, x_T).x_0 for way in ways]
+    denoiser = denoisers.Denoiser(s, net, clip=False)
+    plain = [guidance.conditioned(denoiser, mean) for mean in (w * c, c)]
+    ways = guidance.guided(denoiser, c, 0 * c, scale=w), *plain
+    return [samplers.sample(step, way, keys, x_T).x_0 for way in ways]
 
   got, of_wc, of_c = drawn()
   # Roundings of 6e-8 are divided by √ᾱ_T = 0.01.
@@ -557,16 +552,16 @@ def test_prompts_are_for_sampling():
 def test_a_class_that_is_not_there(label):
   c = config(digits, condition__name='label', condition__classes=10)
   with pytest.raises(errors.UserError, match='0 to 9'):
-    conditioning.class_number(c, label)
-  assert conditioning.class_number(c, '7') == 7
+    dataset.class_number(c, label)
+  assert dataset.class_number(c, '7') == 7
   c.data.names = ('zero', 'seven')
-  assert conditioning.class_number(c, 'seven') == 1
+  assert dataset.class_number(c, 'seven') == 1
 
 
-def test_classes_take_turns_if_none_is_asked_for(tiny_network):
+def test_classes_take_turns_if_none_is_asked_for():
   c = config(digits, condition__name='label', condition__classes=10)
-  c.model.name = 'tiny'
-  params, draw = tiny.weights_of(c), functions.sampler(c, seed=0)
+  c.model.name = 'tiny.network'
+  params, draw = tiny.weights_of(c), sampling.sampler(c, seed=0)
   index = jnp.array([3, 12, 25])
 
   @jax.jit

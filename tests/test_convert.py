@@ -21,10 +21,10 @@ from safetensors import numpy as safetensors_numpy
 
 from ddpm_jax import build
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import main
 from ddpm_jax import ranges
 from ddpm_jax import recipe
+from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
@@ -94,7 +94,7 @@ def configured(unet, scheduler):
 
 
 def abstract_params(config):
-  return jax.eval_shape(lambda: functions.init_state(config)).params
+  return jax.eval_shape(lambda: build.init_state(config)).params
 
 
 @functools.cache
@@ -124,7 +124,7 @@ def test_outputs_are_those_of_diffusers(imported):
     labels = np.where(expected['labels'] == classes, -1, expected['labels'])
     assert {*labels} == {-1, *range(classes)}
     given.append(labels)
-  out = jax.jit(build.model(config).apply)({'params': params}, *given)
+  out = jax.jit(build.network(config).apply)({'params': params}, *given)
   scale = np.max(np.abs(expected['out']))
   # Sums of hundreds of float32 products, in another order.
   np.testing.assert_allclose(out, expected['out'], rtol=0, atol=1e-5 * scale)
@@ -144,11 +144,13 @@ def test_ancestral_steps_are_those_of_diffusers(prediction, variance):
 
   @jax.jit
   def step(t):
-    return samplers.ancestral(
-      *(schedules.linear(), lambda x, t: jnp.asarray(out), keys, x, t),
-      predict=getattr(predictions, fields.PREDICTIONS[prediction]),
-      variance=getattr(variances, fields.VARIANCES[variance]),
+    denoiser = denoisers.Denoiser(
+      schedules.linear(),
+      lambda x, t: jnp.asarray(out),
+      getattr(predictions, fields.PREDICTIONS[prediction]),
+      getattr(variances, fields.VARIANCES[variance]),
     )
+    return samplers.ancestral(denoiser, keys, x, t)
 
   for t in golden.TIMES:
     mean, sigma = expected[f'{prediction}/{variance}/{t}']
@@ -165,19 +167,19 @@ def test_a_chain_of_1000_steps_is_that_of_diffusers():
   expected = np.load(golden.FOLDER / name / 'expected.npz')
   x = jnp.asarray(expected['x'])
   noise = jnp.stack([golden.noise(10 + t, x.shape) for t in range(1000)])
-  p = functions.reverse_process(config)
+  p = build.sampler(config)
 
-  def step(schedule, model_fn, keys, x_t, t, *_):
-    mean, x0_hat = samplers.greedy(schedule, model_fn, keys, x_t, t)
-    sigma = jnp.where(t > 1, jnp.exp(variances.beta(schedule, None, t) / 2), 0)
+  def step(denoiser, keys, x_t, t, *_):
+    mean, x0_hat = samplers.greedy(denoiser, keys, x_t, t)
+    log_var = variances.beta(denoiser.schedule, None, t)
+    sigma = jnp.where(t > 1, jnp.exp(log_var / 2), 0)
     return mean + sigma * noise[t - 1], x0_hat
 
   keys = jax.random.split(jax.random.key(0), len(x))
 
   @jax.jit
   def draw(params, x):
-    chain = p.schedule, p.model_fn(params), keys, x
-    return samplers.sample(step, *chain).x_0
+    return samplers.sample(step, p.denoiser(params), keys, x).x_0
 
   x_0 = draw(params, x)
   assert np.std(expected['chain']) > 0.1
@@ -203,7 +205,7 @@ def test_a_class_embedding_is_ours_and_the_dense_layer_after_it():
   x, labels = golden.noise(0, (4, 8, 8, 1)), np.array([0, 1, 2, -1])
 
   def answers(config, params):
-    apply = jax.jit(build.model(config).apply)
+    apply = jax.jit(build.network(config).apply)
     return [
       apply({'params': params}, x, np.full(4, 500), told)
       for told in (labels, np.roll(labels, 1))
@@ -767,7 +769,7 @@ def test_it_is_evaluated_and_goes_on_training(converted, tmp_path, capfd):
 def test_it_begins_with_the_weights_and_nothing_else(converted):
   config = recipe.resolve(None, converted, {})
   mesh = build.mesh(config)
-  abstract = parallel.abstract_state(lambda: functions.init_state(config), mesh)
+  abstract = parallel.abstract_state(lambda: build.init_state(config), mesh)
   saved = checkpoint.restore(
     converted / 'checkpoints', checkpoint.trained(abstract), abstract.ema_params
   )

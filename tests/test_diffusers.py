@@ -23,10 +23,10 @@ from golden import make_diffusers as golden
 
 from ddpm_jax import build
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import main
 from ddpm_jax import recipe
-from ddpm_jax import registry
+from ddpm_jax import sampling
+from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
@@ -105,7 +105,7 @@ def test_outputs_are_the_same_both_ways(name, tmp_path):
   x = golden.noise(5, (3, *recipe.shape(config)))
   t = np.array([0, 321, 999])
   there = golden.answer(model, x, t)
-  here = jax.jit(build.model(config).apply)({'params': params}, x, t + 1)
+  here = jax.jit(build.network(config).apply)({'params': params}, x, t + 1)
   again = diffusers.DDPMPipeline.from_pretrained(back)
   difference = np.max(np.abs(here - there)) / np.max(np.abs(there))
   print(f'{name}: {difference:.1e} of its scale')
@@ -149,7 +149,7 @@ def same_for_all_classes(config, params, model):
   t = np.repeat([0, 321, 999], classes + 1)
   x = golden.noise(5, (1, *recipe.shape(config))).repeat(len(t), 0)
   there = golden.answer(model, x, t, labels)
-  here = jax.jit(build.model(config).apply)(
+  here = jax.jit(build.network(config).apply)(
     {'params': params}, x, t + 1, np.where(labels == classes, -1, labels)
   )
   scale = np.max(np.abs(there))
@@ -175,7 +175,7 @@ def random_label_run(workdir, **changes):
       **changes,
     },
   )
-  shapes = jax.eval_shape(lambda: functions.init_state(config)).params
+  shapes = jax.eval_shape(lambda: build.init_state(config)).params
   leaves, tree = jax.tree.flatten(shapes)
   spread = [np.prod(x.shape[:-1]) ** -0.5 for x in leaves]
   params = jax.tree.unflatten(
@@ -239,12 +239,12 @@ def test_the_advice_after_an_export_draws_each_class(
   assert images.shape == (10, 1, 8, 8)
   assert 0 <= images.min() < images.max() <= 1
   assert [t for _, t, _ in seen] == [*range(19, -1, -1)]
-  p = functions.reverse_process(config)
-  model_fn = jax.jit(p.model_fn(params, np.arange(10)))
+  p = build.sampler(config)
+  network = jax.jit(p.denoiser(params, np.arange(10)).network)
   for i in (0, 10, 19):
     there, t, x = seen[i]
     x, there = (a.permute(0, 2, 3, 1).numpy() for a in (x, there))
-    here = model_fn(x, np.full(10, t + 1))
+    here = network(x, np.full(10, t + 1))
     scale = np.max(np.abs(there))
     np.testing.assert_allclose(here, there, rtol=0, atol=1e-5 * scale)
 
@@ -257,7 +257,7 @@ def test_a_trained_run_is_the_same_network_there(tiny_run, tmp_path):
   pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / 'out')
   config, params = ours(workdir)
   x, t = golden.noise(6, (2, 8, 8, 1)), np.array([3, 700])
-  here = jax.jit(build.model(config).apply)({'params': params}, x, t + 1)
+  here = jax.jit(build.network(config).apply)({'params': params}, x, t + 1)
   there = golden.answer(pipeline.unet.eval(), x, t)
   np.testing.assert_allclose(here, there, atol=1e-4 * np.max(np.abs(there)))
   drawn = pipeline(num_inference_steps=2, output_type='np').images
@@ -265,7 +265,7 @@ def test_a_trained_run_is_the_same_network_there(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize('zero', ['false', 'true'])
-@pytest.mark.parametrize('name', sorted(registry.known(schedules, 'T')))
+@pytest.mark.parametrize('name', schedules.__all__)
 def test_every_schedule_is_written_so_that_it_comes_out_the_same(name, zero):
   config = recipe.shipped('digits')
   recipe.override(
@@ -300,9 +300,9 @@ def test_a_chain_of_1000_steps_is_the_same(tmp_path):
     ['--mode=convert', f'--input={tmp_path}/in', f'--output={tmp_path}/run']
   )
   config, params = ours(tmp_path / 'run')
-  p = functions.reverse_process(config)
-  keys, x_T = functions.noise(config, 0, jnp.arange(2))
-  x_0, *_ = samplers.sample(p.step, p.schedule, p.model_fn(params), keys, x_T)
+  p = build.sampler(config)
+  keys, x_T = sampling.noise(config, 0, jnp.arange(2))
+  x_0, *_ = samplers.sample(p.step, p.denoiser(params), keys, x_T)
   x = np.asarray(x_T)
   for t in scheduler.timesteps.tolist():
     out = golden.answer(model, x, [t] * 2)
@@ -310,6 +310,13 @@ def test_a_chain_of_1000_steps_is_the_same(tmp_path):
   difference = np.max(np.abs(x - x_0))
   print(f'a chain of 1000 steps: {difference:.1e}')
   assert difference < 1e-3
+
+
+def answering(out, prediction, schedule, **fields_):
+  """A denoiser whose network says `out`."""
+  predict = getattr(predictions, fields.PREDICTIONS[prediction])
+  network = lambda x, t: jnp.asarray(out)  # noqa: E731
+  return denoisers.Denoiser(schedule, network, predict, **fields_)
 
 
 @pytest.mark.parametrize('clip', [True, False])
@@ -332,12 +339,8 @@ def test_ten_strided_ddim_steps_are_the_same(prediction, eta, spacing, clip):
   )
   for k, t in zip(range(10, 0, -1), scheduler.timesteps.tolist(), strict=True):
     assert table.time[k] == t + 1
-    here, _ = samplers.ddim(
-      *(table, lambda x, t: out, keys, x, jnp.array(k)),
-      predict=getattr(predictions, fields.PREDICTIONS[prediction]),
-      eta=eta,
-      clip=clip,
-    )
+    denoiser = answering(out, prediction, table, clip=clip)
+    here, _ = samplers.ddim(denoiser, keys, x, jnp.array(k), eta=eta)
     there = scheduler.step(
       *(nchw[0], t, nchw[1]),
       eta=eta,
@@ -367,11 +370,11 @@ def test_a_step_in_double_precision_tables_is_the_same(prediction, variance):
   width = 6 if variance == 'learned_range' else 3
   out = golden.noise(2, (*x.shape[:-1], width))
   for t in golden.TIMES:
-    here, _ = samplers.ancestral(
-      *(schedules.linear(), lambda x, t: out, keys, x, jnp.array(t + 1)),
-      predict=getattr(predictions, fields.PREDICTIONS[prediction]),
-      variance=getattr(variances, fields.VARIANCES[variance]),
+    of_variance = getattr(variances, fields.VARIANCES[variance])
+    denoiser = answering(
+      out, prediction, schedules.linear(), variance=of_variance
     )
+    here, _ = samplers.ancestral(denoiser, keys, x, jnp.array(t + 1))
     there = golden.step(scheduler, out, x, t, z)
     np.testing.assert_allclose(here, there, atol=2e-6)
 
@@ -447,11 +450,8 @@ def test_a_step_from_a_zero_terminal_snr_is_the_same(prediction):
   keys = jax.random.split(jax.random.key(0), 2)
   z = np.asarray(process.normal(keys, x.shape[1:]))
   for t in (999, 998, 500, 0):
-    here, _ = samplers.ancestral(
-      *(table, lambda x, t: out, keys, x, jnp.array(t + 1)),
-      predict=getattr(predictions, fields.PREDICTIONS[prediction]),
-      variance=variances.beta_tilde,
-    )
+    denoiser = answering(out, prediction, table, variance=variances.beta_tilde)
+    here, _ = samplers.ancestral(denoiser, keys, x, jnp.array(t + 1))
     there = golden.step(scheduler, out, x, t, z)
     # Its tables are float32, and ᾱ near T is next to nothing.
     np.testing.assert_allclose(here, there, atol=1e-3)

@@ -2,7 +2,6 @@
 fit are refused.
 """
 
-import functools
 import json
 
 import gaussian
@@ -19,7 +18,6 @@ from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax import recipe
-from ddpm_jax import registry
 from ddpm_jax.diffusion import editing
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import process
@@ -37,8 +35,8 @@ def keys(n, seed=0):
   return jax.random.split(jax.random.key(seed), n)
 
 
-def step(name='ancestral', **options):
-  return functools.partial(getattr(samplers, name), clip=False, **options)
+def step(name='ancestral', **fields):
+  return jitted.reading(getattr(samplers, name), clip=False, **fields)
 
 
 def test_q_between_is_q_from_0_and_one_step_from_t_minus_1():
@@ -79,7 +77,7 @@ def test_a_jump_of_all_steps_or_more_is_no_jump():
 def test_what_is_known_comes_back_exactly(name):
   grays = jnp.arange(256, dtype=jnp.uint8).reshape(16, 16, 1)
   mask = jnp.arange(16)[:, None] % 3 == 0
-  net = gaussian.model_fn(S, 0.4, 0.3)
+  net = gaussian.network(S, 0.4, 0.3)
   x_T = process.normal(keys(2, 1), (16, 16, 1))
   inpaint = editing.inpaint(step(name), pixels.to_float(grays), mask[..., None])
   times = tuple(editing.jumps(T, 20, 2))
@@ -91,7 +89,7 @@ def test_what_is_known_comes_back_exactly(name):
 
 
 def test_with_nothing_known_and_no_jumps_it_is_the_sampler():
-  net = gaussian.model_fn(S, 0.4, 0.3)
+  net = gaussian.network(S, 0.4, 0.3)
   x_T = process.normal(keys(3, 1), (4,))
   all_anew = editing.inpaint(step('ddim'), jnp.zeros(4), jnp.ones(4, bool))
   one, other = (
@@ -104,7 +102,7 @@ def test_with_nothing_known_and_no_jumps_it_is_the_sampler():
 def test_the_way_up_and_down_again_leaves_the_data_as_they_are():
   """With the exact ε: jumps neither add to the noise nor take from it."""
   N = 1000
-  net = gaussian.model_fn(S, 0.0, 1.0)
+  net = gaussian.network(S, 0.0, 1.0)
   x_T = process.normal(keys(N, 1), (1,))
   all_anew = editing.inpaint(step(), jnp.zeros(1), jnp.ones(1, bool))
   times = tuple(t for t in editing.jumps(T, 25, 3) if t > 1)
@@ -165,12 +163,10 @@ def files(tmp_path):
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
   """A run of a network that compiles at once."""
-  with pytest.MonkeyPatch.context() as patch:
-    tiny.make_known(patch)
-    c = tiny.config()
-    folder = tmp_path_factory.mktemp('edit') / 'run'
-    convert.save(c, build.mesh(c), tiny.weights_of(c), folder)
-    yield folder
+  c = tiny.config()
+  folder = tmp_path_factory.mktemp('edit') / 'run'
+  convert.save(c, build.mesh(c), tiny.weights_of(c), folder)
+  return folder
 
 
 @pytest.fixture
@@ -257,7 +253,9 @@ def test_edits_are_told_apart(tiny_run, tmp_path):
   assert told[4]['edit'] == {'jump': 10, 'resample': 10}
 
 
-@pytest.mark.parametrize('spacing', registry.known(spacings).values())
+@pytest.mark.parametrize(
+  'spacing', [getattr(spacings, name) for name in spacings.__all__]
+)
 def test_levels_are_shares_of_T_whatever_the_spacing(spacing):
   config = base.get_config()
   short = schedules.stride(schedules.linear(1000), 100, spacing)

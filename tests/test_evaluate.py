@@ -11,19 +11,14 @@ import pytest
 import tiny
 
 from ddpm_jax import build
+from ddpm_jax import dataset
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.jobs import sample
 from ddpm_jax.jobs.evaluate import bound
 from ddpm_jax.jobs.evaluate import record
-
-
-@pytest.fixture(autouse=True)
-def tiny_network(monkeypatch):
-  tiny.make_known(monkeypatch)
 
 
 @pytest.fixture(scope='module')
@@ -72,7 +67,7 @@ def test_raw_weights_and_other_steps_are_other_weights(runs, tiny_run):
 
 def bound_of(config, params, images, seed=0):
   return bound.bound_of(
-    *(config, build.mesh(config), params, build.source(config), images, seed)
+    *(config, build.mesh(config), params, dataset.source(config), images, seed)
   )
 
 
@@ -107,8 +102,8 @@ def test_monte_carlo_agrees_with_exact_within_its_error():
 
 def test_a_trained_network_beats_an_untrained_one():
   config = tiny.config(evaluate__draws='0', optimizer__warmup='0')
-  source, step = build.source(config), functions.train_step(config, 1)
-  state = jax.jit(functools.partial(functions.init_state, config))()
+  source, step = dataset.source(config), build.train_step(config, 1)
+  state = jax.jit(functools.partial(build.init_state, config))()
   untrained, index = state.params, np.arange(16)
   batches = [
     source.gather(64 + 16 * i + index) | {'index': index} for i in range(100)

@@ -11,16 +11,17 @@ import shutil
 import gaussian
 import jax
 import jax.numpy as jnp
+import jitted
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import base
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import main
 from ddpm_jax import recipe
-from ddpm_jax import registry
+from ddpm_jax import validate
+from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import editing
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
@@ -33,7 +34,7 @@ from ddpm_jax.jobs import few_steps
 T = 4096
 S = schedules.linear(T, 0.1 / T, 20 / T)
 M, V = 0.4, 0.3
-NAMES = sorted(registry.known(samplers, 'x_t'))
+NAMES = sorted(samplers.__all__)
 FIXED = ['ddim', 'dpm_solver_pp_2m', 'heun']  # without noise
 
 
@@ -42,16 +43,19 @@ def keys(n, seed=0):
 
 
 @functools.cache
-def step(name, **options):
+def step(name, eta=None, **fields):
   """The same object for the same options, so that `run` is compiled once."""
-  return functools.partial(getattr(samplers, name), clip=False, **options)
+  made = getattr(samplers, name)
+  made = made if eta is None else functools.partial(made, eta=eta)
+  return jitted.reading(made, **{'clip': False, **fields})
 
 
 @functools.partial(jax.jit, static_argnames=('solver', 'times'))
 def run(solver, table, x, times=None):
-  net = gaussian.model_fn(table, M, V)
-  told = table._replace(time=jnp.arange(len(table.time)))
-  return samplers.sample(solver, told, net, keys(len(x)), x, times=times)[0]
+  net = gaussian.network(table, M, V)
+  own = table._replace(time=jnp.arange(len(table.time)))
+  denoiser = denoisers.Denoiser(own, net)
+  return samplers.sample(solver, denoiser, keys(len(x)), x, times=times)[0]
 
 
 def flow(table, x, s, t):
@@ -132,7 +136,8 @@ def test_a_step_inverted_with_its_own_eps_is_undone_exactly():
   @jax.jit
   def there_and_back(x):
     for solver, times in ((editing.invert, range(1, 8)), (step('ddim'), None)):
-      x, *_ = samplers.sample(solver, table, net, keys(5), x, times=times)
+      denoiser = denoisers.Denoiser(table, net)
+      x, *_ = samplers.sample(solver, denoiser, keys(5), x, times=times)
     return x
 
   x = there_and_back(jnp.linspace(-1, 1, 5)[:, None])
@@ -154,10 +159,8 @@ def test_eta_1_is_the_posterior(t):
 def test_ddim_of_eta_1_on_the_full_grid_is_ancestral_with_beta_tilde(clip):
   table = schedules.linear(100, 1e-3, 0.2)
   x_T = process.normal(keys(6, 1), (4,))
-  ddim = functools.partial(samplers.ddim, eta=1.0, clip=clip)
-  ancestral = functools.partial(
-    samplers.ancestral, variance=variances.beta_tilde, clip=clip
-  )
+  ddim = step('ddim', eta=1.0, clip=clip)
+  ancestral = step('ancestral', variance=variances.beta_tilde, clip=clip)
   one, other = (run(way, table, x_T) for way in (ddim, ancestral))
   # The same noise, and a hundred steps of roundings.
   np.testing.assert_allclose(one, other, atol=2e-5)
@@ -184,7 +187,7 @@ def test_in_one_step_all_give_the_prediction_and_in_two_2m_is_ddim():
   """The last step is to x̂_0, and the first has nothing to look back at."""
   x = process.normal(keys(6, 1), (4,))
   one = schedules.stride(S, 1)
-  eps_hat = gaussian.model_fn(one, M, V)(x, jnp.ones(6, int))
+  eps_hat = gaussian.network(one, M, V)(x, jnp.ones(6, int))
   x0_hat = predictions.eps.to_x0(one, x, eps_hat, 1)
   for name in NAMES:
     # x̂_0 is x_T less its noise, divided by √ᾱ_T = 0.007.
@@ -250,13 +253,14 @@ def test_a_step_looks_back_only_at_the_step_before():
       step('dpm_solver_pp_2m'), table, x[i : i + 1], times=range(first, 0, -1)
     )
     np.testing.assert_allclose(x_0[i], alone[0], atol=1e-5)
-  wrong = samplers.Before(x, jnp.full(3, 4))
-  net = gaussian.model_fn(table, M, V)
+  wrong = samplers.Previous(x, jnp.full(3, 4))
+  own = table._replace(time=jnp.arange(9))
+  denoiser = denoisers.Denoiser(own, gaussian.network(table, M, V))
 
   @jax.jit
   def both(t):
-    found, _ = step('dpm_solver_pp_2m')(table, net, keys(3), x, t, wrong)
-    return found, step('ddim')(table, net, keys(3), x, t)[0]
+    found, _ = step('dpm_solver_pp_2m')(denoiser, keys(3), x, t, wrong)
+    return found, step('ddim')(denoiser, keys(3), x, t)[0]
 
   for t in (1, 2, 4, 8):
     # Beside the weight 0 of what was before, other roundings of the same.
@@ -274,14 +278,17 @@ def test_evaluations_are_what_the_network_is_asked(name):
     return x_t
 
   table = schedules.stride(S, 6)
-  draw = functools.partial(samplers.sample, getattr(samplers, name), table, net)
+  denoiser = denoisers.Denoiser(table, net)
+  draw = functools.partial(samplers.sample, getattr(samplers, name), denoiser)
   jax.block_until_ready(jax.jit(draw)(keys(2), jnp.ones((2, 3))))
   jax.effects_barrier()
-  assert len(asked) == samplers.evaluations(name, 6)
+  assert len(asked) == samplers.nfe(name, 6)
   assert set(asked) == set(np.asarray(table.time[1:]).tolist())
 
 
-@pytest.mark.parametrize('spacing', registry.known(spacings).values())
+@pytest.mark.parametrize(
+  'spacing', [getattr(spacings, name) for name in spacings.__all__]
+)
 @pytest.mark.parametrize('steps', [1, 2, 5, 10, 333, 999, 1000])
 def test_spacings_rise_strictly_from_0_and_stay_within_T(spacing, steps):
   at = spacing(1000, steps)
@@ -343,10 +350,9 @@ def test_every_sampler_begins_at_a_zero_terminal_snr(name, predict, steps):
     eps = (x_t - jnp.sqrt(a) * x0) / jnp.sqrt(n)
     return jax.vmap(kind.target, (None, 0, 0, 0))(table, x0, eps, t)
 
-  told = table._replace(time=jnp.arange(steps + 1))
-  draw = functools.partial(
-    samplers.sample, step(name, predict=kind), told, net, keys(2000)
-  )
+  own = table._replace(time=jnp.arange(steps + 1))
+  denoiser = denoisers.Denoiser(own, net, kind)
+  draw = functools.partial(samplers.sample, step(name), denoiser, keys(2000))
   x_0, *_ = jax.jit(draw)(process.normal(keys(2000, 1), (1,)))
   assert np.all(np.isfinite(x_0))
   assert abs(float(x_0.mean()) - M) < 0.07  # 5 standard errors of 2000
@@ -384,17 +390,18 @@ def test_learned_variances_are_used_on_a_strided_schedule():
   raw = jnp.concatenate([jnp.zeros(2), 2 * v - 1])
 
   def net(x_t, t):
-    eps = gaussian.model_fn(table, M, V)(x_t, t)
+    eps = gaussian.network(table, M, V)(x_t, t)
     return jnp.concatenate([eps, raw[t][:, None]], axis=-1)
 
-  told = table._replace(time=jnp.arange(n + 1))
+  own = table._replace(time=jnp.arange(n + 1))
+  denoiser = denoisers.Denoiser(own, net)
   off = {}
   x = process.normal(keys(N, 1), (1,))
   # Down to x_1: the last step adds no noise.
   for name in ('learned_range', 'beta', 'beta_tilde'):
     way = step('ancestral', variance=getattr(variances, name))
     draw = functools.partial(samplers.sample, times=range(n, 1, -1))
-    x_1, *_ = jax.jit(functools.partial(draw, way, told, net))(keys(N), x)
+    x_1, *_ = jax.jit(functools.partial(draw, way, denoiser))(keys(N), x)
     off[name] = abs(float(x_1.var() / left[1]) - 1)
   assert off['learned_range'] < 5 * np.sqrt(2 / N)
   assert min(off['beta'], off['beta_tilde']) > 10 * np.sqrt(2 / N)
@@ -441,7 +448,7 @@ def test_what_does_not_fit_is_a_line(changes, message):
   config = base.get_config()
   recipe.override(config, changes)
   with pytest.raises(errors.UserError, match=message):
-    functions.reverse_process(config)
+    validate.check(config)
 
 
 def test_what_does_fit_is_not_refused():
@@ -452,7 +459,7 @@ def test_what_does_fit_is_not_refused():
   ):
     config = base.get_config()
     recipe.override(config, changes)
-    functions.reverse_process(config)
+    validate.check(config)
 
 
 @pytest.mark.slow
@@ -484,7 +491,7 @@ def test_the_ways_of_the_table_are_samplers_within_their_evaluations():
     for way in few_steps.ways(config).values():
       for n in few_steps.looks(way, 1000):
         c = few_steps.changed(config, way, n)
-        functions.reverse_process(c)
+        validate.check(c)
         assert n - 1 <= few_steps.evaluations(c) <= n
   ancestral = {k for k in few_steps.WAYS if 'ancestral' in k}
   assert found[0] ^ found[1] == ancestral

@@ -12,11 +12,13 @@ import tiny
 from PIL import Image
 
 from ddpm_jax import build
+from ddpm_jax import dataset
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import main
 from ddpm_jax import recipe
+from ddpm_jax import sampling
 from ddpm_jax.data import store
+from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import editing
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import process
@@ -51,11 +53,6 @@ NAMES = (
 )
 T = 100
 S = schedules.linear(T, 1e-3, 0.2)
-
-
-@pytest.fixture(autouse=True)
-def tiny_network(monkeypatch):
-  tiny.make_known(monkeypatch)
 
 
 @pytest.fixture
@@ -202,12 +199,12 @@ def test_interpolation_starts_there_and_shows_the_originals(trained):
     np.testing.assert_array_equal(rows[:, 0], np.stack([a[pair]] * 5))
     np.testing.assert_array_equal(rows[:, -1], np.stack([b[pair]] * 5))
   # λ = 0, of the second pair, at its first t, by `samplers.sample` alone.
-  p = functions.reverse_process(run.config)
-  k, eps = functions.noise(run.config, 3, jnp.array([1]))
+  p = build.sampler(run.config)
+  k, eps = sampling.noise(run.config, 3, jnp.array([1]))
   first = 2  # ⌈10/8⌉ of 10 steps
   x_t = process.q_sample(p.schedule, a[1] / 127.5 - 1, first, eps[0])
   x_0, *_ = jitted.sample(
-    *(p.step, p.schedule, p.model_fn(run.params), k, x_t[None]),
+    *(p.step, p.denoiser(run.params), k, x_t[None]),
     times=range(first, 0, -1),
   )
   expected = np.clip(np.asarray(x_0[0]) * 127.5 + 127.5, 0, 255)
@@ -224,7 +221,7 @@ def test_pairs_are_of_images_that_differ_most():
 
 
 def test_rows_of_their_own_parts_are_the_parts_of_samples():
-  net = gaussian.model_fn(S, 0.4, 0.3)
+  net = gaussian.network(S, 0.4, 0.3)
   x = process.normal(keys(3, 1), (4,))
   k = keys(3)
   first, last = np.array([100, 60, 0]), np.array([1, 21, 1])
@@ -255,7 +252,7 @@ def test_samples_that_share_all_are_equal_and_that_share_nothing_differ(
 
 def test_greedy_is_the_mean_and_adds_no_noise():
   x_T = process.normal(keys(5, 1), (4,))
-  net = gaussian.model_fn(S, 0.4, 0.3)
+  net = gaussian.network(S, 0.4, 0.3)
 
   def draw(step, seed):
     return jitted.sample(step, S, net, keys(5, seed), x_T)[0]
@@ -263,10 +260,9 @@ def test_greedy_is_the_mean_and_adds_no_noise():
   one, two = (draw(samplers.greedy, seed) for seed in (0, 1))
   np.testing.assert_array_equal(one, two)
   assert np.all(draw(samplers.ancestral, 0) != draw(samplers.ancestral, 1))
-  x_prev, x0_hat = samplers.greedy(S, net, keys(5), x_T, 7)
-  mean, _, x0 = process.p_mean_variance(
-    S, net(x_T, jnp.full(5, 7)), x_T, jnp.array(7)
-  )
+  denoiser = denoisers.Denoiser(S, net)
+  x_prev, x0_hat = samplers.greedy(denoiser, keys(5), x_T, 7)
+  mean, _, x0 = denoisers.p_mean_variance(denoiser, x_T, 7)
   np.testing.assert_array_equal(x_prev, mean)
   np.testing.assert_array_equal(x0_hat, x0)
 
@@ -295,7 +291,7 @@ def test_the_nearest_stand_beside_a_sample_with_the_distance(trained):
   drawn = pictures.nearest(run, count=3)
   alone = samples(run, 3)
   np.testing.assert_array_equal(drawn.tiles[:, 0], alone)
-  data = build.source(run.config).gather(np.arange(1797))['image']
+  data = dataset.source(run.config).gather(np.arange(1797))['image']
   data = np.concatenate([data, data[:, :, ::-1]]).astype(float)
   mse = [np.square(data - x).mean((1, 2, 3)).min() for x in alone]
   assert drawn.labels == [f'RMSE {x:.1f}' for x in np.sqrt(mse)]
@@ -303,7 +299,7 @@ def test_the_nearest_stand_beside_a_sample_with_the_distance(trained):
 
 def test_the_last_of_quality_is_that_of_the_samples(trained, plotted):
   run = trained()
-  data = build.source(run.config).gather(np.arange(1797))
+  data = dataset.source(run.config).gather(np.arange(1797))
   judge = classifier.train(data['image'], data['label'], 10, steps=20)
   classifier.save(run.workdir / 'classifier.npz', judge)
   curves.quality(run, count=20)

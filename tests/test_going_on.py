@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import build
+from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax import recipe
@@ -116,7 +116,7 @@ def test_changed_data_are_counted_and_refused_but_on_purpose(trained, at_once):
 
 def test_an_evaluation_says_that_the_data_have_changed(trained, caplog):
   config = recipe.resolve(None, trained / 'run', {})
-  build.source_to_evaluate(config, trained / 'run')
+  dataset.source_to_evaluate(config, trained / 'run')
   assert not [m for m in caplog.messages if 'are not those' in m]
   pictures(trained / 'images', '7.png')
   evaluate = ['--mode=evaluate', '--workdir=run', '--config.evaluate.images=2']

@@ -8,12 +8,8 @@ import re
 import pytest
 
 from configs import base
-from ddpm_jax import build
 from ddpm_jax import recipe
-from ddpm_jax import registry
-from ddpm_jax.data import sources
-from ddpm_jax.diffusion import samplers
-from ddpm_jax.diffusion import schedules
+from ddpm_jax import validate
 
 ROOT = pathlib.Path(__file__).parents[1] / 'ddpm_jax'
 
@@ -21,11 +17,10 @@ ROOT = pathlib.Path(__file__).parents[1] / 'ddpm_jax'
 LAYERS = [
   ['main'],
   ['jobs'],
-  ['functions'],
+  ['validate'],
+  ['dataset', 'sampling'],
   ['build'],
-  ['checks'],
-  ['conditioning'],
-  ['recipe', 'registry'],
+  ['recipe'],
   ['interop'],
   ['diffusion', 'models', 'data', 'metrics', 'runtime'],
   ['imagefile', 'jsonfile', 'npz'],
@@ -39,14 +34,15 @@ INSIDE = {  # Rooms whose files have an order of their own.
       'codec',
       'editing',
       'guidance',
-      'objectives',
+      'losses',
       'two_term',
     ],
     ['likelihood', 'samplers'],
+    ['denoiser'],
     ['process'],
     ['predictions', 'variances'],
     ['schedules', 'training'],
-    ['pixels', 'spacings', 'timesteps'],
+    ['pixels', 'shapes', 'spacings', 'timesteps'],
   ],
   'runtime': [
     ['outputs', 'profile', 'results', 'timing'],
@@ -71,7 +67,12 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['running'],
     ['classifier', 'distances', 'inception'],
   ],
-  'models': [['condition', 'mlp', 'unet'], ['layers'], ['convolution']],
+  'models': [
+    ['networks'],
+    ['condition', 'mlp', 'unet'],
+    ['layers'],
+    ['convolution'],
+  ],
 }
 FILES = sorted(ROOT.rglob('*.py'))
 
@@ -128,8 +129,8 @@ def test_only_those_who_build_and_jobs_see_a_ConfigDict():
     if 'ConfigDict' in path.read_text()
   }
   assert seen == {
-    *('jobs', 'functions.py', 'build.py', 'checks.py'),
-    *('conditioning.py', 'recipe.py'),
+    *('jobs', 'build.py', 'dataset.py', 'sampling.py', 'validate.py'),
+    'recipe.py',
   }
 
 
@@ -181,23 +182,17 @@ def keys_read(function):
 
 def keys_passed():
   """The keys that the functions which a recipe names take as arguments."""
-  sections = {
-    'data': registry.known(sources),
-    'schedule': registry.known(schedules, 'T'),
-    'model': {name: file.build for name, file in build.networks().items()},
-    'sampler': registry.known(samplers, 'x_t'),
-  }
-  for section, functions in sections.items():
-    for function in functions.values():
-      for name in inspect.signature(function).parameters:
-        yield f'{section}.{name}'
+  for section, (module, _) in validate.MEMBERS.items():
+    for name in module.__all__:
+      for key in inspect.signature(getattr(module, name)).parameters:
+        yield f'{section}.{key}'
 
 
 def test_every_key_of_the_base_recipe_is_read():
   """A key that nothing reads would promise what is not there."""
   read = set(keys_passed())
   for path in FILES:
-    if path.name != 'checks.py':  # What is only checked changes nothing.
+    if path.name != 'validate.py':  # What is only checked changes nothing.
       for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
           read |= set(keys_read(node))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
@@ -80,9 +81,10 @@ def test_the_kl_is_that_of_two_normals():
   assert likelihood.normal_kl(1.0, -3.0, 1.0, -3.0) == 0
 
 
-def bound(schedule, model_fn, x0, draws=1, **kwargs):
+def bound(schedule, network, x0, draws=1, **fields):
   """All terms of each x_0, (T, B), and L_T (B,), nats a dimension."""
   n = len(x0) * draws
+  denoiser = denoisers.Denoiser(schedule, network, clip=False, **fields)
 
   @jax.jit
   def each(x0):
@@ -90,13 +92,11 @@ def bound(schedule, model_fn, x0, draws=1, **kwargs):
 
     def at(t):
       k, times = keys(n, t), jnp.full(n, t)
-      nats, _ = likelihood.terms(
-        *(schedule, model_fn, k, repeated, times), clip=False, **kwargs
-      )
+      nats, _ = likelihood.terms(denoiser, k, repeated, times)
       return nats.reshape(len(x0), draws).mean(1)
 
     terms = jax.lax.map(at, jnp.arange(1, schedule.T + 1))
-    return terms, jax.vmap(lambda x: likelihood.prior(schedule, x))(x0)
+    return terms, likelihood.prior(schedule, x0)
 
   return each(x0)
 
@@ -110,7 +110,7 @@ def test_the_bound_of_standard_normal_data_is_their_likelihood():
   s = schedules.linear(30, 1e-3, 0.4)
   x0 = jnp.clip(jnp.round((jnp.linspace(-0.9, 0.9, 41) + 1) * 127.5), 0, 255)
   x0 = (x0 / 127.5 - 1)[:, None]
-  net = gaussian.model_fn(s, 0.0, 1.0)
+  net = gaussian.network(s, 0.0, 1.0)
   terms, prior = bound(s, net, x0, draws=2000)
   total = terms.sum(0) + prior
   truth = -(
@@ -129,7 +129,7 @@ def test_the_bound_of_other_gaussian_data_lies_above_by_the_known_gap():
   variance, n = 0.04, 4000
   rng = np.random.default_rng(0)
   x0 = jnp.asarray(rng.normal(0, variance**0.5, (n, 1)), jnp.float32)
-  net = gaussian.model_fn(s, 0.0, variance)
+  net = gaussian.network(s, 0.0, variance)
   gaps = {}
   for choice in (variances.beta, variances.beta_tilde):
     terms, prior = bound(s, net, x0, variance=choice)
@@ -157,7 +157,7 @@ def test_uniform_noise_costs_at_least_8_bits():
   s = schedules.linear(20, 1e-3, 0.5)
   x0 = jax.random.randint(jax.random.key(0), (500, 2), 0, 256) / 127.5 - 1
   # The best network for it would not do better; this one does worse.
-  net = gaussian.model_fn(s, 0.0, float(x0.var()))
+  net = gaussian.network(s, 0.0, float(x0.var()))
   terms, prior = bound(s, net, x0)
   bits = (terms.sum(0) + prior) * likelihood.BITS
   assert bits.mean() > 8
@@ -166,7 +166,7 @@ def test_uniform_noise_costs_at_least_8_bits():
 def test_one_step_is_the_bound_of_a_vae():
   """T = 1: KL(q(z|x) ‖ p(z)) - E log p(x|z), the two terms of an ELBO."""
   s = schedules.from_beta(np.array([0.7]))
-  net = gaussian.model_fn(s, 0.1, 0.3)
+  net = gaussian.network(s, 0.1, 0.3)
   x0 = GRAYS[jnp.array([10, 200, 128])][:, None]
   terms, prior = bound(s, net, x0)
   assert terms.shape == (1, 3)
@@ -182,13 +182,14 @@ def test_one_step_is_the_bound_of_a_vae():
 
 def test_monte_carlo_over_t_is_unbiased():
   s = schedules.linear(25, 1e-3, 0.4)
-  net = gaussian.model_fn(s, 0.0, 0.2)
+  net = gaussian.network(s, 0.0, 0.2)
   x0 = GRAYS[jnp.array([90, 160])][:, None]
   exact, _ = bound(s, net, x0, draws=800)
   n = 30_000
   t = jax.random.randint(jax.random.key(1), (n,), 1, s.T + 1)
   many = jnp.tile(x0, (n // 2, 1))
-  terms = jax.jit(functools.partial(likelihood.terms, s, net, clip=False))
+  denoiser = denoisers.Denoiser(s, net, clip=False)
+  terms = jax.jit(functools.partial(likelihood.terms, denoiser))
   nats, _ = terms(keys(n, 2), many, t)
   estimate = s.T * nats
   error = estimate.std() / np.sqrt(n)
@@ -198,10 +199,11 @@ def test_monte_carlo_over_t_is_unbiased():
 def test_the_two_term_form_is_the_three_term_form():
   """E log p(x_T) + Σ E log p(x_{t-1}|x_t)/q(x_t|x_{t-1}), by Monte Carlo."""
   s = schedules.linear(10, 0.02, 0.5)
-  net = gaussian.model_fn(s, 0.0, 0.2)
+  net = gaussian.network(s, 0.0, 0.2)
   n = 20_000
   x0 = jnp.full((n, 1), GRAYS[150])
-  form = jax.jit(functools.partial(two_term.bound, s, net, clip=False))
+  denoiser = denoisers.Denoiser(s, net, clip=False)
+  form = jax.jit(functools.partial(two_term.bound, denoiser))
   parts = form(keys(n, 3), x0)
   two = parts.terms.sum(1) + parts.prior
   terms, prior = bound(s, net, x0)

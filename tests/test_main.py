@@ -17,7 +17,6 @@ from PIL import Image
 
 from ddpm_jax import build
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax.jobs import sample
@@ -90,7 +89,7 @@ def weights(workdir):
   """All that the newest checkpoint holds, on one device."""
   config = recipe.resolve(None, workdir, {'parallel.data': '1'})
   state = parallel.abstract_state(
-    lambda: functions.init_state(config), build.mesh(config)
+    lambda: build.init_state(config), build.mesh(config)
   )
   saved = checkpoint.restore(
     workdir / 'checkpoints',

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from ddpm_jax import conditioning
+from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax.interop import minilm
 
@@ -71,8 +71,8 @@ def test_states_are_kept_on_disk(monkeypatch, tmp_path, installed):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   c = digits_text.get_config()
   c.condition.update(name='minilm', length=8)
-  first = conditioning.encode(c, TEXTS)
+  first = dataset.encode(c, TEXTS)
   monkeypatch.setattr(minilm, 'encode', lambda *_: pytest.fail('not kept'))
-  again = conditioning.encode(c, TEXTS)
+  again = dataset.encode(c, TEXTS)
   for name, x in first.items():
     np.testing.assert_array_equal(again[name], x)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ddpm_jax import build
+from ddpm_jax import dataset
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import recipe
 from ddpm_jax.jobs import sample
 from ddpm_jax.jobs import train
@@ -31,7 +31,7 @@ def config():
 
 @pytest.fixture(scope='module')
 def state(config):
-  return jax.jit(functools.partial(functions.init_state, config))()
+  return jax.jit(functools.partial(build.init_state, config))()
 
 
 def with_bias(params, value):
@@ -74,7 +74,7 @@ def test_a_folder_has_all_images_or_none(tmp_path):
 def test_the_bound_names_the_image_and_the_time(broken):
   config, mesh, params = broken
   with pytest.raises(errors.RunError, match='bound of image 0 is nan at t = 1'):
-    bound.bound_of(config, mesh, params, build.source(config), 5, seed=0)
+    bound.bound_of(config, mesh, params, dataset.source(config), 5, seed=0)
 
 
 def test_figures_are_not_drawn(broken, tmp_path):

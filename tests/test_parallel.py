@@ -13,8 +13,8 @@ import pytest
 from configs import digits
 from ddpm_jax import build
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import recipe
+from ddpm_jax import sampling
 from ddpm_jax.runtime import account
 from ddpm_jax.runtime import parallel
 
@@ -46,7 +46,7 @@ def batch(step, n=32, shape=(8, 8, 1)):
 
 def start(c):
   mesh = build.mesh(c)
-  init = functools.partial(functions.init_state, c)
+  init = functools.partial(build.init_state, c)
   return mesh, parallel.init_state(init, mesh)
 
 
@@ -68,7 +68,7 @@ def train(**changes):
   mesh, first = start(c)
   how, n = c.parallel.engine, c.batch_size
   step = parallel.compile_step(
-    functions.train_step(c, parallel.parts(mesh)), mesh, how, first
+    build.train_step(c, parallel.parts(mesh)), mesh, how, first
   )
   losses, state = [], first
   for i in range(STEPS):
@@ -89,7 +89,7 @@ def train(**changes):
 
 def sampler(c, mesh):
   cut = functools.partial(parallel.cut_rows, mesh=mesh)
-  return functions.sampler(c, seed=0, snapshots=2, cut=cut)
+  return sampling.sampler(c, seed=0, snapshots=2, cut=cut)
 
 
 def compiled(trained):
@@ -179,10 +179,10 @@ def test_dropout_flip_and_history_were_part_of_that():
   history = state.history
   uniform = history._replace(seen=0 * history.seen)
   ways = [
-    (functions.loss_fn(config()), history),
-    (functions.loss_fn(config(model__dropout=0)), history),
-    (functions.loss_fn(config(data__flip=False)), history),
-    (functions.loss_fn(config()), uniform),
+    (build.loss_fn(config()), history),
+    (build.loss_fn(config(model__dropout=0)), history),
+    (build.loss_fn(config(data__flip=False)), history),
+    (build.loss_fn(config()), uniform),
   ]
 
   @jax.jit
@@ -264,7 +264,7 @@ def test_devices_that_do_not_fit_are_a_line_for_the_user(changes, message):
   c = config(**changes)
 
   def begin():
-    functions.train_step(c, parallel.parts(build.mesh(c)))
+    build.train_step(c, parallel.parts(build.mesh(c)))
 
   with pytest.raises(errors.UserError, match=message):
     begin()

@@ -9,8 +9,9 @@ import tiny
 from configs import digits_text
 from configs import swiss_roll
 from ddpm_jax import build
-from ddpm_jax import functions
+from ddpm_jax import dataset
 from ddpm_jax import recipe
+from ddpm_jax import sampling
 from ddpm_jax.data import captions
 from ddpm_jax.jobs.evaluate import bound
 from ddpm_jax.jobs.figures import common
@@ -18,11 +19,6 @@ from ddpm_jax.jobs.figures import pictures
 from ddpm_jax.runtime import parallel
 
 pytestmark = pytest.mark.eight_devices
-
-
-@pytest.fixture(autouse=True)
-def tiny_network(monkeypatch):
-  tiny.make_known(monkeypatch)
 
 
 EIGHT = dict(parallel__data='8')
@@ -37,12 +33,10 @@ def trained_with_texts(**changes):
   c.condition.update(width=8, depth=1)
   c.batch_size, c.sampler.steps = 16, 4
   recipe.override(c, {k.replace('__', '.'): v for k, v in changes.items()})
-  mesh, how, source = build.mesh(c), c.parallel.engine, build.source(c)
-  begin = functools.partial(functions.begin, c)
+  mesh, how, source = build.mesh(c), c.parallel.engine, dataset.source(c)
+  begin = functools.partial(build.begin, c)
   state = parallel.init_state(begin, mesh, tiny.weights_of(c))
-  step = parallel.compile_step(
-    functions.train_step(c, mesh.size), mesh, how, state
-  )
+  step = parallel.compile_step(build.train_step(c, mesh.size), mesh, how, state)
   losses = []
   for i in range(2):
     index = np.arange(16, dtype=np.int32)
@@ -50,7 +44,7 @@ def trained_with_texts(**changes):
     state, metrics = step(state, parallel.put(batch, mesh, how))
     losses.append([float(metrics['loss']), float(metrics['grad_norm'])])
   draw = parallel.compile_map(
-    functions.sampler(c, seed=0), mesh, how, state.ema_params
+    sampling.sampler(c, seed=0), mesh, how, state.ema_params
   )
   rows = {
     'index': np.arange(16, dtype=np.int32),
@@ -86,7 +80,7 @@ def test_a_step_that_looks_back():
     c.sampler.update(name='dpm_solver_pp_2m', steps=10)
     c.parallel.data = data
     mesh, params = build.mesh(c), tiny.weights_of(c)
-    draw = parallel.compile_map(functions.sampler(c, 0), mesh, 'jit', params)
+    draw = parallel.compile_map(sampling.sampler(c, 0), mesh, 'jit', params)
     index = parallel.put(np.arange(16, dtype=np.int32), mesh, 'jit')
     drawn.append(draw(params, index).images)
   # Sums in another order, over ten steps.
@@ -105,7 +99,7 @@ def test_what_a_figure_maps():
   rows, c = {'index': index, 'x': index.astype(np.float32)}, tiny.config()
 
   def fn(params, rows):
-    _, noise = functions.noise(c, 0, rows['index'])
+    _, noise = sampling.noise(c, 0, rows['index'])
     kernel = params['Conv_0']['kernel'][0, 0][None]
     return kernel * noise[:, 0] + rows['x'][:, None, None]
 
@@ -134,7 +128,7 @@ def test_a_bound():
 
   def bound_of(**changes):
     c = tiny.config(evaluate__draws='3', evaluate__batch_size='8', **changes)
-    source, params = build.source(c), tiny.weights()
+    source, params = dataset.source(c), tiny.weights()
     return bound.bound_of(c, build.mesh(c), params, source, 19, 0)
 
   one = bound_of()

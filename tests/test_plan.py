@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ddpm_jax import build
+from ddpm_jax import dataset
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax.jobs.plan import advice
@@ -66,13 +66,13 @@ def test_it_plans_the_very_program_that_trains():
   """Compiled for real arrays, on the devices that are here."""
   c = config(FSDP)
   mesh = build.mesh(c)
-  init = functools.partial(functions.init_state, c)
+  init = functools.partial(build.init_state, c)
   state = jax.tree.map(
     lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),
     parallel.abstract_state(init, mesh),
   )
   step = parallel.compile_step(
-    functions.train_step(c, parallel.parts(mesh)), mesh, 'jit', state
+    build.train_step(c, parallel.parts(mesh)), mesh, 'jit', state
   )
   rows = {
     'image': np.zeros((32, 8, 8, 1), np.uint8),
@@ -101,7 +101,7 @@ def test_fsdp_leaves_an_eighth_of_the_state_on_a_device():
 
 def test_the_state_is_weights_average_and_two_moments():
   c = config(ONE)
-  params = jax.eval_shape(lambda: functions.init_state(c)).params
+  params = jax.eval_shape(lambda: build.init_state(c)).params
   weights = sum(x.size * 4 for x in jax.tree.leaves(params))
   # And the numbers of steps.
   assert planned(ONE)['state_bytes'] == pytest.approx(4 * weights, abs=20)
@@ -118,7 +118,7 @@ def test_eight_devices_do_an_eighth_each_of_the_work():
 
 def test_the_gradients_are_summed_once():
   c = config(DATA)
-  params = jax.eval_shape(lambda: functions.init_state(c)).params
+  params = jax.eval_shape(lambda: build.init_state(c)).params
   weights = sum(x.size * 4 for x in jax.tree.leaves(params))
   # And the loss. Biases that are added to each other have one gradient.
   assert planned(DATA)['collectives']['all-reduce']['bytes'] == pytest.approx(
@@ -181,7 +181,7 @@ def test_no_data_are_needed_to_know_their_shapes(flags):
   )
   mesh = build.mesh(c)
   _, rows = programs.train(c, mesh).args
-  source = build.source(c)
+  source = dataset.source(c)
   real = source.gather(np.arange(32)) | {'index': np.arange(32, dtype=np.int32)}
 
   def shapes(tree):
@@ -304,7 +304,7 @@ def test_a_tpu_has_a_roofline(topology):
 def test_a_tpu_sums_all_gradients_at_once():
   """Even of more than 256 arrays, which is where its compiler would stop."""
   deep = '--config.model.multipliers=(1,1,1,1)', '--config.model.blocks=2'
-  arrays = jax.eval_shape(lambda: functions.init_state(config(*deep))).params
+  arrays = jax.eval_shape(lambda: build.init_state(config(*deep))).params
   assert len(jax.tree.leaves(arrays)) > 256
   plan = planned(*deep, topology='v5e:2x2')
   assert plan['collectives']['all-reduce']['count'] == 1

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from configs import swiss_roll
-from ddpm_jax import build
+from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax.diffusion import schedules
@@ -18,7 +18,7 @@ SETS = ['swiss_roll', 'two_moons', 'eight_gaussians']
 @pytest.mark.parametrize('name', SETS)
 def test_every_set_is_centred_and_of_variance_1(name):
   c = swiss_roll.get_config(name)
-  source = build.source(c)
+  source = dataset.source(c)
   points = source.gather(np.arange(len(source)))['image']
   assert points.shape == (10_000, 2)
   assert points.dtype == np.float32
@@ -29,7 +29,7 @@ def test_every_set_is_centred_and_of_variance_1(name):
 
 def test_eight_gaussians_are_eight():
   c = swiss_roll.get_config('eight_gaussians')
-  points = build.source(c).gather(np.arange(10_000))['image']
+  points = dataset.source(c).gather(np.arange(10_000))['image']
   angle = np.arctan2(*points.T) / (np.pi / 4)
   counts = np.bincount(np.round(angle).astype(int) % 8, minlength=8)
   assert counts.min() > 1100

@@ -5,10 +5,10 @@ import math
 import pytest
 
 from configs import base
-from ddpm_jax import checks
 from ddpm_jax import errors
 from ddpm_jax import ranges
 from ddpm_jax import recipe
+from ddpm_jax import validate
 
 FLAT = recipe.flatten(base.get_config())
 NUMBERS = [k for k, r in ranges.KEYS.items() if r.kind in (int, float)]
@@ -153,4 +153,4 @@ def test_basics_hold_a_recipe_of_any_making_to_it():
   c = base.get_config()
   c.optimizer.ema = 1.0
   with pytest.raises(errors.UserError, match=r'optimizer\.ema=1 '):
-    checks.basics(c)
+    validate.check(c)

@@ -7,10 +7,10 @@ import shlex
 import conftest
 import pytest
 
-from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax import recipe
+from ddpm_jax import validate
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / 'README.md').read_text()
@@ -39,7 +39,7 @@ def test_its_commands_name_flags_keys_and_recipes_that_exist(
   args = main.parser().parse_args(flags)
   if args.config:
     config = recipe.resolve(args.config, None, changes)
-    build.check_used(config, recipe.flatten(config), changes)
+    validate.unread(config, recipe.flatten(config), changes)
   else:
     assert args.workdir or args.input
 

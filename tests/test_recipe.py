@@ -10,11 +10,11 @@ from configs import ablation
 from configs import base
 from configs import lsun
 from ddpm_jax import build
-from ddpm_jax import checks
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import ranges
 from ddpm_jax import recipe
+from ddpm_jax import sampling
+from ddpm_jax import validate
 from ddpm_jax.runtime import workdir
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
@@ -60,9 +60,9 @@ def test_sampler_steps_follow_T_and_T_does_not_follow_them():
 @pytest.mark.parametrize('name', RECIPES)
 def test_every_recipe_builds(name):
   c = recipe.load(str(CONFIGS / name))
-  checks.basics(c)
-  functions.loss_fn(c)
-  functions.sampler(c, seed=0)
+  validate.check(c)
+  build.loss_fn(c)
+  sampling.sampler(c, seed=0)
   assert c.is_locked
 
 
@@ -148,7 +148,7 @@ ROWS = [
 @pytest.mark.parametrize('name', ROWS)
 def test_every_recipe_sets_only_what_is_read_and_in_range(name):
   c = recipe.resolve(str(CONFIGS / name), None, {})
-  build.check_used(c, recipe.flatten(c))
+  validate.unread(c, recipe.flatten(c))
 
 
 @pytest.mark.parametrize(
@@ -171,14 +171,14 @@ def test_a_key_that_is_set_and_not_read_is_refused(changes, key):
   c = base.get_config()
   recipe.override(c, changes)
   with pytest.raises(errors.UserError) as caught:
-    build.check_used(c, changes, changes)
+    validate.unread(c, changes, changes)
   assert str(caught.value).startswith(f'config.{key}=')
   assert str(caught.value).endswith(': leave it out')
   with pytest.raises(errors.UserError, match=f'set config.{key}='):
-    build.check_used(c, recipe.flatten(c))  # of a file that was named
+    validate.unread(c, recipe.flatten(c))  # of a file that was named
   # A run that was saved with it is not refused, nor is the default.
-  build.check_used(c, changes.keys() - {key}, changes)
-  build.check_used(base.get_config(), changes, changes)
+  validate.unread(c, changes.keys() - {key}, changes)
+  validate.unread(base.get_config(), changes, changes)
 
 
 def test_a_key_that_the_chosen_function_reads_is_not_refused():
@@ -192,7 +192,7 @@ def test_a_key_that_the_chosen_function_reads_is_not_refused():
   ):
     c = base.get_config()
     recipe.override(c, changes)
-    build.check_used(c, recipe.flatten(c), changes)
+    validate.unread(c, recipe.flatten(c), changes)
 
 
 @pytest.fixture

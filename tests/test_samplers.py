@@ -9,7 +9,7 @@ import jitted
 import numpy as np
 import pytest
 
-from ddpm_jax import registry
+from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
@@ -26,14 +26,17 @@ def keys(n: int, seed: int = 0) -> jax.Array:
 
 def chain(mean, variance, sigma2, n=N):
   """x_t of n ancestral chains at t = T-1, ..., 0, and x_T."""
-  net = gaussian.model_fn(S, mean, variance)
+  denoiser = denoisers.Denoiser(
+    S,
+    gaussian.network(S, mean, variance),
+    variance=getattr(variances, sigma2),
+    clip=False,
+  )
   x_T = process.normal(keys(n, 1), (1,))
 
   def body(x_t, t):
     k = jax.vmap(jax.random.fold_in, (0, None))(keys(n), t)
-    x, _ = samplers.ancestral(
-      S, net, k, x_t, t, variance=getattr(variances, sigma2), clip=False
-    )
+    x, _ = samplers.ancestral(denoiser, k, x_t, t)
     return x, x[:, 0]
 
   return jax.jit(lambda: jax.lax.scan(body, x_T, jnp.arange(T, 0, -1))[1])()
@@ -113,7 +116,7 @@ def test_scan_equals_a_python_loop():
   @jax.jit
   def step(x, t):
     k = jax.vmap(jax.random.fold_in, (0, None))(keys(6), t)
-    return samplers.ancestral(S, toy, k, x, t)[0]
+    return samplers.ancestral(denoisers.Denoiser(S, toy), k, x, t)[0]
 
   for t in range(T, 0, -1):
     x = step(x, t)
@@ -132,12 +135,12 @@ def test_an_image_does_not_depend_on_the_batch_that_it_is_drawn_in(rows):
   assert np.abs(whole[2] - whole[4]).max() > 0.1
 
 
-@pytest.mark.parametrize('name', registry.known(samplers, 'x_t'))
+@pytest.mark.parametrize('name', samplers.__all__)
 def test_snapshots_are_predictions_of_evenly_spaced_steps(name):
   seen = []
 
   def step(*args):
-    t = args[4]
+    t = args[3]
     x_prev, x0_hat = getattr(samplers, name)(*args)
     jax.debug.callback(lambda t, x: seen.append((int(t), x)), t, x0_hat)
     return x_prev, x0_hat
@@ -160,12 +163,14 @@ def test_two_parts_of_a_chain_are_the_whole(name):
   half, seen, _ = jitted.sample(
     *chain, x_T, times=range(T, 40, -1), snapshots=1
   )
-  before = samplers.Before(seen[0], jnp.full(6, 41))
-  x_0, *_ = jitted.sample(*chain, half, times=range(40, 0, -1), before=before)
+  previous = samplers.Previous(seen[0], jnp.full(6, 41))
+  x_0, *_ = jitted.sample(
+    *chain, half, times=range(40, 0, -1), previous=previous
+  )
   np.testing.assert_allclose(x_0, whole, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', registry.known(samplers, 'x_t'))
+@pytest.mark.parametrize('name', samplers.__all__)
 def test_the_first_time_that_is_not_finite_is_known_of_each_example(name):
   """Told the times of T, also where steps are fewer."""
   short = schedules.stride(S, 10)
@@ -176,7 +181,8 @@ def test_the_first_time_that_is_not_finite_is_known_of_each_example(name):
 
   x_T = process.normal(keys(6, 1), (4,))
   step = getattr(samplers, name)
-  drawn = samplers.sample(step, short, breaks, keys(6), x_T)
+  model = denoisers.Denoiser(short, breaks)
+  drawn = samplers.sample(step, model, keys(6), x_T)
   first = 60 if name == 'heun' else 50  # which looks at x_50 before
   assert drawn.bad_t.tolist() == [0, 0, first, 0, 0, 0]
   assert np.isnan(drawn.x_0[2]).all()
@@ -194,8 +200,7 @@ def test_memory_grows_with_the_snapshots_and_not_with_the_steps(snapshots):
     f = functools.partial(
       samplers.sample,
       samplers.ancestral,
-      schedules.linear(steps),
-      toy,
+      denoisers.Denoiser(schedules.linear(steps), toy),
       snapshots=snapshots,
     )
     x = jnp.zeros((64, 256))
@@ -211,7 +216,8 @@ def test_memory_grows_with_the_snapshots_and_not_with_the_steps(snapshots):
 def test_the_program_does_not_grow_with_the_steps():
   def operations(steps):
     table = schedules.linear(steps)
-    f = functools.partial(samplers.sample, samplers.ancestral, table, toy)
+    model = denoisers.Denoiser(table, toy)
+    f = functools.partial(samplers.sample, samplers.ancestral, model)
     text = jax.jit(f).lower(keys(2), jnp.zeros((2, 4))).as_text('hlo')
     return text.count(' = ')
 
@@ -225,9 +231,9 @@ def test_a_strided_sampler_tells_the_network_the_original_times():
     jax.debug.callback(lambda t: told.append(int(t[0])), t)
     return jnp.zeros_like(x_t)
 
-  short = schedules.stride(S, 5)
+  short = denoisers.strided(denoisers.Denoiser(S, spy), 5)
   x_T = process.normal(keys(2, 1), (4,))
-  samplers.sample(samplers.ancestral, short, spy, keys(2), x_T)
+  samplers.sample(samplers.ancestral, short, keys(2), x_T)
   jax.effects_barrier()
   assert sorted(told) == [20, 40, 60, 80, 100]
 
@@ -235,10 +241,10 @@ def test_a_strided_sampler_tells_the_network_the_original_times():
 def test_strided_sampling_is_exact_where_the_full_one_is():
   """With N(0, I) data and σ² = β any stride keeps x_t standard normal."""
   short = schedules.stride(S, 7)
-  net = gaussian.model_fn(S, 0.0, 1.0)
+  net = gaussian.network(S, 0.0, 1.0)
   x_T = process.normal(keys(N, 1), (1,))
-  step = functools.partial(samplers.ancestral, clip=False)
-  x_0, *_ = jax.jit(lambda: samplers.sample(step, short, net, keys(N), x_T))()
+  step = jitted.reading(samplers.ancestral, clip=False)
+  x_0, *_ = jitted.sample(step, short, net, keys(N), x_T)
   # The last step adds no noise: what is missing is β of the last jump.
   expected = 1 - short.beta[1]
   assert abs(x_0.var() / expected - 1) < 5 * np.sqrt(2 / N)

@@ -20,9 +20,9 @@ import small_inception
 from test_inception import drawn
 
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import main
 from ddpm_jax import recipe
+from ddpm_jax.jobs.evaluate import features
 from ddpm_jax.jobs.evaluate import record
 from ddpm_jax.metrics import inception
 from ddpm_jax.runtime import images
@@ -337,10 +337,10 @@ def test_features_are_those_of_inception():
   config = recipe.shipped('digits')
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(inception, 'Inception', REAL)
-    features = jax.eval_shape(
-      functions.features(config), inception.parameters(), images
+    found = jax.eval_shape(
+      features.features(config), inception.parameters(), images
     )
-  assert [x.shape for x in features] == [(2, 2048), (2, 2023), (2, 1008)]
+  assert [x.shape for x in found] == [(2, 2048), (2, 2023), (2, 1008)]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
+from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
@@ -25,7 +26,8 @@ def wrong_noise():
 
 def wrong_keys():
   keys = jax.random.split(jax.random.key(0), 3)
-  return samplers.greedy(S, lambda x, t: x, keys, jnp.zeros((4, 2)), 5)
+  denoiser = denoisers.Denoiser(S, lambda x, t: x)
+  return samplers.greedy(denoiser, keys, jnp.zeros((4, 2)), 5)
 
 
 def wrong_times():

@@ -1,4 +1,4 @@
-"""t by the losses of the past; the other choices are in test_objectives."""
+"""t by the losses of the past; the other choices are in test_losses."""
 
 import functools
 

@@ -13,7 +13,7 @@ from configs import base
 from configs import digits
 from configs import swiss_roll
 from ddpm_jax import build
-from ddpm_jax import functions
+from ddpm_jax import dataset
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import training
 from ddpm_jax.runtime import parallel
@@ -165,15 +165,15 @@ def test_the_average_of_many_steps_is_its_closed_form(decay):
   c.batch_size = 8
   c.model.update(channels=8, blocks=1)
   c.optimizer.update(ema=decay, warmup=0, learning_rate=0.1)
-  batch = build.source(c).gather(np.arange(8)) | {'index': np.arange(8)}
+  batch = dataset.source(c).gather(np.arange(8)) | {'index': np.arange(8)}
   batch = jax.tree.map(jnp.asarray, batch)
-  train_step = functions.train_step(c, 1)
+  train_step = build.train_step(c, 1)
 
   def body(state, _):
     state, _ = train_step(state, batch)
     return state, state.params
 
-  first = jax.jit(functools.partial(functions.init_state, c))()
+  first = jax.jit(functools.partial(build.init_state, c))()
   last, after = jax.jit(lambda s: jax.lax.scan(body, s, length=n))(first)
   share = decay ** np.arange(n, -1, -1)
   share[1:] *= 1 - decay
@@ -197,16 +197,16 @@ def one_step_in(dtype):
   c.model.update(
     channels=8, multipliers=(1,), attention=(), groups=4, dtype=dtype
   )
-  shapes = jax.eval_shape(functools.partial(functions.init_state, c)).params
+  shapes = jax.eval_shape(functools.partial(build.init_state, c)).params
   rng = np.random.default_rng(0)
   # Not the initial ones, by which the network answers 0.
   params = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape), shapes)
   params = jax.tree.map(np.float32, params)
-  batch = build.source(c).gather(np.arange(32)) | {'index': np.arange(32)}
+  batch = dataset.source(c).gather(np.arange(32)) | {'index': np.arange(32)}
   batch = jax.tree.map(jnp.asarray, batch)
-  step = jax.jit(functions.train_step(c, 1))
-  after, metrics = step(functions.begin(c, params), batch)
-  loss, adam = functions.loss_fn(c), after.opt_state[1][0]
+  step = jax.jit(build.train_step(c, 1))
+  after, metrics = step(build.begin(c, params), batch)
+  loss, adam = build.loss_fn(c), after.opt_state[1][0]
   gradient = jax.eval_shape(
     jax.grad(lambda p: loss(p, jax.random.key(0), batch)[0].mean()), params
   )
@@ -248,12 +248,12 @@ def test_the_loss_at_initialisation_is_1():
   c = digits.get_config()
   c.model.update(channels=8, multipliers=(1,), attention=(), groups=4)
   c.batch_size = 256
-  s = jax.jit(functools.partial(functions.init_state, c))()
+  s = jax.jit(functools.partial(build.init_state, c))()
   batch = {
     'image': jnp.zeros((256, 8, 8, 1), jnp.uint8),
     'index': jnp.arange(256),
   }
-  losses, _ = jax.jit(functions.loss_fn(c))(s.params, jax.random.key(0), batch)
+  losses, _ = jax.jit(build.loss_fn(c))(s.params, jax.random.key(0), batch)
   # Mean of 16,384 squared normals: standard error √(2/16384) = 0.011.
   assert abs(losses.mean() - 1) < 5 * 0.011
   a = jax.tree.leaves(s.params)[0].unsafe_buffer_pointer()

@@ -68,7 +68,7 @@ def images(b=2, size=(8, 8), channels=3):
 )
 def test_parameters_are_as_many_as_the_papers(config, expected):
   c = recipe.load(config)
-  params = shapes(build.model(c), recipe.image_size(c))
+  params = shapes(build.network(c), recipe.image_size(c))
   assert count(params) == expected
 
 
@@ -77,7 +77,7 @@ def test_a_learned_variance_adds_what_it_must():
 
 
 def test_attention_follows_every_block_at_16_and_is_once_in_the_middle():
-  params = shapes(build.model(base.get_config()))
+  params = shapes(build.network(base.get_config()))
   found = sorted(name for name in params if name.endswith('_attention'))
   assert found == [
     'down_1_0_attention',
@@ -234,7 +234,7 @@ def test_remat_changes_no_parameter_and_no_gradient():
 def configured(**changes):
   c = base.get_config()
   recipe.override(c, {k.replace('__', '.'): v for k, v in changes.items()})
-  return build.model(c)
+  return build.network(c)
 
 
 def test_attention_is_by_side_in_pixels():
@@ -284,7 +284,7 @@ def test_a_patch_must_divide_the_image():
   c = recipe.load('configs/folder.py')
   c.model.patch = 3
   with pytest.raises(errors.UserError, match='not a multiple of 24'):
-    build.model(c)
+    build.network(c)
 
 
 def test_upsampling_is_nearest_neighbour_and_a_convolution():

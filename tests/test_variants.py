@@ -24,10 +24,11 @@ from absl.testing import parameterized
 
 from ddpm_jax import diffusion
 from ddpm_jax.diffusion import codec
+from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import editing
 from ddpm_jax.diffusion import guidance
 from ddpm_jax.diffusion import likelihood
-from ddpm_jax.diffusion import objectives
+from ddpm_jax.diffusion import losses
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
@@ -45,7 +46,6 @@ pytestmark = pytest.mark.eight_devices
 T, B, IMAGE = 8, 4, (2, 3, 1)
 D, K = 6, 2  # numbers in an image; losses in a history
 S = schedules.linear(T, 0.01, 0.4)
-SHORT = codec.jumps(S, 2)
 
 
 def draw(seed: int, shape: tuple[int, ...] = (B, *IMAGE)) -> jax.Array:
@@ -61,7 +61,7 @@ t, TIMES = jnp.int32(5), jnp.array([1, 3, 6, 8], jnp.int32)
 MATRIX = draw(6, (D, D)) / 2
 ADAM = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-3))
 LOG_VAR = jnp.array([-1.0, -2.0, -3.0, -4.0])
-BEFORE = samplers.Before(OTHER, jnp.full(B, t + 1))
+PREVIOUS = samplers.Previous(OTHER, jnp.full(B, t + 1))
 HISTORY = timesteps.History(draw(7, (T, K)) ** 2, jnp.full(T, K + 1))
 WORDS = jax.random.bits(KEY, (2,), jnp.uint32)
 KL = draw(8, (B, D)) ** 2
@@ -79,7 +79,7 @@ def of_variance_too(x_t: jax.Array, t: jax.Array) -> jax.Array:
   return jnp.concatenate([out, out**2 - 1], axis=-1)
 
 
-def told(x_t: jax.Array, t: jax.Array, context: jax.Array) -> jax.Array:
+def conditional(x_t: jax.Array, t: jax.Array, context: jax.Array) -> jax.Array:
   shift = process.per_example(context, x_t)
   return of_variance_too(x_t + shift, t)
 
@@ -132,8 +132,13 @@ class Row(NamedTuple):
 METRICS = {'loss': f32(), 'grad_norm': f32()}
 BATCH = {'image': X0, 'index': jnp.arange(B)}
 STEP = functools.partial(training.train_step, loss_fn=loss_fn, key=KEY, ema=0.9)
-LEARNED = dict(variance=variances.learned_range)
-CODEC = (S, SHORT, network)
+DENOISER = denoisers.Denoiser(S, network)
+LEARNED = DENOISER._replace(
+  network=of_variance_too, variance=variances.learned_range
+)
+CONDITIONAL = DENOISER._replace(network=conditional)
+JUMPS = codec.jumps(DENOISER, 2)
+
 
 # name, and after a space what is special about the call.
 TRACED = {
@@ -162,21 +167,37 @@ TRACED = {
     (X0, X_T, TIMES),
     (x, f32(B, 1, 1, 1)),
   ),
-  'process.to_x0': Row(functools.partial(process.to_x0, S), (OUT, X_T, t), x),
-  'process.p_mean_variance': Row(
-    functools.partial(process.p_mean_variance, S, predict=predictions.v),
-    (OUT, X_T, TIMES),
+  'process.example_mean': Row(process.example_mean, (X0,), f32(B)),
+  'denoiser.output': Row(
+    functools.partial(denoisers.output, DENOISER), (X_T, t), (x, None)
+  ),
+  'denoiser.output learned': Row(
+    functools.partial(denoisers.output, LEARNED), (X_T, TIMES), (x, x)
+  ),
+  'denoiser.x0_hat': Row(
+    functools.partial(denoisers.x0_hat, DENOISER), (X_T, t), x
+  ),
+  'denoiser.p_mean_variance': Row(
+    functools.partial(
+      denoisers.p_mean_variance, DENOISER._replace(predict=predictions.v)
+    ),
+    (X_T, TIMES),
     (x, f32(B, 1, 1, 1), x),
   ),
-  'process.p_mean_variance learned': Row(
-    functools.partial(process.p_mean_variance, S, **LEARNED),
-    (TWICE, X_T, TIMES),
+  'denoiser.p_mean_variance learned': Row(
+    functools.partial(denoisers.p_mean_variance, LEARNED),
+    (X_T, TIMES),
     (x, x, x),
   ),
-  'process.split': Row(process.split, (OUT, X_T), (x, None)),
-  'process.split learned': Row(process.split, (TWICE, X_T), (x, x)),
-  'predictions.posterior_weights': Row(
-    lambda t: predictions.posterior_weights(S, t), (t,), (f32(), f32())
+  'denoiser.strided': Row(
+    lambda x_t, t: denoisers.x0_hat(denoisers.strided(DENOISER, 3), x_t, t),
+    (X_T, TIMES // 3),
+    x,
+  ),
+  'denoiser.split': Row(denoisers.split, (OUT, X_T), (x, None)),
+  'denoiser.split learned': Row(denoisers.split, (TWICE, X_T), (x, x)),
+  'predictions.posterior_coefs': Row(
+    lambda t: predictions.posterior_coefs(S, t), (t,), (f32(), f32())
   ),
   'predictions.posterior_mean': Row(
     functools.partial(predictions.posterior_mean, S), (X0, X_T, t), x
@@ -218,16 +239,26 @@ TRACED = {
   ),
   'samplers.sample': Row(
     lambda keys, x_T: samplers.sample(
-      samplers.dpm_solver_pp_2m_sde, S, network, keys, x_T, snapshots=2
+      samplers.dpm_solver_pp_2m_sde, DENOISER, keys, x_T, snapshots=2
     ),
     (KEYS, X_T),
     samplers.Sampled(x, f32(2, B, *IMAGE), i32(B)),
   ),
   'guidance.guided': Row(
     lambda x_t, t, given, nothing: guidance.guided(
-      told, given, nothing, T=T, scale=3, interval=(0.2, 0.8), rescale=0.5
-    )(x_t, t),
+      *(CONDITIONAL, given, nothing),
+      scale=3,
+      interval=(0.2, 0.8),
+      rescale=0.5,
+    ).network(x_t, t),
     (X_T, TIMES, LOG_VAR, jnp.zeros(B)),
+    f32(B, 2, 3, 2),
+  ),
+  'guidance.conditioned': Row(
+    lambda x_t, t, given: guidance.conditioned(CONDITIONAL, given).network(
+      x_t, t
+    ),
+    (X_T, TIMES, LOG_VAR),
     f32(B, 2, 3, 2),
   ),
   'likelihood.normal_kl': Row(likelihood.normal_kl, (X0, EPS, X_T, OUT), x),
@@ -235,44 +266,42 @@ TRACED = {
     likelihood.decoder_log_prob, (X0, X_T, OUT), x
   ),
   'likelihood.prior': Row(
-    functools.partial(likelihood.prior, S), (X0[0],), f32()
+    functools.partial(likelihood.prior, S), (X0,), f32(B)
   ),
   'likelihood.terms': Row(
-    functools.partial(likelihood.terms, S, network),
+    functools.partial(likelihood.terms, DENOISER),
     (KEYS, X0, TIMES),
     (f32(B), f32(B)),
   ),
   'likelihood.term': Row(
     functools.partial(
-      *(likelihood.term, S),
-      predict=predictions.x0,
-      variance=variances.learned,
-      clip=True,
+      likelihood.term,
+      LEARNED._replace(predict=predictions.x0, variance=variances.learned),
     ),
-    (X0[0], X_T[0], TWICE[0], t),
-    (f32(), f32()),
+    (X0, X_T, t),
+    (f32(B), f32(B)),
   ),
   'likelihood.bound': Row(
-    functools.partial(likelihood.bound, S, network),
+    functools.partial(likelihood.bound, DENOISER),
     (KEYS, X0),
     likelihood.Bound(f32(B), i32(B, T), f32(B, T), f32(B, T)),
   ),
   'likelihood.bound drawn': Row(
-    functools.partial(likelihood.bound, S, network, draws=2),
+    functools.partial(likelihood.bound, DENOISER, draws=2),
     (KEYS, X0),
     likelihood.Bound(f32(B), i32(B, 3), f32(B, 3), f32(B, 3)),
   ),
   'two_term.log_normal': Row(two_term.log_normal, (X0, X_T, OUT), x),
   'two_term.bound': Row(
-    functools.partial(two_term.bound, S, network),
+    functools.partial(two_term.bound, DENOISER),
     (KEYS, X0),
     likelihood.Bound(f32(B), i32(B, T), f32(B, T), f32(B, T)),
   ),
   'editing.between': Row(
-    lambda first, keys, x_t, t, before: editing.between(
+    lambda first, keys, x_t, t, previous: editing.between(
       samplers.ancestral, first, 2
-    )(S, network, keys, x_t, t, before),
-    (TIMES, KEYS, X_T, t, BEFORE),
+    )(DENOISER, keys, x_t, t, previous),
+    (TIMES, KEYS, X_T, t, PREVIOUS),
     (x, x),
   ),
   'editing.interpolate': Row(
@@ -281,29 +310,29 @@ TRACED = {
     x,
   ),
   'editing.inpaint': Row(
-    lambda x0, mask, keys, x_t, t, before: editing.inpaint(
+    lambda x0, mask, keys, x_t, t, previous: editing.inpaint(
       samplers.dpm_solver_pp_2m, x0, mask
-    )(S, network, keys, x_t, t, before),
-    (X0[0], X0[0] > 0, KEYS, X_T, t, BEFORE),
+    )(DENOISER, keys, x_t, t, previous),
+    (X0[0], X0[0] > 0, KEYS, X_T, t, PREVIOUS),
     (x, x),
   ),
   'editing.invert': Row(
-    functools.partial(editing.invert, S, network), (KEYS, X0, t), (x, x)
+    functools.partial(editing.invert, DENOISER), (KEYS, X0, t), (x, x)
   ),
-  'codec.predict_x0': Row(
-    lambda x_t, k: codec.predict_x0(*CODEC, x_t, k, predictions.eps),
+  'codec.jumps': Row(
+    lambda x_t, k: denoisers.x0_hat(codec.jumps(DENOISER, 2), x_t, k),
     (X_T, jnp.int32(2)),
     x,
   ),
   'codec.errors': Row(
-    functools.partial(codec.errors, *CODEC), (KEYS, X0), f32(2, B)
+    functools.partial(codec.errors, JUMPS), (KEYS, X0), f32(2, B)
   ),
   'codec.run': Row(
-    lambda key, x_T, squares, told, x0, sending: codec.run(
-      *(*CODEC, key, x_T),
+    lambda key, x_T, squares, code, x0, sending: codec.run(
+      *(JUMPS, key, x_T),
       rules=codec.Rules(log2_candidates=4, group_bits=3.0),
       squares=squares,
-      told=told,
+      code=code,
       x0=x0,
       sending=sending,
     ),
@@ -355,31 +384,31 @@ for kind in ('eps', 'x0', 'v', 'mu'):
   TRACED[f'predictions.{kind}.log_gain'] = Row(
     functools.partial(predict.log_gain, S), (t,), f32()
   )
-for name, model_fn, options in (
-  ('simple', network, dict(predict=predictions.mu)),
-  ('min_snr', network, dict(predict=predictions.v)),
-  ('vlb', network, {}),
-  ('hybrid', of_variance_too, {}),
-  ('two_noise', network, dict(predict=predictions.x0)),
-  ('one_noise', network, {}),
-  ('x_prev', network, {}),
+for name, denoiser in (
+  ('simple', DENOISER._replace(predict=predictions.mu)),
+  ('min_snr', DENOISER._replace(predict=predictions.v)),
+  ('vlb', DENOISER),
+  ('hybrid', LEARNED),
+  ('two_noise', DENOISER._replace(predict=predictions.x0)),
+  ('one_noise', DENOISER),
+  ('x_prev', DENOISER),
 ):
-  TRACED[f'objectives.{name}'] = Row(
-    functools.partial(getattr(objectives, name), S, model_fn, **options),
+  TRACED[f'losses.{name}'] = Row(
+    functools.partial(getattr(losses, name), denoiser),
     (KEYS, X0, TIMES),
     f32(B),
   )
-for name, options in (
-  ('ancestral', {}),
-  ('greedy', dict(predict=predictions.x0)),
-  ('ddim', dict(eta=0.5)),
-  ('dpm_solver_pp_2m', {}),
-  ('dpm_solver_pp_2m_sde', dict(clip=False)),
-  ('heun', {}),
+for name, denoiser, options in (
+  ('ancestral', DENOISER, {}),
+  ('greedy', DENOISER._replace(predict=predictions.x0), {}),
+  ('ddim', DENOISER, dict(eta=0.5)),
+  ('dpm_solver_pp_2m', DENOISER, {}),
+  ('dpm_solver_pp_2m_sde', DENOISER._replace(clip=False), {}),
+  ('heun', DENOISER, {}),
 ):
   TRACED[f'samplers.{name}'] = Row(
-    functools.partial(getattr(samplers, name), S, network, **options),
-    (KEYS, X_T, t, BEFORE),
+    functools.partial(getattr(samplers, name), denoiser, **options),
+    (KEYS, X_T, t, PREVIOUS),
     (x, x),
   )
 
@@ -395,14 +424,15 @@ TABLES = {
     schedules.zero_terminal_snr, (S,), like(S)
   ),
   'schedules.stride': Row(
-    lambda steps: schedules.stride(S, steps), (3,), like(SHORT)
+    lambda steps: schedules.stride(S, steps), (3,), like(JUMPS.schedule)
   ),
   'likelihood.totals': Row(
     lambda parts: likelihood.totals(parts, T), (PARTS,), (f64(B),) * 3
   ),
-  'codec.jumps': Row(lambda steps: codec.jumps(S, steps), (2,), like(SHORT)),
   'codec.expected': Row(
-    functools.partial(codec.expected, SHORT), (np.full(2, 0.1),), f64(2)
+    functools.partial(codec.expected, JUMPS.schedule),
+    (np.full(2, 0.1),),
+    f64(2),
   ),
   'codec.geometric': Row(codec.geometric, (T, 3), i64(4)),
 }
@@ -417,7 +447,7 @@ for name in ('linear', 'quadratic', 'quad', 'leading'):
 NUMBERS = {
   'schedules.ends_in_noise': Row(schedules.ends_in_noise, (S,), False),
   'variances.is_learned': Row(variances.is_learned, ('learned_range',), True),
-  'samplers.evaluations': Row(samplers.evaluations, ('heun', 3), 5),
+  'samplers.nfe': Row(samplers.nfe, ('heun', 3), 5),
   'editing.jumps': Row(editing.jumps, (3, 1, 2), [3, 3, 2, 2, 1]),
   'codec.sizes': Row(codec.sizes, (5,), [1, 2, 3, 4, 6]),
 }

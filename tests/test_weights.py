@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from ddpm_jax import build
-from ddpm_jax import checks
 from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax import recipe
+from ddpm_jax import validate
 from ddpm_jax.jobs import sample
 from ddpm_jax.jobs.evaluate import record
 from ddpm_jax.runtime import workdir
@@ -86,7 +86,7 @@ def test_unknown_weights_are_refused_at_once(key):
   config = recipe.shipped('digits')
   recipe.override(config, {key: 'best'})
   with pytest.raises(errors.UserError, match=rf"{key}.*known: ('', )?ema, raw"):
-    checks.basics(config)
+    validate.check(config)
 
 
 def test_evaluate_has_the_weights_that_sample_unless_it_is_told():

@@ -4,7 +4,6 @@ For tests of what is done with a network's answers, whatever these are.
 """
 
 import functools
-import types
 from typing import Any
 
 import conftest
@@ -15,7 +14,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
-from ddpm_jax import functions
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax.models import layers
@@ -37,22 +35,17 @@ class Net(nn.Module):
     return nn.Conv(self.channels, (3, 3))(jnp.tanh(h))
 
 
-FILE = types.SimpleNamespace(
-  build=lambda size, image_channels: Net(image_channels)
-)
-
-
-def make_known(monkeypatch):
-  """As config.model.name=tiny, during a test."""
-  networks = build.networks
-  monkeypatch.setattr(build, 'networks', lambda: networks() | {'tiny': FILE})
+def network(image_size, image_channels):
+  """As config.model.name=tiny.network."""
+  del image_size
+  return Net(image_channels)
 
 
 def config(**changes):
   """That of `conftest.TINY` with T = 50; a__b='c' sets a.b=c."""
   _, tiny = main.split(conftest.TINY)
   tiny |= {'schedule.T': f'{T}', 'schedule.beta_T': '0.4'}
-  tiny |= {'parallel.data': '1', 'model.name': 'tiny'}
+  tiny |= {'parallel.data': '1', 'model.name': 'tiny.network'}
   changes = {k.replace('__', '.'): v for k, v in changes.items()}
   return recipe.resolve(conftest.DIGITS, None, tiny | changes)
 
@@ -60,7 +53,7 @@ def config(**changes):
 @functools.cache
 def weights():
   """At random; its answers are not 0."""
-  return jax.jit(functools.partial(functions.init_state, config()))().params
+  return jax.jit(functools.partial(build.init_state, config()))().params
 
 
 def drawn(shapes: Any) -> Any:
@@ -78,4 +71,4 @@ def drawn(shapes: Any) -> Any:
 
 
 def weights_of(config: ConfigDict) -> Any:
-  return drawn(jax.eval_shape(lambda: functions.init_state(config)).params)
+  return drawn(jax.eval_shape(lambda: build.init_state(config)).params)

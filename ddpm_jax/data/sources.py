@@ -24,6 +24,8 @@ from ddpm_jax.data import listing
 from ddpm_jax.data import points as point_sets
 from ddpm_jax.data import store
 
+__all__ = ['arrays', 'digits', 'folder', 'points', 'tfds']
+
 
 def digits(*, image_size: tuple[int, int], channels: int) -> store.Source:
   """The 1797 handwritten digits that scikit-learn ships: 8 x 8, gray."""

@@ -28,11 +28,13 @@ from jaxtyping import Key
 from jaxtyping import UInt8
 from jaxtyping import UInt32
 
+from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import shapes
 
 
 class Code(NamedTuple):
@@ -58,21 +60,27 @@ class Rules(NamedTuple):
   group_bits: float  # the most that KL(q ‖ p) of a group may be
 
 
-def jumps(schedule: schedules.Schedule, steps: int) -> schedules.Schedule:
-  """The schedule of `steps` jumps from T to 1, and of one from 1 to 0.
+def jumps(denoiser: denoisers.Denoiser, steps: int) -> denoisers.Denoiser:
+  """The denoiser of `steps` jumps from T to 1, and of one from 1 to 0.
 
-  x_1 is the last that is told. The times are about as many times larger, each
-  than the next, so that all jumps but the first few take about as many bits.
+  x_1 is the last that is told. The times grow by about the same factor from one
+  to the next, so that all jumps but the first few take about as many bits.
 
   Raises:
     ValueError: if `steps` is not in 1..T-1.
   """
-  T = schedule.T
+  T = denoiser.schedule.T
   if T < 2:
     raise ValueError('the codec sends x_1 and needs a schedule.T of 2 or more')
   if not 1 <= steps < T:
     raise ValueError(f'codec.steps must be in 1..{T - 1}, got {steps}')
-  return schedules.stride(schedule, steps + 1, geometric)
+  # x̂_0 of the single step from t, whatever is predicted, and always in range.
+  clipped = denoiser._replace(clip=True)
+  predicts_x0 = denoiser._replace(
+    network=lambda x_t, t: denoisers.x0_hat(clipped, x_t, t),
+    predict=predictions.x0,
+  )
+  return denoisers.strided(predicts_x0, steps + 1, geometric)
 
 
 def geometric(T: int, steps: int) -> Int[np.ndarray, '{steps}+1']:
@@ -83,70 +91,57 @@ def geometric(T: int, steps: int) -> Int[np.ndarray, '{steps}+1']:
   )
 
 
-def predict_x0(
-  schedule: schedules.Schedule,
-  short: schedules.Schedule,
-  model_fn: process.ModelFn,
-  x_t: Float[Array, 'B *shape'],
-  k: Int[Array, ''] | int,
-  predict: predictions.Prediction,
-) -> Float[Array, 'B *shape']:
-  """x̂_0 in [-1, 1] of x_t at `short`'s time k, one for all of a batch."""
-  t = short.time[k]
-  out, _ = process.split(model_fn(x_t, jnp.full(len(x_t), t)), x_t)
-  return jnp.clip(predict.to_x0(schedule, x_t, out, t), -1, 1)
-
-
 def errors(
-  schedule: schedules.Schedule,
-  short: schedules.Schedule,
-  model_fn: process.ModelFn,
-  keys: Key[Array, 'B'],
-  x0: Float[Array, 'B *shape'],
-  *,
-  predict: predictions.Prediction = predictions.eps,
-) -> Float[Array, '{short.T}-1 B']:
+  denoiser: denoisers.Denoiser, keys: shapes.Keys, x0: shapes.Batch
+) -> Float[Array, '{denoiser.schedule.T}-1 B']:
   """Mean squares of x_0 - x̂_0 before each step, at x_t of q(x_t | x_0).
 
-  Of them the variance of p is made, the best of all fixed ones: β̃, and what x̂_0
-  is wrong by (Bao et al. 2022, which asks for them in the mean over data).
+  The variance of p is made of them, the best of all fixed ones: β̃ plus the
+  error of the mean (Bao et al. 2022, who take the mean over the data).
+
+  Args:
+    denoiser: of `jumps`.
+    keys: (B,), for the noise.
+    x0: (B, ...), in [-1, 1].
   """
 
-  def body(_: None, k: Int[Array, '']) -> tuple[None, Float[Array, 'B']]:
-    eps = process.normal(jax.vmap(jax.random.fold_in, (0, None))(keys, k), size)
-    x_t = process.q_sample(short, x0, k, eps)
-    x0_hat = predict_x0(schedule, short, model_fn, x_t, k, predict)
-    return None, jnp.square(x0 - x0_hat).reshape(len(x0), -1).mean(1)
+  def body(_: None, k: Int[Array, '']) -> tuple[None, shapes.Values]:
+    k_eps = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
+    eps = process.normal(k_eps, x0.shape[1:])
+    x_t = process.q_sample(denoiser.schedule, x0, k, eps)
+    x0_hat = denoisers.x0_hat(denoiser, x_t, k)
+    return None, process.example_mean(jnp.square(x0 - x0_hat))
 
-  size = x0.shape[1:]
-  _, squares = jax.lax.scan(body, None, jnp.arange(short.T, 1, -1))
-  return squares
+  steps = jnp.arange(denoiser.schedule.T, 1, -1)
+  return jax.lax.scan(body, None, steps)[1]
 
 
 def expected(
-  short: schedules.Schedule, squares: Float[np.ndarray, 'S']
+  schedule: schedules.Schedule, squares: Float[np.ndarray, 'S']
 ) -> Float64[np.ndarray, 'S']:
-  """KL(q ‖ p) of a dimension at each step, in bits, as `squares` say."""
-  s = [np.asarray(table, np.float64) for table in short]
+  """KL(q ‖ p) of a dimension at each jump, in bits, for given errors.
+
+  Args:
+    schedule: of the `jumps`.
+    squares: as of `errors`, for any example.
+  """
+  s = [np.asarray(table, np.float64) for table in schedule]
   beta, alpha_bar, one_minus, beta_tilde = s[:4]
-  k = np.arange(short.T, 1, -1)
-  of_x0 = np.sqrt(alpha_bar[k - 1]) * beta[k] / one_minus[k]
-  return 0.5 * np.log2(1 + of_x0**2 * squares / beta_tilde[k])
+  k = np.arange(schedule.T, 1, -1)
+  coef_x0 = np.sqrt(alpha_bar[k - 1]) * beta[k] / one_minus[k]
+  return 0.5 * np.log2(1 + coef_x0**2 * squares / beta_tilde[k])
 
 
 def run(
-  schedule: schedules.Schedule,
-  short: schedules.Schedule,
-  model_fn: process.ModelFn,
+  denoiser: denoisers.Denoiser,
   key: Key[Array, ''],
-  x_T: Float[Array, 'B *shape'],
+  x_T: shapes.Batch,
   *,
   rules: Rules,
   squares: Float[Array, 'S'],
-  told: Code,
-  x0: Float[Array, 'B *shape'],
+  code: Code,
+  x0: shapes.Batch,
   sending: Bool[Array, ''],
-  predict: predictions.Prediction = predictions.eps,
 ) -> Passed:
   """All steps, of the sender as of the receiver.
 
@@ -154,49 +149,45 @@ def run(
   compute the same p to the last bit; only the sender searches.
 
   Args:
-    schedule: of T steps.
-    short: its `jumps`.
-    model_fn: the network.
+    denoiser: of `jumps`.
     key: of the candidates, which all images share.
-    x_T: of N(0, 1), which both sides draw: it is not told, and wrong by L_T.
+    x_T: (B, ...), of N(0, I), which both sides draw: it is not told, and wrong
+      by L_T.
     rules: of the code.
     squares: as of `errors`, for any example.
-    told: the code, for the receiver.
-    x0: in [-1, 1], for the sender.
+    code: what is told, for the receiver.
+    x0: (B, ...), in [-1, 1], for the sender.
     sending: whether this is the sender.
-    predict: what the network predicts.
   """
-  B, D = len(x_T), int(np.prod(x_T.shape[1:]))
+  schedule, B, D = denoiser.schedule, len(x_T), int(np.prod(x_T.shape[1:]))
   order = jax.random.permutation(jax.random.fold_in(key, 0), D)
   back = jnp.argsort(order)
 
-  def body(
-    x_t: Float[Array, 'B *shape'], scanned: Any
-  ) -> tuple[Float[Array, 'B *shape'], Any]:
-    k, square, told = scanned
-    x0_hat = predict_x0(schedule, short, model_fn, x_t, k, predict)
-    mean, var = process.q_posterior(short, x0_hat, x_t, k)
-    of_x0, _ = predictions.posterior_weights(short, k)
-    var_p = var + jnp.square(of_x0) * square
+  def body(x_t: shapes.Batch, scanned: Any) -> tuple[shapes.Batch, Any]:
+    k, square, code = scanned
+    x0_hat = denoisers.x0_hat(denoiser, x_t, k)
+    mean, var = process.q_posterior(schedule, x0_hat, x_t, k)
+    coef_x0, _ = predictions.posterior_coefs(schedule, k)
+    var_p = var + jnp.square(coef_x0) * square
     words = jax.random.bits(jax.random.fold_in(key, k), (2,), jnp.uint32)
 
-    def search() -> tuple[Code, Float[Array, 'B']]:
-      gap = (of_x0 * (x0 - x0_hat)).reshape(B, D)[:, order]
+    def search() -> tuple[Code, shapes.Values]:
+      gap = (coef_x0 * (x0 - x0_hat)).reshape(B, D)[:, order]
       kl = likelihood.normal_kl(gap, jnp.log(var), 0.0, jnp.log(var_p))
       size = group_size(kl, rules.group_bits / likelihood.BITS)
       chosen = choose(words, gap, var, var_p, size, rules.log2_candidates)
       return Code(size, chosen), kl.sum(1)
 
-    code, nats = jax.lax.cond(sending, search, lambda: (told, jnp.zeros(B)))
+    code, nats = jax.lax.cond(sending, search, lambda: (code, jnp.zeros(B)))
     z, _ = candidates(words, code.chosen, jnp.arange(D))
     x_prev = mean + jnp.sqrt(var_p) * z[:, back].reshape(x_t.shape)
     return x_prev, (code, pixels.to_uint8(x0_hat), checksum(x_t), nats)
 
-  steps = jnp.arange(short.T, 1, -1)
+  steps = jnp.arange(schedule.T, 1, -1)
   x_1, (code, shown, check, nats) = jax.lax.scan(
-    body, x_T, (steps, squares, told)
+    body, x_T, (steps, squares, code)
   )
-  last = predict_x0(schedule, short, model_fn, x_1, 1, predict)
+  last = denoisers.x0_hat(denoiser, x_1, 1)
   return Passed(
     code,
     jnp.concatenate([shown, pixels.to_uint8(last)[None]]),

@@ -1,7 +1,6 @@
-"""What can be made of given images: chains entered, left and mixed midway.
+"""Editing of images: sampling that begins, ends or is mixed on the way.
 
-All of it is run by `samplers.sample`: a function here makes a step of a step,
-the x_t to begin with, or the times to visit.
+`samplers.sample` runs all of it, with a step, an x_t or times from here.
 """
 
 import jax
@@ -10,12 +9,12 @@ from jax import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
-from jaxtyping import Key
 
-from ddpm_jax.diffusion import predictions
+from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import shapes
 
 
 def between(
@@ -23,26 +22,24 @@ def between(
   first: Int[Array, '*#B'] | int,
   last: Int[Array, '*#B'] | int = 1,
 ) -> samplers.Step:
-  """A sampler's `step` from `first` down to `last`, each row's own.
+  """`step` from t = `first` down to t = `last`, of each example its own.
 
-  Before and after that x_t waits. So rows that begin or end at different times
-  are one scan and one program; `samplers.sample` has such a part for all alike.
-  What was found while a row waited is kept from it.
+  At other times x_t is returned unchanged. So examples that begin or end at
+  different times are sampled by one scan and one program.
   """
 
   def part(
-    schedule: schedules.Schedule,
-    model_fn: process.ModelFn,
-    keys: Key[Array, 'B'],
-    x_t: Float[Array, 'B *shape'],
-    t: Int[Array, ''],
-    before: samplers.Before,
-  ) -> tuple[Float[Array, 'B *shape'], Float[Array, 'B *shape']]:
-    before = before._replace(t=jnp.where(t < first, before.t, 0))
-    x_prev, x0_hat = step(schedule, model_fn, keys, x_t, t, before)
+    denoiser: denoisers.Denoiser,
+    keys: shapes.Keys,
+    x_t: shapes.Batch,
+    t: shapes.Step,
+    previous: samplers.Previous,
+  ) -> tuple[shapes.Batch, shapes.Batch]:
+    # What was predicted from an unchanged x_t is no step to look back at.
+    previous = previous._replace(t=jnp.where(t < first, previous.t, 0))
+    x_prev, x0_hat = step(denoiser, keys, x_t, t, previous)
     moves = jnp.broadcast_to((t <= first) & (t >= last), len(x_t))
-    rows = moves.reshape(-1, *[1] * (x_t.ndim - 1))
-    return jnp.where(rows, x_prev, x_t), x0_hat
+    return jnp.where(process.per_example(moves, x_t), x_prev, x_t), x0_hat
 
   return part
 
@@ -57,8 +54,8 @@ def interpolate(
 ) -> process.X:
   """(1-λ) x_t + λ x'_t of two images  (section 4.4).
 
-  One ε for both ends is our choice: the paper draws x_t and x'_t of q, each
-  with its own, and then a mixture is less noisy than x_t is.
+  Both have the same ε, which is our choice: the paper draws one for each, and
+  then their mixture is less noisy than x_t.
   """
   x_t = process.q_sample(schedule, x0, t, eps)
   other_t = process.q_sample(schedule, other, t, eps)
@@ -68,36 +65,35 @@ def interpolate(
 def inpaint(
   step: samplers.Step, x0: Float[Array, '*shape'], mask: Bool[Array, '*#shape']
 ) -> samplers.Step:
-  """A sampler's `step` that makes a part of an image anew and keeps the rest.
+  """`step` that makes the masked part of an image anew and keeps the rest.
 
-  After each step x_{t-1} of what is known is drawn from q, down to x_0 itself
-  (Lugmayr et al. 2022, RePaint, eq. 8). Where t lies above the level that the
-  step before has left, noise is added first, so that `jumps` may be visited.
+  After each step x_{t-1} of the known part is drawn from q, down to x_0 itself
+  (Lugmayr et al. 2022, RePaint, eq. 8). Where t is above the level that the
+  previous step left, noise is added first, so that `jumps` can be visited.
 
   Args:
     step: such as `samplers.ancestral`.
     x0: the image, in [-1, 1].
-    mask: where to make it anew.
+    mask: True where it is made anew.
   """
 
   def part(
-    schedule: schedules.Schedule,
-    model_fn: process.ModelFn,
-    keys: Key[Array, 'B'],
-    x_t: Float[Array, 'B *shape'],
-    t: Int[Array, ''],
-    before: samplers.Before,
-  ) -> tuple[Float[Array, 'B *shape'], Float[Array, 'B *shape']]:
+    denoiser: denoisers.Denoiser,
+    keys: shapes.Keys,
+    x_t: shapes.Batch,
+    t: shapes.Step,
+    previous: samplers.Previous,
+  ) -> tuple[shapes.Batch, shapes.Batch]:
     split = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
     k_step, k_up, k_known = split[:, 0], split[:, 1], split[:, 2]
-    shape = x_t.shape[1:]
-    level = jnp.where(before.t > 0, before.t - 1, t)
+    schedule, shape = denoiser.schedule, x_t.shape[1:]
+    level = jnp.where(previous.t > 0, previous.t - 1, t)
+    eps = process.normal(k_up, shape)
     higher = jax.vmap(process.q_between, (None, 0, 0, None, 0))(
-      schedule, x_t, level, t, process.normal(k_up, shape)
+      schedule, x_t, level, t, eps
     )
-    below = (level < t).reshape(-1, *[1] * len(shape))
-    x_t = jnp.where(below, higher, x_t)
-    x_prev, x0_hat = step(schedule, model_fn, k_step, x_t, t, before)
+    x_t = jnp.where(process.per_example(level < t, x_t), higher, x_t)
+    x_prev, x0_hat = step(denoiser, k_step, x_t, t, previous)
     eps = process.normal(k_known, shape)
     known = jax.vmap(process.q_sample, (None, None, None, 0))(
       schedule, x0, t - 1, eps
@@ -133,25 +129,22 @@ def jumps(T: int, jump: int = 10, resample: int = 10) -> list[int]:
 
 
 def invert(
-  schedule: schedules.Schedule,
-  model_fn: process.ModelFn,
-  keys: Key[Array, 'B'],
-  x_prev: Float[Array, 'B *shape'],
-  t: Int[Array, ''],
-  before: samplers.Before | None = None,
-  *,
-  predict: predictions.Prediction = predictions.eps,
-) -> tuple[Float[Array, 'B *shape'], Float[Array, 'B *shape']]:
-  """x_t of x_{t-1}, from which `samplers.ddim` leads back, with η = 0.
+  denoiser: denoisers.Denoiser,
+  keys: shapes.Keys,
+  x_prev: shapes.Batch,
+  t: shapes.Step,
+  previous: samplers.Previous | None = None,
+) -> tuple[shapes.Batch, shapes.Batch]:
+  """x_t from x_{t-1}: a step of `samplers.ddim` with η = 0, backwards.
 
   At the times 1, ..., T it makes x_T of x_0  (Song et al. 2021, section 4.3).
-  ε̂ is taken at x_{t-1}, told t, so the way back is exact to order 1.
+  ε̂ is predicted from x_{t-1} at time t, so it is exact to order 1.
   """
-  del keys, before
-  out = model_fn(x_prev, jnp.full(len(x_prev), t))
-  x0_hat = process.to_x0(schedule, out, x_prev, t, predict=predict, clip=False)
-  signal = schedule.sqrt_alpha_bar
-  noise = jnp.sqrt(schedule.one_minus_alpha_bar)
+  del keys, previous
+  open_ = denoiser._replace(clip=False)
+  x0_hat = denoisers.x0_hat(open_, x_prev, t)
+  signal = denoiser.schedule.sqrt_alpha_bar
+  noise = jnp.sqrt(denoiser.schedule.one_minus_alpha_bar)
   eps = (x_prev - signal[t] * x0_hat) / noise[t]
   x0_hat = (x_prev - noise[t - 1] * eps) / signal[t - 1]
   return signal[t] * x0_hat + noise[t] * eps, x0_hat

@@ -1,77 +1,76 @@
-"""Classifier-free guidance: more of a condition than there is."""
+"""Conditions: a denoiser whose network takes one, given it.
 
-from collections.abc import Callable
+Both functions take a denoiser whose network is (x_t, t, context) -> output, and
+return one whose network is (x_t, t) -> output.
+"""
+
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
-from jaxtyping import Int
-from jaxtyping import Shaped
 
+from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import process
+from ddpm_jax.diffusion import shapes
+
+
+def conditioned(
+  denoiser: denoisers.Denoiser, context: Any
+) -> denoisers.Denoiser:
+  """The denoiser given `context`, arrays with a row for each example."""
+  network: Any = denoiser.network
+  return denoiser._replace(network=lambda x_t, t: network(x_t, t, context))
 
 
 def guided(
-  denoise: Callable[
-    [Float[Array, 'n *shape'], Int[Array, 'n'], Any], Float[Array, 'n ...']
-  ],
-  given: Any,
+  denoiser: denoisers.Denoiser,
+  context: Any,
   nothing: Any,
   *,
-  T: int,
   scale: float | Float[Array, ''] = 1.0,
   interval: tuple[float, float] = (0.0, 1.0),
   rescale: float = 0.0,
-) -> process.ModelFn:
-  """A network told (1 - w) times nothing and w times a condition.
+) -> denoisers.Denoiser:
+  """Classifier-free guidance: (1 - w) times no condition, w times a condition.
 
-  ŷ = y(∅) + w (y(c) - y(∅)), in whatever the network predicts: for one x_t all
-  predictions are affine in x̂_0 alike  (Ho & Salimans 2022, eq. 6, with w for
-  their 1 + w). What it says of the variance is taken as given c.
+  ŷ = y(∅) + w (y(c) - y(∅)), for any prediction y: all are the same affine
+  function of x̂_0 at one x_t  (Ho & Salimans 2022, eq. 6, with w for their
+  1 + w). A learned variance is that given c.
 
   Args:
-    denoise: (x_t, t, context) -> output; called once, on n = 2B rows.
-    given: the context, B rows a leaf.
-    nothing: that of no condition, the same shapes.
-    T: steps of the process.
-    scale: w; 1 is the condition alone, 0 none of it.
-    interval: of t / T, where w counts; outside it is 1  (Kynkäänniemi et al.
-      2024).
-    rescale: 0..1, how far the output gets back the standard deviation that it
-      has given c  (Lin et al. 2023, section 3.4).
+    denoiser: the model, of all T steps; stride it afterwards. Its network is
+      called once, on 2B rows.
+    context: the condition c, B rows.
+    nothing: that of no condition ∅, of the same shapes.
+    scale: w; 1 is the condition alone, 0 no condition.
+    interval: of t / T, where w applies; outside of it w is 1  (Kynkäänniemi et
+      al. 2024).
+    rescale: in 0..1, how far the standard deviation of the output is set back
+      to that given c  (Lin et al. 2023, section 3.4).
   """
+  network: Any = denoiser.network
+  low, high = (x * denoiser.schedule.T for x in interval)
 
-  def model_fn(
-    x_t: Float[Array, 'B *shape'], t: Int[Array, 'B']
-  ) -> Float[Array, 'B ...']:
-    twice = (x_t, x_t), (t, t), (given, nothing)
-    out = denoise(*(jax.tree.map(_rows, *pair) for pair in twice))
-    with_c, without = jnp.split(out, 2)
-    y, raw = process.split(with_c, x_t)
-    y_0, _ = process.split(without, x_t)
-    low, high = interval
-    w = jnp.where((low * T <= t) & (t <= high * T), scale, 1.0)
-    mixed = y_0 + _column(w, y) * (y - y_0)
-    spread = _std(y) / jnp.maximum(_std(mixed), 1e-6)
-    mixed *= 1 + rescale * (_column(spread, y) - 1)
-    return mixed if raw is None else jnp.concatenate([mixed, raw], axis=-1)
+  def mixed(x_t: shapes.Batch, t: shapes.Times) -> Float[Array, 'B ...']:
+    twice = (x_t, x_t), (t, t), (context, nothing)
+    out = network(*(jax.tree.map(_rows, *pair) for pair in twice))
+    given, without = jnp.split(out, 2)
+    y, raw = denoisers.split(given, x_t)
+    y_0, _ = denoisers.split(without, x_t)
+    w = jnp.where((low <= t) & (t <= high), scale, 1.0)
+    mix = y_0 + process.per_example(w, y) * (y - y_0)
+    spread = _std(y) / jnp.maximum(_std(mix), 1e-6)
+    mix *= 1 + rescale * (process.per_example(spread, y) - 1)
+    return mix if raw is None else jnp.concatenate([mix, raw], axis=-1)
 
-  return model_fn
+  return denoiser._replace(network=mixed)
 
 
-def _rows(
-  a: Shaped[Array, 'B *shape'], b: Shaped[Array, 'B *shape']
-) -> Shaped[Array, '2*B *shape']:
+def _rows(a: Array, b: Array) -> Array:
   return jnp.concatenate([a, b])
 
 
-def _std(x: Float[Array, 'B *shape']) -> Float[Array, 'B']:
+def _std(x: shapes.Batch) -> shapes.Values:
   return jnp.std(x.reshape(len(x), -1), axis=1)
-
-
-def _column(
-  w: Float[Array, 'B'], like: Float[Array, 'B *shape']
-) -> Float[Array, 'B ...']:
-  return w.reshape(-1, *(1,) * (like.ndim - 1))

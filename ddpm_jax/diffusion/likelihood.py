@@ -4,7 +4,6 @@ Everything is in nats a dimension, a mean over the dimensions of an example;
 `BITS` makes bits a dimension of it.
 """
 
-import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -15,11 +14,11 @@ from jax import Array
 from jaxtyping import Float
 from jaxtyping import Float64
 from jaxtyping import Int
-from jaxtyping import Key
 
-from ddpm_jax.diffusion import predictions
+from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import shapes
 from ddpm_jax.diffusion import variances
 
 BITS = 1 / np.log(2)
@@ -67,75 +66,51 @@ def decoder_log_prob(
   )
 
 
-def prior(
-  schedule: schedules.Schedule, x0: Float[Array, '*shape']
-) -> Float[Array, '']:
-  """L_T = KL(q(x_T | x_0) ‖ N(0, I)), for one example."""
+def prior(schedule: schedules.Schedule, x0: shapes.Batch) -> shapes.Values:
+  """L_T = KL(q(x_T | x_0) ‖ N(0, I)), for each example."""
   mean = schedule.sqrt_alpha_bar[-1] * x0
   log_var = jnp.log(schedule.one_minus_alpha_bar[-1])
-  return jnp.mean(normal_kl(mean, log_var, 0.0, 0.0))
+  return process.example_mean(normal_kl(mean, log_var, 0.0, 0.0))
 
 
 def terms(
-  schedule: schedules.Schedule,
-  model_fn: process.ModelFn,
-  keys: Key[Array, 'B'],
-  x0: Float[Array, 'B *shape'],
-  t: Int[Array, 'B'],
-  *,
-  predict: predictions.Prediction = predictions.eps,
-  variance: process.Variance = variances.beta,
-  clip: bool = True,
-) -> tuple[Float[Array, 'B'], Float[Array, 'B']]:
-  """L_{t-1} of each example at its own t, one draw of x_t  (eq. 5).
+  denoiser: denoisers.Denoiser,
+  keys: shapes.Keys,
+  x0: shapes.Batch,
+  t: shapes.Times,
+) -> tuple[shapes.Values, shapes.Values]:
+  """L_{t-1} of each example at its own t, with one draw of x_t  (eq. 5).
 
   Args:
-    schedule: of T steps.
-    model_fn: the network.
-    keys: for the noise of x_t.
-    x0: in [-1, 1], grays of 256.
-    t: in 1..T.
-    predict: what the network predicts.
-    variance: what σ_t² is.
-    clip: x̂_0 to [-1, 1].
+    denoiser: the model.
+    keys: (B,), for the noise of x_t.
+    x0: (B, ...), in [-1, 1], of 256 gray levels.
+    t: (B,), in 1..T.
 
   Returns:
     KL(q(x_{t-1} | x_t, x_0) ‖ p(x_{t-1} | x_t)), or for t = 1 the decoder's
-    -log p(x_0 | x_1); and mean squared errors of x̂_0.
+    -log p(x_0 | x_1); and the mean squared errors of x̂_0.
   """
   eps = process.normal(keys, x0.shape[1:])
-  x_t = jax.vmap(process.q_sample, (None, 0, 0, 0))(schedule, x0, t, eps)
-  out = model_fn(x_t, t)
-  return jax.vmap(
-    functools.partial(
-      term, schedule, predict=predict, variance=variance, clip=clip
-    )
-  )(x0, x_t, out, t)
+  return term(denoiser, x0, process.q_sample(denoiser.schedule, x0, t, eps), t)
 
 
 def term(
-  schedule: schedules.Schedule,
-  x0: Float[Array, '*shape'],
-  x_t: Float[Array, '*shape'],
-  out: Float[Array, '...'],
-  t: Int[Array, ''] | int,
-  *,
-  predict: predictions.Prediction,
-  variance: process.Variance,
-  clip: bool,
-) -> tuple[Float[Array, ''], Float[Array, '']]:
-  """L_{t-1} and the squared error of x̂_0, for one example; see `terms`."""
-  mean, log_var, x0_hat = process.p_mean_variance(
-    schedule, out, x_t, t, predict=predict, variance=variance, clip=clip
-  )
+  denoiser: denoisers.Denoiser,
+  x0: shapes.Batch,
+  x_t: shapes.Batch,
+  t: shapes.Times | shapes.Step,
+) -> tuple[shapes.Values, shapes.Values]:
+  """`terms`, for an x_t that was drawn before; t may be one for all."""
+  schedule = denoiser.schedule
+  mean, log_var, x0_hat = denoisers.p_mean_variance(denoiser, x_t, t)
   true_mean, _ = process.q_posterior(schedule, x0, x_t, t)
+  t = process.per_example(t, x0)
   true_log_var = variances.beta_tilde(schedule, None, t)
   kl = normal_kl(true_mean, true_log_var, mean, log_var)
   decoder = -decoder_log_prob(x0, mean, log_var)
-  return (
-    jnp.mean(jnp.where(t > 1, kl, decoder)),
-    jnp.mean(jnp.square(x0 - x0_hat)),
-  )
+  nats = process.example_mean(jnp.where(t > 1, kl, decoder))
+  return nats, process.example_mean(jnp.square(x0 - x0_hat))
 
 
 class Bound(NamedTuple):
@@ -148,47 +123,36 @@ class Bound(NamedTuple):
 
 
 def bound(
-  schedule: schedules.Schedule,
-  model_fn: process.ModelFn,
-  keys: Key[Array, 'B'],
-  x0: Float[Array, 'B *shape'],
+  denoiser: denoisers.Denoiser,
+  keys: shapes.Keys,
+  x0: shapes.Batch,
   *,
   draws: int = 0,
-  predict: predictions.Prediction = predictions.eps,
-  variance: process.Variance = variances.beta,
 ) -> Bound:
   """The terms of the bound, at all times or at some drawn for each example.
 
   Args:
-    schedule: of T steps.
-    model_fn: the network.
-    keys: one for each example.
-    x0: in [-1, 1], grays of 256.
-    draws: 0 for all T terms, one draw of x_t each; else t = 1 and so many times
-      drawn uniformly from 2..T, of which `totals` makes an unbiased estimate.
-      With T = 1 there is only the one term.
-    predict: what the network predicts.
-    variance: what σ_t² is.
+    denoiser: the model.
+    keys: (B,), for times and noise.
+    x0: (B, ...), in [-1, 1], of 256 gray levels.
+    draws: 0: all T terms, with one draw of x_t each. Else t = 1 and this many
+      times, drawn uniformly from 2..T, from which `totals` makes an unbiased
+      estimate. With T = 1 there is only the one term.
   """
-  if draws and schedule.T > 1:
-    drawn = jax.vmap(
-      lambda key: jax.random.randint(key, (draws,), 2, schedule.T + 1)
-    )(jax.vmap(jax.random.fold_in, (0, None))(keys, schedule.T + 1))
+  T = denoiser.schedule.T
+  fold = jax.vmap(jax.random.fold_in, (0, None))
+  if draws and T > 1:
+    draw = jax.vmap(lambda key: jax.random.randint(key, (draws,), 2, T + 1))
+    drawn = draw(fold(keys, T + 1))
     times = jnp.pad(drawn.T, ((1, 0), (0, 0)), constant_values=1)
   else:
-    every = jnp.arange(1, schedule.T + 1)
-    times = jnp.broadcast_to(every[:, None], (schedule.T, len(x0)))
+    times = jnp.broadcast_to(jnp.arange(1, T + 1)[:, None], (T, len(x0)))
 
-  def body(row: Any, t: Int[Array, 'B']) -> tuple[Any, Any]:
-    row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, row)
-    nats, mse = terms(
-      schedule, model_fn, row_keys, x0, t, predict=predict, variance=variance
-    )
-    return row + 1, (nats, mse)
+  def body(row: Any, t: shapes.Times) -> tuple[Any, Any]:
+    return row + 1, terms(denoiser, fold(keys, row), x0, t)
 
   _, (nats, mse) = jax.lax.scan(body, 0, times)
-  prior_nats = jax.vmap(lambda x: prior(schedule, x))(x0)
-  return Bound(prior_nats, times.T, nats.T, mse.T)
+  return Bound(prior(denoiser.schedule, x0), times.T, nats.T, mse.T)
 
 
 def totals(

@@ -1,37 +1,40 @@
-"""What a network may predict of x_t: ε, x_0, v or the posterior mean μ̃.
+"""What a network may predict from x_t: ε, x_0, v or the posterior mean μ̃.
 
-`config.model.predict` names one. Each says what the network is to answer, and
-what its answer makes of x_0 and of the mean of the reverse step.
+`config.model.predict` names one of `__all__`.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
-from jax.typing import ArrayLike
-from jaxtyping import Float
 
 from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import shapes
+
+__all__ = ['eps', 'mu', 'v', 'x0']
 
 Schedule = schedules.Schedule
-Time = schedules.Time
-X = Float[Array, '*shape']  # all of a call have one shape
-XLike = Float[ArrayLike, '*shape']
+X = shapes.X
+XLike = shapes.XLike
+Scale = shapes.Scale
+Time = shapes.Time
 
 
 class Prediction(NamedTuple):
-  """Functions of one time t and an x of any shape."""
+  """A training target, and how the output of the network is read.
 
-  # (schedule, x0, eps, t) -> what the network should answer to x_t
+  Attributes:
+    target: (schedule, x0, eps, t) -> what the network should predict from x_t.
+    to_x0: (schedule, x_t, out, t) -> x̂_0; the inverse of `target`.
+    mean: (schedule, x_t, out, t) -> μ_θ, where x̂_0 is not clipped.
+    log_gain: (schedule, t) -> log |∂x̂_0/∂out|.
+    clips_mean: whether clipping x̂_0 changes μ_θ: not if μ_θ is predicted.
+  """
+
   target: Callable[[Schedule, X, X, Time], X]
-  # (schedule, x_t, out, t) -> x̂_0, given its answer; the inverse of `target`
   to_x0: Callable[[Schedule, X, X, Time], X]
-  # (schedule, x_t, out, t) -> μ_θ, given its answer, if nothing is clipped
   mean: Callable[[Schedule, X, X, Time], X]
-  # (schedule, t) -> log |∂x̂_0/∂out|
-  log_gain: Callable[[Schedule, Time], Float[Array, '*#shape']]
-  # Whether clipping x̂_0 changes μ_θ: not where the answer is μ_θ itself.
+  log_gain: Callable[[Schedule, Time], Scale]
   clips_mean: bool = True
 
 
@@ -40,20 +43,18 @@ def _signal_noise(s: Schedule, t: Time) -> tuple[X, X]:
   return s.sqrt_alpha_bar[t], jnp.sqrt(s.one_minus_alpha_bar[t])
 
 
-def posterior_weights(s: Schedule, t: Time) -> tuple[X, X]:
-  """The weights of x_0 and of x_t in μ̃_t(x_t, x_0)  (eq. 7)."""
+def posterior_coefs(s: Schedule, t: Time) -> tuple[X, X]:
+  """The coefficients of x_0 and x_t in μ̃_t(x_t, x_0)  (eq. 7)."""
   beta, one_minus = s.beta[t], s.one_minus_alpha_bar
-  of_x0 = s.sqrt_alpha_bar[t - 1] * beta / one_minus[t]
-  of_x_t = jnp.sqrt(1 - beta) * one_minus[t - 1] / one_minus[t]
-  return of_x0, of_x_t
+  coef_x0 = s.sqrt_alpha_bar[t - 1] * beta / one_minus[t]
+  coef_x_t = jnp.sqrt(1 - beta) * one_minus[t - 1] / one_minus[t]
+  return coef_x0, coef_x_t
 
 
-def posterior_mean(
-  s: Schedule, x0: XLike, x_t: XLike, t: Time
-) -> Float[Array, '*shape']:
+def posterior_mean(s: Schedule, x0: XLike, x_t: XLike, t: Time) -> X:
   """μ̃_t(x_t, x_0), the mean of q(x_{t-1} | x_t, x_0)  (eq. 7)."""
-  of_x0, of_x_t = posterior_weights(s, t)
-  return of_x0 * x0 + of_x_t * x_t
+  coef_x0, coef_x_t = posterior_coefs(s, t)
+  return coef_x0 * x0 + coef_x_t * x_t
 
 
 def _eps_to_x0(s: Schedule, x_t: X, out: X, t: Time) -> X:
@@ -88,8 +89,8 @@ def _mu_target(s: Schedule, x0: X, eps: X, t: Time) -> X:
 
 def _mu_to_x0(s: Schedule, x_t: X, out: X, t: Time) -> X:
   """Eq. 7, solved for x_0."""
-  of_x0, of_x_t = posterior_weights(s, t)
-  return (out - of_x_t * x_t) / of_x0
+  coef_x0, coef_x_t = posterior_coefs(s, t)
+  return (out - coef_x_t * x_t) / coef_x0
 
 
 eps = Prediction(
@@ -116,6 +117,6 @@ mu = Prediction(
   target=_mu_target,
   to_x0=_mu_to_x0,
   mean=lambda s, x_t, out, t: out,
-  log_gain=lambda s, t: -jnp.log(posterior_weights(s, t)[0]),
+  log_gain=lambda s, t: -jnp.log(posterior_coefs(s, t)[0]),
   clips_mean=False,
 )

@@ -1,49 +1,32 @@
-"""The forward process q and the reverse process p  (Ho et al. 2020, section 2).
+"""The forward process q  (Ho et al. 2020, section 2).
 
-Everything is written for one time t in 1..T (0 is the clean image) and an x of
-any shape; `jax.vmap` makes a batch of different times of it.
+x may have any shape. t is a scalar in 1..T (0 is the clean image), or has one
+time for each example of a batch.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
-from jaxtyping import Float32
 from jaxtyping import Int
-from jaxtyping import Key
 from jaxtyping import Num
 
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import schedules
-from ddpm_jax.diffusion import variances
+from ddpm_jax.diffusion import shapes
 
 Schedule = schedules.Schedule
-X = predictions.X
-XLike = predictions.XLike
+X = shapes.X
+XLike = shapes.XLike
 
 # A scalar t, or one for each example: (B,) for an x of (B, ...).
 Time = Int[Array | np.ndarray, '...'] | int
 
-# (schedule, what the network says of it, t) -> log σ_t².
-Variance = Callable[
-  [Schedule, variances.Raw, variances.Time], Float[Array, '*#shape']
-]
 
-# All that is asked of a network, for t in 1..T: (x_t, t) -> its output, of as
-# many channels (last axis) as x_t, or twice as many; see `split`.
-ModelFn = Callable[
-  [Float[Array, 'B *shape'], Int[Array, 'B']], Float[Array, 'B ...']
-]
-
-
-def normal(
-  keys: Key[Array, 'B'], shape: tuple[int, ...]
-) -> Float[Array, 'B *shape']:
-  """Draws of N(0, 1); row i follows from keys[i] alone."""
+def normal(keys: shapes.Keys, shape: tuple[int, ...]) -> shapes.Batch:
+  """Samples of N(0, I), (B, *shape); row i depends on keys[i] alone."""
   return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
@@ -102,7 +85,7 @@ def per_example(t: Num[Array | np.ndarray, '...'] | float, x: XLike) -> Any:
 
 def q_posterior(
   schedule: Schedule, x0: XLike, x_t: XLike, t: Time
-) -> tuple[X, Float[Array, '*#shape']]:
+) -> tuple[X, shapes.Scale]:
   """Mean μ̃_t(x_t, x_0) and variance β̃_t of q(x_{t-1} | x_t, x_0)  (eq. 6-7)."""
   t = per_example(t, x_t)
   mean = predictions.posterior_mean(schedule, x0, x_t, t)
@@ -111,7 +94,7 @@ def q_posterior(
 
 def q_sigma(
   schedule: Schedule, x0: XLike, x_t: XLike, t: Time, eta: float
-) -> tuple[X, Float[Array, '*#shape']]:
+) -> tuple[X, shapes.Scale]:
   """Mean and variance σ² = η² β̃_t of q_σ(x_{t-1} | x_t, x_0).
 
   The family of Song et al. 2021 (DDIM, eq. 7 and 16): all have the same
@@ -127,63 +110,6 @@ def q_sigma(
   return mean, eta**2 * schedule.beta_tilde[t]
 
 
-def to_x0(
-  schedule: Schedule,
-  out: Float[Array, '...'],
-  x_t: X,
-  t: variances.Time,
-  *,
-  predict: predictions.Prediction = predictions.eps,
-  clip: bool = True,
-) -> X:
-  """x̂_0 of what the network makes of x_t; see `p_mean_variance`."""
-  x0_hat = predict.to_x0(schedule, x_t, split(out, x_t)[0], t)
-  return jnp.clip(x0_hat, -1, 1) if clip else x0_hat
-
-
-def p_mean_variance(
-  schedule: Schedule,
-  out: Float[Array, '...'],
-  x_t: X,
-  t: Time,
-  *,
-  predict: predictions.Prediction = predictions.eps,
-  variance: Variance = variances.beta,
-  clip: bool = True,
-) -> tuple[X, Float[Array, '*#shape'], X]:
-  """Mean μ_θ and log σ_t² of p(x_{t-1} | x_t), and x̂_0  (eq. 1, 11).
-
-  Args:
-    schedule: of T steps.
-    out: what the network makes of x_t: as many channels (last axis), or twice
-      as many, of which the second half is for a learned variance.
-    x_t: of any shape.
-    t: in 1..T, as the t of `q_sample`.
-    predict: what the network predicts.
-    variance: what σ_t² is.
-    clip: x̂_0 to [-1, 1], as the authors' code does; the mean is then of the
-      clipped x̂_0, but where the network predicts the mean, which stays what it
-      says. Without `clip`, and with ε predicted, the mean is eq. 11.
-  """
-  t = per_example(t, x_t)
-  answer, raw = split(out, x_t)
-  x0_hat = to_x0(schedule, out, x_t, t, predict=predict, clip=clip)
-  if clip and predict.clips_mean:
-    mean = predictions.posterior_mean(schedule, x0_hat, x_t, t)
-  else:
-    mean = predict.mean(schedule, x_t, answer, t)
-  return mean, variance(schedule, raw, t), x0_hat
-
-
-def split(
-  out: Float[Array, '...'], x_t: X
-) -> tuple[Float32[Array, '*shape'], Float32[Array, '*shape'] | None]:
-  """What a network says of the mean, and of the variance if it does.
-
-  In float32, whatever the network computes in.
-  """
-  out = jnp.asarray(out, jnp.float32)
-  C = x_t.shape[-1] if x_t.ndim else 1
-  if out.ndim and out.shape[-1] == 2 * C:
-    return out[..., :C], out[..., C:]
-  return out, None
+def example_mean(x: shapes.Batch) -> shapes.Values:
+  """The mean over the dimensions of each example, (B,)."""
+  return jnp.mean(x.reshape(len(x), -1), axis=1)

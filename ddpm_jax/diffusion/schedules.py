@@ -1,13 +1,14 @@
 """Noise schedules: how fast an image is turned into noise.
 
-Each function of this module that takes `T` returns a `Schedule`; its name is
-what a recipe says in `config.schedule.name`.
+`config.schedule.name` names one of `__all__`, each a function that returns a
+`Schedule`.
 """
 
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -17,10 +18,25 @@ from jaxtyping import Float64
 from jaxtyping import Int
 from jaxtyping import Int32
 
+from ddpm_jax.diffusion import shapes
 from ddpm_jax.diffusion import spacings
 
-# One time t, or times in a shape that broadcasts against that of x.
-Time = Int[Array | np.ndarray, '*#shape'] | int
+# The schedules that a recipe can name.
+__all__ = [
+  'const',
+  'cosine',
+  'jsd',
+  'linear',
+  'quad',
+  'scaled_linear',
+  'sqrt',
+  'sqrt_linear',
+  'su',
+  'warmup10',
+  'warmup50',
+]
+
+Time = shapes.Time
 
 Table = Float32[Array, 'T+1']
 
@@ -81,15 +97,17 @@ def _tables(
   beta_tilde = beta * one_minus[:-1] / one_minus[1:]  # eq. 7
   signal = np.exp(log_alpha_bar / 2)
   signal = np.where(signal > 0, np.maximum(signal, LEAST_SIGNAL), 0)
-  return Schedule(
-    beta=jnp.asarray(np.append(0.0, beta), jnp.float32),
-    alpha_bar=jnp.asarray(np.exp(log_alpha_bar), jnp.float32),
-    one_minus_alpha_bar=jnp.asarray(one_minus, jnp.float32),
-    beta_tilde=jnp.asarray(np.append(0.0, beta_tilde), jnp.float32),
-    time=jnp.asarray(time, jnp.int32),
-    log_alpha_bar=jnp.asarray(log_alpha_bar, jnp.float32),
-    sqrt_alpha_bar=jnp.asarray(signal, jnp.float32),
-  )
+  # A schedule may be made while something else is traced.
+  with jax.ensure_compile_time_eval():
+    return Schedule(
+      beta=jnp.asarray(np.append(0.0, beta), jnp.float32),
+      alpha_bar=jnp.asarray(np.exp(log_alpha_bar), jnp.float32),
+      one_minus_alpha_bar=jnp.asarray(one_minus, jnp.float32),
+      beta_tilde=jnp.asarray(np.append(0.0, beta_tilde), jnp.float32),
+      time=jnp.asarray(time, jnp.int32),
+      log_alpha_bar=jnp.asarray(log_alpha_bar, jnp.float32),
+      sqrt_alpha_bar=jnp.asarray(signal, jnp.float32),
+    )
 
 
 def _log_products(

@@ -7,6 +7,8 @@ them; its name is what a recipe says in `config.sampler.spacing`.
 import numpy as np
 from jaxtyping import Int
 
+__all__ = ['leading', 'linear', 'quad', 'quadratic']
+
 
 def linear(T: int, steps: int) -> Int[np.ndarray, '{steps}+1']:
   """τ_k = T k/steps: even, and from T on ("trailing" in Lin et al. 2023)."""

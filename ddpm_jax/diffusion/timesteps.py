@@ -15,6 +15,8 @@ from jaxtyping import Int
 from jaxtyping import Int32
 from jaxtyping import Key
 
+__all__ = ['antithetic', 'importance', 'stratified', 'uniform']
+
 
 def uniform(
   key: Key[Array, ''], i: Int[Array, ''] | int, n: int, T: int

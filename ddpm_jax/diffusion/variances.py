@@ -1,21 +1,21 @@
 """The variance σ_t² of p(x_{t-1} | x_t), fixed or learned.
 
-`config.model.variance` names one. Each gives log σ_t² for one time t, from what
-the network says of it (`raw`; None where it is fixed).
+`config.model.variance` names one of `__all__`. Each returns log σ_t².
 """
 
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Float
 
 from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion import shapes
+
+__all__ = ['beta', 'beta_tilde', 'learned', 'learned_range']
 
 Schedule = schedules.Schedule
-Time = schedules.Time
-Raw = Float[Array, '*shape'] | None
+Time = shapes.Time
+Raw = shapes.X | None  # the network's output for it; None where it is fixed
 
 
-def beta(schedule: Schedule, raw: Raw, t: Time) -> Float[Array, '*#shape']:
+def beta(schedule: Schedule, raw: Raw, t: Time) -> shapes.Scale:
   """σ² = β_t ("fixed large"): optimal for x_0 from N(0, I)  (section 3.2).
 
   At t = 1, where it is the decoder's alone, it is that of `beta_tilde`, as in
@@ -25,9 +25,7 @@ def beta(schedule: Schedule, raw: Raw, t: Time) -> Float[Array, '*#shape']:
   return jnp.log(jnp.where(t > 1, schedule.beta[t], _at_1(schedule)))
 
 
-def beta_tilde(
-  schedule: Schedule, raw: Raw, t: Time
-) -> Float[Array, '*#shape']:
+def beta_tilde(schedule: Schedule, raw: Raw, t: Time) -> shapes.Scale:
   """σ² = β̃_t ("fixed small"): optimal for one fixed x_0  (section 3.2).
 
   β̃_1 is 0; in its place stands β̃_2, as in the authors' code.
@@ -36,20 +34,18 @@ def beta_tilde(
   return jnp.log(jnp.where(t > 1, schedule.beta_tilde[t], _at_1(schedule)))
 
 
-def _at_1(schedule: Schedule) -> Float[Array, '']:
+def _at_1(schedule: Schedule) -> shapes.Scale:
   """σ_1² of both fixed variances: β̃_2; with T = 1 there is only β_1."""
   return schedule.beta_tilde[2] if schedule.T > 1 else schedule.beta[1]
 
 
-def learned(schedule: Schedule, raw: Raw, t: Time) -> Float[Array, '*shape']:
+def learned(schedule: Schedule, raw: Raw, t: Time) -> shapes.X:
   """log σ² is what the network says: a learned diagonal Σ  (table 2)."""
   del schedule, t
   return _given(raw)
 
 
-def learned_range(
-  schedule: Schedule, raw: Raw, t: Time
-) -> Float[Array, '*shape']:
+def learned_range(schedule: Schedule, raw: Raw, t: Time) -> shapes.X:
   """Between log β̃_t and log β_t: v log β_t + (1-v) log β̃_t, raw = 2v - 1.
 
   Nichol & Dhariwal 2021, eq. 15; at t = 1, β_1 and β̃_2, as in their code.
@@ -59,7 +55,7 @@ def learned_range(
   return v * large + (1 - v) * small
 
 
-def _given(raw: Raw) -> Float[Array, '*shape']:
+def _given(raw: Raw) -> shapes.X:
   if raw is None:
     raise ValueError('a learned variance needs a network of twice the channels')
   return raw

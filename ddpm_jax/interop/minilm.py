@@ -18,8 +18,9 @@ import numpy as np
 import safetensors.numpy
 
 from ddpm_jax import errors
+from ddpm_jax.models import condition
 
-FEATURES = 384
+FEATURES = condition.MINILM_FEATURES
 OF_A_HEAD = 32  # of them
 BATCH = 256  # texts at a time
 LONGEST = 512  # word pieces that it has places for

@@ -19,12 +19,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
-from ddpm_jax import checks
-from ddpm_jax import conditioning
+from ddpm_jax import dataset
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import jsonfile
 from ddpm_jax import recipe
+from ddpm_jax import sampling
 from ddpm_jax.data import pipeline
 from ddpm_jax.data import store
 from ddpm_jax.jobs import sample
@@ -52,12 +51,11 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   earlier = read(args.compare) if args.compare else {}
   if args.profile:
     workdir.create(args.profile)
-  checks.basics(config)
   mesh = build.mesh(config)
   # Refuses what cannot be.
-  functions.train_step(conditioning.provisional(config), parallel.parts(mesh))
+  build.train_step(recipe.provisional(config), parallel.parts(mesh))
   source = data(config)
-  config = conditioning.settled(config, source)
+  config = dataset.settled(config, source)
   with scratch(args.workdir) as folder:
     bench = Bench(config, mesh, source, folder)
     results = dict(bench.everything())
@@ -117,7 +115,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 def data(config: ConfigDict) -> store.Source:
   """The data of the recipe; images of noise, where they are not here."""
   try:
-    return build.source(config)
+    return dataset.source(config)
   except errors.UserError as error:
     if config.condition.name:
       raise
@@ -163,7 +161,7 @@ class Bench:
       process_count=jax.process_count(),
     )
     self.put = lambda: parallel.put(next(self.batches), mesh, self.engine)
-    init = functools.partial(functions.init_state, config)
+    init = functools.partial(build.init_state, config)
     self.state = parallel.init_state(init, mesh)
     self.parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
     self.rows = self.put()
@@ -190,7 +188,7 @@ class Bench:
     for name in ('cold', 'from the cache'):
       jax.clear_caches()
       step: Any = parallel.compile_step(
-        functions.train_step(self.config, parallel.parts(self.mesh)),
+        build.train_step(self.config, parallel.parts(self.mesh)),
         *(self.mesh, self.engine, self.state),
       )
       begun = time.perf_counter()
@@ -310,7 +308,7 @@ class Bench:
     rows = parallel.put_whole(index, mesh, self.engine)
     if self.engine == 'jit':
       cut = functools.partial(parallel.cut_rows, mesh=mesh)
-      draw = functions.sampler(config, 0, cut=cut)
+      draw = sampling.sampler(config, 0, cut=cut)
       whole = parallel.jit_map(draw, mesh, params)
       took, compiled = timing.compile_seconds(whole.lower(params, rows))
       yield 'sampler, compilation', result(took, 's')
@@ -318,7 +316,7 @@ class Bench:
       yield 'sampler, memory a device, peak', result(said.peak, 'bytes')
 
     def steps_in_one(count: int) -> timing.Spread:
-      chain = functions.chain(config, 0, (steps, steps - count))
+      chain = sampling.chain(config, 0, (steps, steps - count))
       draw = parallel.compile_map(chain, mesh, self.engine, params)
       return timing.clock(lambda: draw(params, rows), seconds=SECONDS)
 

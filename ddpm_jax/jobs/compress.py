@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import pathlib
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
@@ -15,16 +16,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import checks
+from ddpm_jax import build
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import recipe
+from ddpm_jax import sampling
 from ddpm_jax.data import arrayfile
 from ddpm_jax.data import decode
 from ddpm_jax.data import listing
 from ddpm_jax.data import sources
 from ddpm_jax.diffusion import codec
+from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import likelihood
+from ddpm_jax.diffusion import pixels
+from ddpm_jax.diffusion import schedules
 from ddpm_jax.jobs import edit
 from ddpm_jax.jobs import sample
 from ddpm_jax.runtime import bitstream
@@ -61,7 +65,6 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     )
   if args.output.is_dir():
     raise errors.UserError(f'--output={args.output} is a folder: name a file')
-  checks.basics(config)
   x0 = read(args.images, config)
   workdir.create(args.output.parent)
   seed = config.seed if args.seed is None else args.seed
@@ -137,6 +140,9 @@ def model_digest(config: ConfigDict, params: Any) -> int:
   """Of all that decides what the network computes."""
   names = ('model', 'schedule')
   about = {name: recipe.to_json(config[name]) for name in names}
+  # It came after the first files were written.
+  if about['schedule'].get('s') == recipe.defaults().get('schedule.s'):
+    about['schedule'].pop('s', None)
   return fingerprint.crc32({**about, 'arrays': fingerprint.describe(params)})
 
 
@@ -146,6 +152,52 @@ def software() -> dict[str, str]:
     name: importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'flax')
   }
   return {**versions, 'device': jax.devices()[0].device_kind}
+
+
+class Codec(NamedTuple):
+  """The two parts of the codec, as functions of the weights `params`."""
+
+  errors: Callable[..., Any]  # (params, batch) -> (S, B); see `codec.errors`
+  run: Callable[..., codec.Passed]  # see `codec.run`
+  schedule: schedules.Schedule  # of the jumps
+
+
+def codec_of(config: ConfigDict, seed: int) -> Codec:
+  """The codec of a recipe, for batches with `image` and `index`."""
+  c, module = config.codec, build.network(config)
+  rules = codec.Rules(c.log2_candidates, c.group_bits)
+
+  def jumps(network: Any) -> denoisers.Denoiser:
+    return build.call(
+      codec.jumps, c, build.denoiser(config, network), of='codec'
+    )
+
+  def of_weights(params: Any) -> denoisers.Denoiser:
+    return jumps(build.applied(module, params))
+
+  def errors_of(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    keys, _ = sampling.noise(config, seed, batch['index'])
+    x0 = pixels.to_float(batch['image'])
+    return codec.errors(of_weights(params), keys, x0)
+
+  def run(
+    params: Any,
+    batch: dict[str, jax.Array],
+    squares: jax.Array,
+    code: codec.Code,
+    sending: jax.Array,
+  ) -> codec.Passed:
+    _, x_T = sampling.noise(config, seed, batch['index'])
+    return codec.run(
+      *(of_weights(params), build.key(seed, 'codec'), x_T),
+      rules=rules,
+      squares=squares,
+      code=code,
+      x0=pixels.to_float(batch['image']),
+      sending=sending,
+    )
+
+  return Codec(errors_of, run, jumps(lambda x_t, t: x_t).schedule)
 
 
 class Lockstep(NamedTuple):
@@ -170,7 +222,7 @@ def compiled(config: ConfigDict, params: Any, size: int, seed: int) -> Lockstep:
   )
   squares = jax.ShapeDtypeStruct((S,), np.float32)
   sending = jax.ShapeDtypeStruct((), np.bool_)
-  run = jax.jit(functions.codec(config, seed).run)
+  run = jax.jit(codec_of(config, seed).run)
   lower = logs.compiling('the codec', lambda *x: run.lower(*x).compile())
   return Lockstep(lower(params, batch, squares, told, sending), size, D, S)
 
@@ -193,7 +245,7 @@ def batches(
 def send(config: ConfigDict, params: Any, x0: np.ndarray, seed: int) -> Sent:
   """The file of uint8 images (N, H, W, C), with a progress bar."""
   size = min(len(x0), config.codec.batch_size)
-  parts = functions.codec(config, seed)
+  parts = codec_of(config, seed)
   program = compiled(config, params, size, seed)
   squares_of = logs.compiling("the network's errors", jax.jit(parts.errors))
   begun = time.perf_counter()
@@ -284,7 +336,7 @@ def filled(x: np.ndarray, size: int) -> np.ndarray:
 
 def rules(config: ConfigDict, squares: list[float]) -> bitstream.Rules:
   """What the bits of a file follow from, beside the code itself."""
-  short = functions.codec(config, 0).schedule
+  short = codec_of(config, 0).schedule
   expected = codec.expected(short, np.array(squares))
   dims = math.prod(recipe.shape(config))
   return bitstream.Rules(codec.sizes(dims), expected.tolist())

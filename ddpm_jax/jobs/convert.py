@@ -12,10 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
-from ddpm_jax import checks
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import recipe
+from ddpm_jax import validate
 from ddpm_jax.data import pipeline
 from ddpm_jax.interop import diffusers
 from ddpm_jax.interop import fields
@@ -78,10 +77,8 @@ def take_in(args: argparse.Namespace) -> None:
   config = recipe_of(args, keys)
   if rows:
     set_classes(config, args, rows)
-  checks.basics(config)
-  build.check_used(config, args.changes, args.changes)
-  functions.loss_fn(config)
-  functions.reverse_process(config)
+  validate.check(config)
+  validate.unread(config, args.changes, args.changes)
   if config.model.name != 'unet' or (config.condition.name and not rows):
     raise errors.UserError(
       f'{path} is a U-Net without a condition, which {args.config} is not'
@@ -89,7 +86,7 @@ def take_in(args: argparse.Namespace) -> None:
   tensors = files.read_tensors(weights)
   check_depth(config, len(tensors), weights)
   mesh = build.mesh(config)
-  abstract = jax.eval_shape(functools.partial(functions.init_state, config))
+  abstract = jax.eval_shape(functools.partial(build.init_state, config))
   params = diffusers.to_params(abstract.params, tensors, names)
   workdir.check(args.output)
   with lock.held(args.output):
@@ -183,7 +180,7 @@ def save(
   folder: pathlib.Path,
 ) -> None:
   """A run that has not made a step; `config.json`, which makes it one, last."""
-  begin = functools.partial(functions.begin, config)
+  begin = functools.partial(build.begin, config)
   state = parallel.init_state(begin, mesh, params)
   checkpoints = checkpoint.open(folder / 'checkpoints')
   try:
@@ -212,9 +209,8 @@ def give_out(args: argparse.Namespace) -> None:
   if not args.config and not any(
     k.startswith('parallel') for k in args.changes
   ):
-    config = build.fit_devices(config, trains=False)
-  checks.basics(config)
-  functions.reverse_process(config)
+    config = validate.fit_devices(config, trains=False)
+  validate.check(config)
   beta = np.asarray(build.schedule(config).beta[1:]).tolist()
   unet, scheduler = fields.from_recipe(recipe.flatten(config), beta)
   mesh = build.mesh(config)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import checks
 from ddpm_jax import errors
 from ddpm_jax import ranges
 from ddpm_jax import recipe
@@ -43,7 +42,6 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   with of_file(path):
     header, _ = bitstream.read_header(data)
   outputs.prepare(args.output)
-  checks.basics(config)
   mesh = parallel.make_mesh(1)
   kind, step, params = sample.restore(config, mesh, args.workdir)
   check_same(config, params, header, path)

@@ -16,11 +16,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from ddpm_jax import build
-from ddpm_jax import checks
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import recipe
-from ddpm_jax import registry
+from ddpm_jax import sampling
 from ddpm_jax.data import decode
 from ddpm_jax.diffusion import editing
 from ddpm_jax.diffusion import pixels
@@ -42,7 +40,6 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   """
   check_flags(args)
   sample.check_workdir(args.workdir)
-  checks.basics(config)
   if not recipe.image_size(config):
     raise errors.UserError('--mode=edit is of images, and this run of points')
   wanted, told = sample.asked(config, args)
@@ -116,9 +113,9 @@ def check_flags(args: argparse.Namespace) -> None:
 def editor(
   config: ConfigDict, args: argparse.Namespace, seed: int
 ) -> tuple[Callable, str]:
-  """(params, rows) -> `functions.Drawn`, and what it does, in words.
+  """(params, rows) -> `sampling.Drawn`, and what it does, in words.
 
-  The rows are those of `functions.sampler`.
+  The rows are those of `sampling.sampler`.
   """
   height, width, channels = recipe.shape(config)
   shape = height, width, channels
@@ -188,18 +185,16 @@ def inpainted(
   config: ConfigDict, seed: int, x0: jax.Array, mask: np.ndarray
 ) -> tuple[Callable, str]:
   """What the mask (H, W, 1) is true of is made anew, the rest is kept."""
-  p = functions.reverse_process(config)
-  times = registry.call(editing.jumps, config.edit, p.schedule.T, of='edit')
+  p = build.sampler(config)
+  times = build.call(editing.jumps, config.edit, p.schedule.T, of='edit')
   step = editing.inpaint(p.step, x0, jnp.asarray(mask))
 
-  def draw(params: Any, rows: Any) -> functions.Drawn:
-    index, condition = functions.index_and_condition(rows)
-    keys, x_T = functions.noise(config, seed, index)
-    model_fn = p.model_fn(params, condition)
-    return functions.drawn(
-      config,
-      samplers.sample(step, p.schedule, model_fn, keys, x_T, times=times),
-    )
+  def draw(params: Any, rows: Any) -> sampling.Drawn:
+    index, condition = sampling.index_and_condition(rows)
+    keys, x_T = sampling.noise(config, seed, index)
+    denoiser = p.denoiser(params, condition)
+    sampled = samplers.sample(step, denoiser, keys, x_T, times=times)
+    return sampling.drawn(config, sampled)
 
   share = f'{np.count_nonzero(mask)} of {mask.size} pixels'
   what = f'making {share} anew, in {len(times)} steps'
@@ -215,17 +210,19 @@ def varied(
   config: ConfigDict, seed: int, x0: jax.Array, strength: float
 ) -> tuple[Callable, str]:
   """x_t of the image, and from there another way down (Meng et al. 2022)."""
-  p = functions.reverse_process(config)
+  p = build.sampler(config)
   t, told = level(config, p.schedule, strength)
 
-  def draw(params: Any, rows: Any) -> functions.Drawn:
-    index, condition = functions.index_and_condition(rows)
-    keys, eps = functions.noise(config, seed, index)
+  def draw(params: Any, rows: Any) -> sampling.Drawn:
+    index, condition = sampling.index_and_condition(rows)
+    keys, eps = sampling.noise(config, seed, index)
     x_t = jax.vmap(process.q_sample, (None, None, None, 0))(
       p.schedule, x0, jnp.array(t), eps
     )
-    model_fn = p.model_fn(params, condition)
-    return functions.drawn(config, from_x_t(p, model_fn, keys, x_t, t))
+    denoiser = p.denoiser(params, condition)
+    times = range(t, 0, -1)
+    sampled = samplers.sample(p.step, denoiser, keys, x_t, times=times)
+    return sampling.drawn(config, sampled)
 
   return draw, f'varying the image from t = {told} down, in {t} steps'
 
@@ -243,31 +240,21 @@ def between(
   The paper keeps the noise over λ too; one ε for both ends is our choice, see
   `editing.interpolate`.
   """
-  p = functions.reverse_process(config)
+  p = build.sampler(config)
   t, told = level(config, p.schedule, strength)
   mix = jax.vmap(editing.interpolate, (None, None, None, None, 0, 0))
 
-  def draw(params: Any, rows: Any) -> functions.Drawn:
-    index, condition = functions.index_and_condition(rows)
-    keys, eps = functions.noise(config, seed, jnp.zeros_like(index))
+  def draw(params: Any, rows: Any) -> sampling.Drawn:
+    index, condition = sampling.index_and_condition(rows)
+    keys, eps = sampling.noise(config, seed, jnp.zeros_like(index))
     weight = index / (count - 1)
     x_t = mix(p.schedule, x0, other, jnp.array(t), weight, eps)
-    model_fn = p.model_fn(params, condition)
-    return functions.drawn(config, from_x_t(p, model_fn, keys, x_t, t))
+    denoiser = p.denoiser(params, condition)
+    times = range(t, 0, -1)
+    sampled = samplers.sample(p.step, denoiser, keys, x_t, times=times)
+    return sampling.drawn(config, sampled)
 
   return draw, f'mixing the images at t = {told}, {t} steps each'
-
-
-def from_x_t(
-  p: functions.Reverse,
-  model_fn: process.ModelFn,
-  keys: jax.Array,
-  x_t: jax.Array,
-  t: int,
-) -> samplers.Sampled:
-  """What the reverse process makes of x_t."""
-  times = range(t, 0, -1)
-  return samplers.sample(p.step, p.schedule, model_fn, keys, x_t, times=times)
 
 
 def level(

@@ -9,7 +9,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
-from ddpm_jax import checks
 from ddpm_jax import errors
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import variances
@@ -57,7 +56,6 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   sample.check_workdir(args.workdir)
   if args.output:
     raise errors.UserError('--output is for images: few_steps has --workdir')
-  checks.basics(config)
   if args.num_samples < small.LEAST:
     raise errors.UserError(
       f'--num_samples={args.num_samples}: a score needs {small.LEAST}, and '
@@ -140,7 +138,7 @@ def changed(config: ConfigDict, changes: dict[str, Any], n: int) -> ConfigDict:
 
 
 def evaluations(config: ConfigDict) -> int:
-  return samplers.evaluations(config.sampler.name, config.sampler.steps)
+  return samplers.nfe(config.sampler.name, config.sampler.steps)
 
 
 def timed(

@@ -14,11 +14,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
-from ddpm_jax import checks
-from ddpm_jax import conditioning
+from ddpm_jax import dataset
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import recipe
+from ddpm_jax import sampling
 from ddpm_jax.diffusion import training
 from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import images
@@ -43,7 +42,6 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     if ending and outputs.kind(args.output) != ending:
       raise errors.UserError(f'--output={args.output}: points go into an .npz')
     outputs.prepare(args.output)
-  checks.basics(config)
   wanted, told = asked(config, args)
   count = args.num_samples * max(len(wanted), 1)
   mesh = build.mesh(config)
@@ -161,11 +159,11 @@ def asked(
   rows: Any
   if labels:
     saved = workdir.read_classes(args.workdir) or ()
-    numbers = [conditioning.class_number(config, x, saved) for x in labels]
-    labels = [conditioning.class_title(config, n, saved) for n in numbers]
+    numbers = [dataset.class_number(config, x, saved) for x in labels]
+    labels = [dataset.class_title(config, n, saved) for n in numbers]
     rows = np.array(numbers, np.int32)
   else:
-    rows = conditioning.encode(config, prompts)
+    rows = dataset.encode(config, prompts)
   each = jax.tree.map(lambda x: np.repeat(x, args.num_samples, axis=0), rows)
   return prompts or labels, each
 
@@ -199,7 +197,7 @@ def restore(
   Warns where the average still holds too much of the initial weights.
   """
   checkpoints = folder / 'checkpoints'
-  init = functools.partial(functions.init_state, config)
+  init = functools.partial(build.init_state, config)
   abstract = parallel.abstract_state(init, mesh)
   if recipe.flatten(config)[key] == 'raw':
     step, state = checkpoint.restore_item(
@@ -281,17 +279,17 @@ def drawer(
   draw: Callable,
   name: str = 'the sampler',
 ) -> tuple[int, Callable[..., Any]]:
-  """Compiles (params, index (B,)) -> `functions.Drawn`.
+  """Compiles (params, index (B,)) -> `sampling.Drawn`.
 
   Returns a size b of batches, for `count` images, and a function of the
   weights, of the index of the first image, and of a condition for each image if
-  `draw` takes one (see `functions.sampler`), that gives b images. It raises
+  `draw` takes one (see `sampling.sampler`), that gives b images. It raises
   RunError for images that are not finite. It is called `name` where it is said
   that it is compiled.
   """
   size = at_a_time(config, mesh, count)
   engine = config.parallel.engine
-  init = functools.partial(functions.init_state, config)
+  init = functools.partial(build.init_state, config)
   compiled = parallel.compile_map(
     draw, mesh, engine, jax.eval_shape(init).ema_params, name=name
   )
@@ -358,7 +356,7 @@ def sampler(
 ) -> Callable[..., Iterator[tuple[np.ndarray, np.ndarray]]]:
   """Uint8 images (b, H, W, C), and predictions on the way (b, K, H, W, C)."""
   cut = functools.partial(parallel.cut_rows, mesh=mesh)
-  draw = functions.sampler(config, seed, snapshots, cut)
+  draw = sampling.sampler(config, seed, snapshots, cut)
   batches = in_batches(config, mesh, count, draw)
 
   def pairs(params: Any, told: Any = None) -> Iterator[Any]:

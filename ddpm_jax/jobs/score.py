@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
-from ddpm_jax import checks
+from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax.jobs import sample
 from ddpm_jax.metrics import classifier as classifiers
@@ -38,7 +38,6 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
       f'--num_samples={args.num_samples}: a score needs {small.LEAST}, and '
       'says little below 1000'
     )
-  checks.basics(config)
   mesh = build.mesh(config)
   seed = config.seed if args.seed is None else args.seed
   kind, step, params = sample.restore(config, mesh, args.workdir)
@@ -86,7 +85,7 @@ def judge(
   Raises:
     UserError: if the data have no labels.
   """
-  source = build.source(config, folder=workdir)
+  source = dataset.source(config, folder=workdir)
   if not source.class_names:
     raise errors.UserError(
       f'the data set {config.data.name} has no labels, which the small-data '
@@ -94,8 +93,8 @@ def judge(
     )
   saved = workdirs.read_classes(workdir)
   if saved and saved != source.class_names:
-    raise build.other_classes(source.class_names, saved, workdir)
-  build.warn_of_data(source, workdir)
+    raise dataset.other_classes(source.class_names, saved, workdir)
+  dataset.warn_of_data(source, workdir)
   data = source.gather(np.arange(len(source)))
   path = workdir / 'classifier.npz'
   if path.exists():

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import logging
 import math
 import pathlib
 import shlex
@@ -13,18 +14,19 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
-from ddpm_jax import checks
-from ddpm_jax import conditioning
+from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax import expand
-from ddpm_jax import functions
 from ddpm_jax import recipe
+from ddpm_jax import sampling
 from ddpm_jax.data import pipeline
 from ddpm_jax.data import store
+from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import training
@@ -59,11 +61,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   if jax.process_count() > 1 and not args.workdir:
     raise errors.UserError('several processes need one --workdir: name it')
   # What may be refused comes first, then what takes long.
-  checks.basics(config)
   mesh = build.mesh(config)
-  rough = conditioning.provisional(config)
-  functions.train_step(rough, parallel.parts(mesh))
-  functions.reverse_process(rough)
+  build.train_step(recipe.provisional(config), parallel.parts(mesh))
   new = not args.workdir
   folder = args.workdir or workdir.default(pathlib.Path(args.config).stem)
   workdir.check(folder)
@@ -95,11 +94,11 @@ def train_in(
   mesh: jax.sharding.Mesh,
 ) -> training.TrainState:
   """Trains in a workdir that is this program's alone."""
-  source = build.source(config, folder=folder)
-  config = conditioning.settled(config, source)
-  step_fn = functions.train_step(config, parallel.parts(mesh))
+  source = dataset.source(config, folder=folder)
+  config = dataset.settled(config, source)
+  step_fn = build.train_step(config, parallel.parts(mesh))
   pictures = picture_maker(config, mesh, folder, args.num_samples)
-  told = conditioning.of_data(config, source, args.num_samples)
+  told = dataset.of_data(config, source, args.num_samples)
   pictures = functools.partial(pictures, told=told)
   batches = pipeline.batches(
     source,
@@ -115,8 +114,8 @@ def train_in(
     f'{len(source)} images, {mesh.size} device(s){many}, workdir {folder}'
   )
   if source.class_names:
-    logs.say(f'classes: {conditioning.listed(source.class_names)}')
-  build.warn_of_signal(config)
+    logs.say(f'classes: {dataset.listed(source.class_names)}')
+  warn_of_signal(config)
   sample.warn_before_training(config, folder)
 
   with contextlib.ExitStack() as stack:
@@ -181,7 +180,7 @@ def begin(
       begun = checkpoint.newest_config(folder / 'checkpoints')
       changed = recipe.changed(config, recipe.from_json(begun)) if begun else {}
     held = source.held()
-    if known and (differ := build.changed_data(held, folder)):
+    if known and (differ := dataset.changed_data(held, folder)):
       if 'data' not in args.allow:
         raise errors.UserError(
           f'the data are not those that {folder} was begun with ({differ}): '
@@ -200,6 +199,21 @@ def begin(
     workdir.write_config(folder, saved)
   if jax.process_count() > 1:
     workdir.wait_for_config(folder, saved)
+
+
+def warn_of_signal(config: ConfigDict) -> None:
+  """Warns if x_T is not nearly the standard normal of the prior."""
+  schedule = build.schedule(config)
+  bits = likelihood.prior(schedule, jnp.ones((1, 1)))[0] * likelihood.BITS
+  # The paper's is 3e-5 for x_0 = ±1.
+  if bits > 1e-3:
+    logging.warning(
+      'x_T still holds something of x_0: log ᾱ_T = %.3g (the paper: -10.1), '
+      'KL(q(x_T | x_0) ‖ N(0, I)) = %.2g bits/dim; samples may suffer; raise '
+      'config.schedule.T or beta_T',
+      schedule.log_alpha_bar[-1],
+      bits,
+    )
 
 
 def check_weights(state: training.TrainState, step: int) -> None:
@@ -245,7 +259,7 @@ def start(
 
   `batches` is moved to where that checkpoint was.
   """
-  init = functools.partial(functions.init_state, config)
+  init = functools.partial(build.init_state, config)
   abstract = parallel.abstract_state(init, mesh)
   saved = checkpoint.restore(
     checkpoints, checkpoint.trained(abstract), abstract.ema_params
@@ -373,16 +387,16 @@ def point_pictures(
   often it would be as large between two halves of one set.
   """
   n = POINTS // mesh.size * mesh.size
-  source, table = build.source(config), build.schedule(config)
-  steps, times = picture_times(functions.reverse_process(config).schedule)
+  source, table = dataset.source(config), build.schedule(config)
+  steps, times = picture_times(build.sampler(config).schedule)
   data = source.gather(np.arange(n))['image']
   engine = config.parallel.engine
   index = parallel.put_whole(np.arange(n, dtype=np.int32), mesh, engine)
   eps = np.random.default_rng(config.seed).normal(size=data.shape)
   forward = [np.asarray(process.q_sample(table, data, t, eps)) for t in times]
-  init = functools.partial(functions.init_state, config)
+  init = functools.partial(build.init_state, config)
   draw = parallel.compile_map(
-    functions.chain(config, config.seed, steps),
+    sampling.chain(config, config.seed, steps),
     *(mesh, engine, jax.eval_shape(init).ema_params),
     name='the sampler',
   )

@@ -35,6 +35,10 @@ class Features(NamedTuple):
   logits: jax.Array  # (B, 1008), without the bias, as IS takes them
 
 
+# How images are resized: `config.evaluate.resize` names one.
+__all__ = ['pytorch_fid', 'tensorflow']
+
+
 def tensorflow(images: jax.Array) -> jax.Array:
   """uint8 (B, H, W, 3) -> float32 (B, 299, 299, 3), as TensorFlow 1 does it.
 

@@ -1,1 +1,1 @@
-"""Networks. `config.model.name` is a file of this folder with a `build`."""
+"""Networks, and their layers."""

@@ -1,7 +1,8 @@
-"""What a network is told beside x_t and t: a class or a text.
+"""Conditions, which a network takes beside x_t and t: a class or a text.
 
-An encoder makes a `Context` of a condition, and a condition that is nothing is
-one too: that is how guidance draws without (Ho & Salimans 2022).
+`config.condition.name` names one of `__all__`, each an encoder: a linen module
+that makes a `Context` of a condition. Its method `nothing` returns what stands
+for no condition, which guidance needs (Ho & Salimans 2022).
 """
 
 from typing import Any
@@ -18,6 +19,10 @@ from jaxtyping import Int
 from jaxtyping import Int32
 from jaxtyping import UInt8
 
+__all__ = ['label', 'minilm', 'text']
+
+MINILM_FEATURES = 384  # of its states
+
 Given = Array | np.ndarray  # as data come
 
 
@@ -27,6 +32,21 @@ class Context(NamedTuple):
   pooled: Float[Array, 'B D']  # added to the time embedding
   states: Float[Array, 'B L D'] | None = None  # attended to by every pixel
   mask: Bool[Array, 'B L'] | None = None  # False where there is no state
+
+
+def label(*, classes: int, width: int) -> 'Label':
+  """The encoder of a class."""
+  return Label(classes, width)
+
+
+def text(*, length: int, width: int, depth: int) -> 'Text':
+  """The encoder of a text, which is trained with the network."""
+  return Text(length, width, depth)
+
+
+def minilm(*, length: int, width: int) -> 'Frozen':
+  """The encoder of a text, on top of a frozen MiniLM."""
+  return Frozen(length, MINILM_FEATURES, width)
 
 
 class Label(nn.Module):

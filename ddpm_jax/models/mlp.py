@@ -39,23 +39,3 @@ class MLP(nn.Module):
     for _ in range(self.blocks):
       h += nn.Dense(self.channels)(nn.swish(h + nn.Dense(self.channels)(temb)))
     return nn.Dense(self.out_channels)(nn.swish(h))
-
-
-def build(
-  image_size: tuple[int, ...],
-  image_channels: int,
-  *,
-  channels: int,
-  blocks: int,
-) -> MLP:
-  """The MLP of a recipe, for points of `image_channels` coordinates.
-
-  Raises:
-    ValueError: if the data are images.
-  """
-  if image_size != ():
-    raise ValueError(
-      'config.model.name=mlp is for points (config.data.image_size=()); '
-      'images take unet'
-    )
-  return MLP(image_channels, channels, blocks)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from ddpm_jax import build
-from ddpm_jax import functions
+from ddpm_jax import dataset
 from ddpm_jax import recipe
 from ddpm_jax.data import pipeline
 from ddpm_jax.jobs import sample
@@ -50,7 +50,7 @@ ROWS = {
 
 def main():
   c = recipe.load('configs/digits.py')
-  data = build.source(c).gather(np.arange(1797))
+  data = dataset.source(c).gather(np.arange(1797))
   judge = classifiers.train(data['image'], data['label'], 10)
   learnt, _ = classifiers.split(1797)
   real = data['image'][learnt], data['label'][learnt]
@@ -70,10 +70,10 @@ def main():
 def until_good(c, real, judge):
   """(steps, processor seconds of training, scores every 100 steps)."""
   mesh = build.mesh(c)
-  state = parallel.init_state(functools.partial(functions.init_state, c), mesh)
-  step = parallel.compile_step(functions.train_step(c, 1), mesh, 'jit', state)
+  state = parallel.init_state(functools.partial(build.init_state, c), mesh)
+  step = parallel.compile_step(build.train_step(c, 1), mesh, 'jit', state)
   batches = pipeline.batches(
-    build.source(c), batch_size=c.batch_size, seed=c.seed
+    dataset.source(c), batch_size=c.batch_size, seed=c.seed
   )
   few = c.copy_and_resolve_references()
   few.sampler.update(name='dpm_solver_pp_2m_sde', steps=20)

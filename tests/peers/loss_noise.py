@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import build
-from ddpm_jax import functions
+from ddpm_jax import dataset
 from ddpm_jax import recipe
-from ddpm_jax.diffusion import objectives
+from ddpm_jax.diffusion import losses
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.jobs import sample
 from ddpm_jax.runtime import checkpoint
@@ -36,10 +36,8 @@ def main() -> None:
   config = recipe.resolve(None, folder, {'sampler.weights': 'raw'})
   mesh = build.mesh(config)
   _, step, params = sample.restore(config, mesh, folder, step)
-  table, source = build.schedule(config), build.source(config)
-  predict = build.reverse(config, config.model.variance)['predict']
-  model_fn = functions.reverse_process(config).model_fn
-  T = table.T
+  module, source = build.network(config), dataset.source(config)
+  T = config.schedule.T
 
   def gradient(name: str, key: jax.Array, images: jax.Array) -> jax.Array:
     k_t, k_eps = jax.random.split(key)
@@ -47,9 +45,9 @@ def main() -> None:
     keys = jax.random.split(k_eps, SIZE)
 
     def loss(params):
-      f = getattr(objectives, name)
+      denoiser = build.denoiser(config, build.applied(module, params))
       x0 = pixels.to_float(images)
-      return f(table, model_fn(params), keys, x0, t, predict=predict).mean()
+      return getattr(losses, name)(denoiser, keys, x0, t).mean()
 
     leaves = jax.tree.leaves(jax.grad(loss)(params))
     return jnp.concatenate([leaf.ravel() for leaf in leaves])

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from ddpm_jax import build
-from ddpm_jax import functions
 from ddpm_jax import recipe
+from ddpm_jax import sampling
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.interop import diffusers as interop
 from ddpm_jax.interop import fields
@@ -100,12 +100,12 @@ def torch_work(config, params, batch, memory):
 def our_work(config, params, batch):
   """{what: function that does it}, for us, compiled."""
   mesh = build.mesh(config)
-  network = build.model(config)
+  network = build.network(config)
   n = len(batch)
-  begin = functools.partial(functions.begin, config)
+  begin = functools.partial(build.begin, config)
   state = parallel.init_state(begin, mesh, params)
   step = parallel.compile_step(
-    functions.train_step(config, mesh.size), mesh, 'jit', state
+    build.train_step(config, mesh.size), mesh, 'jit', state
   )
   rows = {
     'image': ((batch + 1) * 127.5).astype(np.uint8),
@@ -114,16 +114,14 @@ def our_work(config, params, batch):
   rows = parallel.put(rows, mesh, 'jit')
   apply = jax.jit(lambda x, t: network.apply({'params': params}, x, t))
   x, t = jax.device_put(batch), jax.numpy.full(n, 501)
-  p = functions.reverse_process(config)
+  p = build.sampler(config)
 
   @jax.jit
   def draw(index):
-    keys, x_T = functions.noise(config, 0, index)
-    model_fn = p.model_fn(params)
+    keys, x_T = sampling.noise(config, 0, index)
+    denoiser = p.denoiser(params)
     times = range(p.schedule.T, p.schedule.T - SAMPLING_STEPS, -1)
-    return samplers.sample(
-      p.step, p.schedule, model_fn, keys, x_T, times=times
-    )[0]
+    return samplers.sample(p.step, denoiser, keys, x_T, times=times)[0]
 
   def train():
     nonlocal state
@@ -162,7 +160,7 @@ def main():
   with config.unlocked():
     config.batch_size = args.batch
     config.data.flip = False
-  init = functools.partial(functions.init_state, config)
+  init = functools.partial(build.init_state, config)
   params = jax.jit(init)().params
   rng = np.random.default_rng(0)
   # As after training: nothing is left at 0.

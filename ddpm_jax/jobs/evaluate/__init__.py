@@ -9,7 +9,7 @@ import argparse
 
 from ml_collections import ConfigDict
 
-from ddpm_jax import build
+from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax.jobs.evaluate import bound
 from ddpm_jax.jobs.evaluate import scores
@@ -28,7 +28,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
       '--images scores all that there are, --num_samples draws from a run: '
       'name one of them'
     )
-  build.split_to_evaluate(config)  # refuses a split that is not there
+  dataset.split_to_evaluate(config)  # refuses a split that is not there
   if args.images:
     scores.of_images(config, args)
   elif args.num_samples:

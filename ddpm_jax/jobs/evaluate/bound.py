@@ -10,10 +10,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
-from ddpm_jax import checks
+from ddpm_jax import dataset
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import recipe
+from ddpm_jax import sampling
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.jobs import sample
 from ddpm_jax.jobs.evaluate import record
@@ -33,7 +33,6 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   sample.check_workdir(args.workdir)
   if args.output:
     raise errors.UserError('--output is for images: evaluate has --workdir')
-  checks.basics(config)
   if not recipe.image_size(config):
     raise errors.UserError('bits/dim are of images: points have no grays')
   mesh = build.mesh(config)
@@ -42,7 +41,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   kind, step, params = sample.restore(
     config, mesh, args.workdir, args.step, key=key
   )
-  source, split = build.source_to_evaluate(config, args.workdir)
+  source, split = dataset.source_to_evaluate(config, args.workdir)
   count = min(len(source), config.evaluate.images or len(source))
   draws, T = config.evaluate.draws, config.schedule.T
   times = f't = 1 and {draws} drawn' if draws else f'all {T}'
@@ -89,7 +88,7 @@ def bound_of(
 ) -> likelihood.Bound:
   """The bound of the first `count` images, with a progress bar."""
   compiled = parallel.compile_map(
-    functions.bound(config, seed),
+    sampling.bound(config, seed),
     *(mesh, config.parallel.engine, params),
     name='the bound',
   )

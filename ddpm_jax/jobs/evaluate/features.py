@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import functions
+from ddpm_jax import build
 from ddpm_jax import npz
 from ddpm_jax.metrics import fidelity
 from ddpm_jax.metrics import inception
@@ -40,7 +41,7 @@ def extractor(
   engine = config.parallel.engine
   params = jax.device_put(params, parallel.replicated(mesh))
   compiled = parallel.compile_map(
-    functions.features(config), mesh, engine, params, name='Inception'
+    features(config), mesh, engine, params, name='Inception'
   )
 
   def extract(images: np.ndarray) -> inception.Features:
@@ -55,6 +56,18 @@ def extractor(
     return jax.tree.map(lambda *x: np.concatenate(x)[:n], *parts)
 
   return extract
+
+
+def features(config: ConfigDict) -> Callable[[Any, jax.Array], Any]:
+  """(Inception's parameters, uint8 (B, H, W, 1 or 3)) -> its features."""
+  prepare = build.member(inception, config.evaluate.resize, 'resize')
+
+  def apply(params: Any, images: jax.Array) -> inception.Features:
+    B, H, W, _ = images.shape
+    images = jnp.broadcast_to(images, (B, H, W, 3))  # gray is repeated
+    return inception.Inception().apply({'params': params}, prepare(images))  # type: ignore[return-value]
+
+  return apply
 
 
 def spans(count: int, size: int) -> list[Span]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import build
+from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax import expand
 from ddpm_jax import recipe
@@ -58,7 +58,7 @@ def from_data(
   Raises:
     UserError: what is kept was made of something else.
   """
-  source, split = build.source_to_evaluate(config)
+  source, split = dataset.source_to_evaluate(config)
   count = min(len(source), config.evaluate.images or len(source))
   if count < 2:
     raise errors.UserError('statistics of a data set need 2 images of it')

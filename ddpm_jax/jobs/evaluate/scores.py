@@ -9,10 +9,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
-from ddpm_jax import checks
 from ddpm_jax import errors
-from ddpm_jax import functions
 from ddpm_jax import recipe
+from ddpm_jax import sampling
 from ddpm_jax.data import given
 from ddpm_jax.jobs import sample
 from ddpm_jax.jobs.evaluate import features
@@ -48,7 +47,7 @@ def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
   mesh = build.mesh(config, local=True)
   seed = config.seed if args.seed is None else args.seed
   cut = functools.partial(parallel.cut_rows, mesh=mesh)
-  sampler = functions.sampler(config, seed, cut=cut)
+  sampler = sampling.sampler(config, seed, cut=cut)
   size, draw = sample.drawer(config, mesh, count, sampler)
   kind, step, params = sample.restore(
     config, mesh, args.workdir, args.step, key=record.weights_key(config)
@@ -165,8 +164,7 @@ def check(
   Raises:
     UserError: with the reason.
   """
-  checks.basics(config)
-  functions.features(config)  # an unknown resize
+  features.features(config)  # an unknown resize
   data = recipe.image_size(config)
   if not data:
     raise errors.UserError('FID and the like are of images, not of points')

@@ -1,8 +1,8 @@
 """`--mode=figures --figure=NAME`: the figures of the paper, from any run.
 
-A function of `pictures`, `curves` or `compression` that takes `trained` is a
-figure, and its name is what `--figure` says. Its `count`, if it has one, is
-`--num_samples`, and its `path` is `--images`.
+The figures are the functions in `__all__` of `pictures`, `curves` and
+`compression`. `--num_samples` is the argument `count` of a figure that has one,
+and `--images` its `path`.
 They are drawn anew from the weights, never from numbers that were stored.
 """
 
@@ -15,10 +15,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
-from ddpm_jax import checks
 from ddpm_jax import errors
 from ddpm_jax import recipe
-from ddpm_jax import registry
 from ddpm_jax.jobs import sample
 from ddpm_jax.jobs.figures import common
 from ddpm_jax.jobs.figures import compression
@@ -48,7 +46,6 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   if path.suffix.lower() != '.png':
     raise errors.UserError(f'--output={path} must end in .png')
   outputs.prepare(path)
-  checks.basics(config)
   if not recipe.image_size(config):
     raise errors.UserError('figures are of images, and this run is of points')
   seed = config.seed if args.seed is None else args.seed
@@ -76,7 +73,7 @@ def save(path: pathlib.Path, drawn: common.Drawn) -> None:
 def every() -> dict[str, Callable[..., common.Drawn]]:
   """The figures, by name, in the order of the alphabet."""
   rooms = (pictures, curves, compression)
-  known = {k: f for r in rooms for k, f in registry.known(r, 'trained').items()}
+  known = {name: getattr(room, name) for room in rooms for name in room.__all__}
   return dict(sorted(known.items()))
 
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import build
+from ddpm_jax import dataset
 from ddpm_jax import errors
-from ddpm_jax import functions
+from ddpm_jax import sampling
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules as tables
@@ -35,7 +35,7 @@ class Trained(NamedTuple):
   def map(self, fn: Callable[[Any, Any], Any], rows: Any) -> Any:
     """fn(params, rows) of arrays with a row an example, over all devices.
 
-    Of a `functions.Drawn` it gives the images.
+    Of a `sampling.Drawn` it gives the images.
 
     Raises:
       RunError: if one of them, or a number, is not finite.
@@ -51,7 +51,7 @@ class Trained(NamedTuple):
       out = compiled(self.params, parallel.put(filled, self.mesh, engine))
       bar.update(n)
     out = jax.tree.map(lambda x: x[:n], out)
-    if isinstance(out, functions.Drawn):
+    if isinstance(out, sampling.Drawn):
       sample.check_finite(np.asarray(out.bad_t))
       return out.images
     if not all(np.all(np.isfinite(x)) for x in jax.tree.leaves(out)):
@@ -80,7 +80,7 @@ def spread(T: int, n: int) -> list[int]:
 
 def real(config: ConfigDict, seed: int, count: int) -> np.ndarray:
   """Some images of the split to evaluate on, uint8; all if they are fewer."""
-  source, _ = build.source_to_evaluate(config)
+  source, _ = dataset.source_to_evaluate(config)
   return source.gather(some(len(source), seed, count))['image']
 
 

@@ -1,6 +1,6 @@
 """The figure of the codec, beside its theory and beside JPEG and WebP.
 
-A function that takes `trained` is a figure.
+`__all__` lists the figures.
 """
 
 import pathlib
@@ -15,6 +15,8 @@ from ddpm_jax.jobs.evaluate import bound as bounds
 from ddpm_jax.jobs.figures import common
 from ddpm_jax.jobs.figures import curves
 from ddpm_jax.runtime import images
+
+__all__ = ['codec']
 
 
 def codec(

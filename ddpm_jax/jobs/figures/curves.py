@@ -1,6 +1,6 @@
 """The figures of curves, and the tables that they print.
 
-A function that takes `trained` is a figure.
+`__all__` lists the figures.
 """
 
 import functools
@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import build
-from ddpm_jax import functions
+from ddpm_jax import dataset
+from ddpm_jax import sampling
 from ddpm_jax.diffusion import likelihood
-from ddpm_jax.diffusion import objectives
+from ddpm_jax.diffusion import losses
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import two_term as two_term_form
 from ddpm_jax.jobs import sample
@@ -26,6 +27,8 @@ from ddpm_jax.metrics import classifier as classifiers
 from ddpm_jax.metrics import distances
 from ddpm_jax.metrics import small
 from ddpm_jax.runtime import images
+
+__all__ = ['gradients', 'quality', 'rate_distortion', 'two_term']
 
 
 def quality(trained: common.Trained, count: int = 500) -> common.Drawn:
@@ -70,7 +73,7 @@ def rate_distortion(trained: common.Trained, count: int = 64) -> common.Drawn:
   """
   config = trained.config.copy_and_resolve_references()
   config.evaluate.draws = 0
-  source, split = build.source_to_evaluate(config, trained.workdir)
+  source, split = dataset.source_to_evaluate(config, trained.workdir)
   count = min(count, len(source))
   bound = bounds.bound_of(
     config, trained.mesh, trained.params, source, count, trained.seed
@@ -108,30 +111,28 @@ def table(rate: np.ndarray, rmse: np.ndarray, of: str) -> str:
 
 
 def gradients(trained: common.Trained, count: int = 256) -> common.Drawn:
-  """How much the gradients of two losses of one minimum vary, by t.
+  """How much the gradients of two losses with one minimum vary, by t.
 
-  `two_noise` and `one_noise` of the notes, on the trained network. The variance
-  is the trace of the covariance over `count` images with their noise; its
-  estimate, E_v Var(v·∇L) over directions v ~ N(0, I), needs no gradient an
+  `losses.two_noise` and `losses.one_noise`, on the trained network. The
+  variance is the trace of the covariance over `count` images with their noise;
+  its estimate, E_v Var(v·∇L) over directions v ~ N(0, I), needs no gradient an
   example, but a forward pass with tangents.
   """
   config, directions = trained.config, 8
   x0 = common.real(config, trained.seed, count)
   common.need_two('gradients', len(x0))
-  table, network = build.schedule(config), functions.reverse_process(config)
-  predict = build.reverse(config, config.model.variance)['predict']
-  times = np.array(common.spread(table.T, 20)[1:])
+  module = build.network(config)
+  times = np.array(common.spread(config.schedule.T, 20)[1:])
   times = np.unique([1, 2, *times])
-  forms = objectives.two_noise, objectives.one_noise
+  forms = losses.two_noise, losses.one_noise
 
   def fn(params: Any, rows: dict[str, jax.Array]) -> jax.Array:
     images, keys = pixels.to_float(rows['x0']), rows['keys']
 
-    def losses(params: Any, t: jax.Array) -> jax.Array:
-      model_fn, t = network.model_fn(params), jnp.full(len(images), t)
-      every = [
-        f(table, model_fn, keys, images, t, predict=predict) for f in forms
-      ]
+    def values(params: Any, t: jax.Array) -> jax.Array:
+      apply, t = build.applied(module, params), jnp.full(len(images), t)
+      denoiser = build.denoiser(config, apply)
+      every = [loss(denoiser, keys, images, t) for loss in forms]
       return jnp.stack(every, axis=1)
 
     def slopes(t: jax.Array, direction: jax.Array) -> jax.Array:
@@ -142,7 +143,7 @@ def gradients(trained: common.Trained, count: int = 256) -> common.Drawn:
         for k_leaf, leaf in zip(k, leaves, strict=True)
       ]
       return jax.jvp(
-        lambda p: losses(p, t), (params,), (jax.tree.unflatten(tree, v),)
+        lambda p: values(p, t), (params,), (jax.tree.unflatten(tree, v),)
       )[1]
 
     grid = jnp.meshgrid(times, jnp.arange(directions), indexing='ij')
@@ -150,7 +151,7 @@ def gradients(trained: common.Trained, count: int = 256) -> common.Drawn:
     each = each.reshape(len(times), directions, *each.shape[1:])
     return jnp.moveaxis(each, 2, 0)  # (B, times, directions, forms)
 
-  keys, _ = functions.noise(config, trained.seed, jnp.arange(len(x0)))
+  keys, _ = sampling.noise(config, trained.seed, jnp.arange(len(x0)))
   each = trained.map(fn, {'x0': x0, 'keys': keys}).astype(np.float64)
   two, one = each.var(0, ddof=1).mean(1).T
   print(gradient_table(times, two, one))
@@ -183,8 +184,8 @@ def two_term(trained: common.Trained, count: int = 8) -> common.Drawn:
   index = np.arange(len(x0) * draws, dtype=np.int32)
   rows = {'image': np.repeat(x0, draws, axis=0), 'index': index}
   forms = {
-    'three terms': functions.bound(config, trained.seed),
-    'two terms': functions.bound_by(two_term_form.bound, config, trained.seed),
+    'three terms': sampling.bound(config, trained.seed),
+    'two terms': sampling.bound(config, trained.seed, two_term_form.bound),
   }
   drawn = {}
   for name, form in forms.items():

@@ -1,6 +1,6 @@
 """The figures of images: the paper's 2, 6 to 9, and those of its appendix.
 
-A function that takes `trained` is a figure.
+`__all__` lists the figures.
 """
 
 import math
@@ -12,9 +12,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import dataset
 from ddpm_jax import errors
-from ddpm_jax import functions
-from ddpm_jax import registry
+from ddpm_jax import sampling
+from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import editing
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import pixels
@@ -25,6 +26,16 @@ from ddpm_jax.jobs.figures import common
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import logs
 
+__all__ = [
+  'forward',
+  'generation',
+  'interpolation',
+  'nearest',
+  'progressive',
+  'schedules',
+  'shared',
+]
+
 
 def forward(trained: common.Trained, count: int = 6) -> common.Drawn:
   """Images becoming noise under q: the chain of figure 2, from right to left.
@@ -33,7 +44,7 @@ def forward(trained: common.Trained, count: int = 6) -> common.Drawn:
   """
   config, table = trained.config, build.schedule(trained.config)
   x0 = common.real(config, trained.seed, count)
-  _, eps = functions.noise(config, trained.seed, jnp.arange(len(x0)))
+  _, eps = sampling.noise(config, trained.seed, jnp.arange(len(x0)))
   film = np.array(common.spread(table.T, 50))
   x_t = common.noised(table, x0, film, eps)
   shown = common.spread(len(film) - 1, 10)
@@ -50,10 +61,9 @@ def every_schedule(config: ConfigDict) -> dict[str, tables.Schedule]:
   """All schedules with the keys of a recipe; equal ones share a line."""
   names: dict[bytes, list[str]] = {}
   known: dict[bytes, tables.Schedule] = {}
-  for name in registry.known(tables, 'T'):
+  for name in tables.__all__:
     c = config.copy_and_resolve_references()
     c.schedule.name = name
-    c.model.predict = 'v'  # fits all of them; none of it is drawn
     table = build.schedule(c)
     same = np.asarray(table.alpha_bar).tobytes()
     names.setdefault(same, []).append(name)
@@ -81,7 +91,7 @@ def schedules(trained: common.Trained) -> common.Drawn:
     ),
   ]
   x0 = common.real(config, trained.seed, 1)
-  _, eps = functions.noise(config, trained.seed, jnp.arange(1))
+  _, eps = sampling.noise(config, trained.seed, jnp.arange(1))
   times = np.array(common.spread(config.schedule.T, 10))
   strips = [common.noised(s, x0, times, eps)[0] for s in every.values()]
   return common.Drawn(
@@ -97,7 +107,7 @@ def schedule_table(every: dict[str, tables.Schedule]) -> str:
   width = max(len(name) for name in every)
   lines = [f'{"schedule":{width}}   log ᾱ_T   KL(q(x_T | x_0) ‖ N(0, I))']
   for name, s in every.items():
-    bits = likelihood.prior(s, jnp.ones(1)) * likelihood.BITS
+    bits = likelihood.prior(s, jnp.ones((1, 1)))[0] * likelihood.BITS
     lines += [
       f'{name:{width}}   {s.log_alpha_bar[-1]:7.2f}   {bits:.2g} bits/dim'
     ]
@@ -126,17 +136,14 @@ def snapshot_times(config: ConfigDict, K: int) -> list[int]:
 
   Found by sampling with a step of which the prediction is the time.
   """
-  table = functions.reverse_process(config).schedule
+  table = build.sampler(config).schedule
 
-  def clock(
-    table: Any, model_fn: Any, keys: Any, x: Any, t: Any, before: Any
-  ) -> Any:
-    return x, jnp.full_like(x, table.time[t])
+  def clock(denoiser: Any, keys: Any, x: Any, t: Any, previous: Any) -> Any:
+    return x, jnp.full_like(x, denoiser.schedule.time[t])
 
   keys = jax.random.split(jax.random.key(0), 1)
-  _, seen, _ = samplers.sample(
-    clock, table, lambda x, t: x, keys, jnp.zeros(1), snapshots=K
-  )
+  none = denoisers.Denoiser(table, lambda x, t: x)
+  _, seen, _ = samplers.sample(clock, none, keys, jnp.zeros(1), snapshots=K)
   return np.asarray(seen)[:, 0].astype(int).tolist()
 
 
@@ -147,25 +154,25 @@ def shared(trained: common.Trained, count: int = 7) -> common.Drawn:
   their own. The less noise is shared, the more of the image is.
   """
   config, seed = trained.config, trained.seed
-  p = functions.reverse_process(config)
+  p = build.sampler(config)
   forks = np.array(common.spread(p.schedule.T, 4)[::-1])
 
-  def fn(params: Any, rows: dict[str, jax.Array]) -> functions.Drawn:
+  def fn(params: Any, rows: dict[str, jax.Array]) -> sampling.Drawn:
     t, first = rows['t'], rows['chain']
-    chain = p.schedule, p.model_fn(params)
-    keys, x_T = functions.noise(config, seed, first)
+    denoiser = p.denoiser(params)
+    keys, x_T = sampling.noise(config, seed, first)
     to_x_t = editing.between(p.step, p.schedule.T, t + 1)
-    x_t, _, bad_t = samplers.sample(to_x_t, *chain, keys, x_T)
+    x_t, _, bad_t = samplers.sample(to_x_t, denoiser, keys, x_T)
     others = first[:, None] + 1 + jnp.arange(count)[None]
-    keys, _ = functions.noise(config, seed, others.ravel())
+    keys, _ = sampling.noise(config, seed, others.ravel())
     from_x_t = editing.between(p.step, jnp.repeat(t, count))
     x_0, _, bad = samplers.sample(
-      from_x_t, *chain, keys, jnp.repeat(x_t, count, 0)
+      from_x_t, denoiser, keys, jnp.repeat(x_t, count, 0)
     )
     x_0 = x_0.reshape(-1, count, *x_t.shape[1:])
     tiles = pixels.to_uint8(jnp.concatenate([x_t[:, None], x_0], axis=1))
     bad_t = jnp.maximum(bad_t, bad.reshape(-1, count).max(1))
-    return functions.Drawn(tiles, None, bad_t)
+    return sampling.Drawn(tiles, None, bad_t)
 
   tiles = trained.map(fn, {'t': forks, 'chain': np.zeros_like(forks)})
   told = np.asarray(p.schedule.time)[forks]
@@ -182,7 +189,7 @@ def interpolation(trained: common.Trained, count: int = 1) -> common.Drawn:
   x_T, and a row is of one image.
   """
   config, seed = trained.config, trained.seed
-  p = functions.reverse_process(config)
+  p = build.sampler(config)
   a, b = unlike(common.real(config, seed, 16 * count), count)
   T = p.schedule.T
   times = np.array(sorted({math.ceil(T * k / 8) for k in (1, 2, 4, 6, 8)}))
@@ -192,18 +199,16 @@ def interpolation(trained: common.Trained, count: int = 1) -> common.Drawn:
     np.arange(count)[:, None, None], times[:, None], weights
   )
 
-  def fn(params: Any, rows: dict[str, jax.Array]) -> functions.Drawn:
-    keys, eps = functions.noise(config, seed, rows['pair'])
+  def fn(params: Any, rows: dict[str, jax.Array]) -> sampling.Drawn:
+    keys, eps = sampling.noise(config, seed, rows['pair'])
     x_t = jax.vmap(editing.interpolate, (None, 0, 0, 0, 0, 0))(
       p.schedule,
       *(pixels.to_float(rows['a']), pixels.to_float(rows['b'])),
       *(rows['t'], rows['weight'], eps),
     )
     step = editing.between(p.step, rows['t'])
-    return functions.drawn(
-      config,
-      samplers.sample(step, p.schedule, p.model_fn(params), keys, x_t),
-    )
+    sampled = samplers.sample(step, p.denoiser(params), keys, x_t)
+    return sampling.drawn(config, sampled)
 
   rows = {'pair': pair.ravel(), 't': t.ravel(), 'weight': weight.ravel()}
   rows |= {'a': a[rows['pair']], 'b': b[rows['pair']]}
@@ -246,7 +251,7 @@ def nearest(trained: common.Trained, count: int = 8) -> common.Drawn:
   config, k = trained.config, 8
   draw = sample.sampler(config, trained.mesh, count, trained.seed)
   drawn, _ = sample.gather(draw(trained.params))
-  near, squares = neighbours(drawn, build.source(config), k, config.data.flip)
+  near, squares = neighbours(drawn, dataset.source(config), k, config.data.flip)
   rmse = np.sqrt(squares[:, 0] / math.prod(drawn.shape[1:]))
   return common.Drawn(
     np.concatenate([drawn[:, None], near], axis=1),
@@ -290,26 +295,25 @@ def generation(trained: common.Trained, count: int = 10) -> common.Drawn:
   for name in ('greedy', 'ancestral'):
     c = config.copy_and_resolve_references()
     c.sampler.update(name=name, eta=0.0)
-    ways.append(functions.reverse_process(c))
+    ways.append(build.sampler(c))
   greedy, random = ways
 
-  def fn(params: Any, index: jax.Array) -> functions.Drawn:
-    model_fn = random.model_fn(params)
-    keys, x_T = functions.noise(config, seed, index)
+  def fn(params: Any, index: jax.Array) -> sampling.Drawn:
+    keys, x_T = sampling.noise(config, seed, index)
     best, _, bad_t = samplers.sample(
-      greedy.step, greedy.schedule, model_fn, keys, x_T
+      greedy.step, greedy.denoiser(params), keys, x_T
     )
     others = draws * index[:, None] + jnp.arange(draws)[None]
-    keys, _ = functions.noise(config, seed, others.ravel())
+    keys, _ = sampling.noise(config, seed, others.ravel())
     drawn, _, bad = samplers.sample(
-      *(random.step, random.schedule, model_fn, keys),
+      *(random.step, random.denoiser(params), keys),
       jnp.repeat(x_T, draws, axis=0),
     )
     drawn = drawn.reshape(-1, draws, *x_T.shape[1:])
     every = [x_T[:, None], best[:, None], drawn]
     tiles = pixels.to_uint8(jnp.concatenate(every, axis=1))
     bad_t = jnp.maximum(bad_t, bad.reshape(-1, draws).max(1))
-    return functions.Drawn(tiles, None, bad_t)
+    return sampling.Drawn(tiles, None, bad_t)
 
   tiles = trained.map(fn, np.arange(count, dtype=np.int32)).swapaxes(0, 1)
   return common.Drawn(tiles, labels=['$x_T$', 'greedy', *['random'] * draws])

@@ -13,7 +13,6 @@ import jax
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
-from ddpm_jax import checks
 from ddpm_jax import errors
 from ddpm_jax.jobs.plan import advice
 from ddpm_jax.jobs.plan import measure
@@ -38,7 +37,6 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     raise errors.UserError(
       'pmap compiles for devices that are here: plan with parallel.engine=jit'
     )
-  checks.basics(config)
   try:
     target = targets.find(args.topology)
   except (RuntimeError, AssertionError):

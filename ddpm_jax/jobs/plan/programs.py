@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ddpm_jax import conditioning
-from ddpm_jax import functions
+from ddpm_jax import build
 from ddpm_jax import recipe
+from ddpm_jax import sampling
 from ddpm_jax.jobs import sample
 from ddpm_jax.runtime import parallel
 
@@ -28,10 +28,10 @@ class Program(NamedTuple):
 
 def train(config: ConfigDict, mesh: jax.sharding.Mesh) -> Program:
   """As `jobs/train.py` compiles it."""
-  init = functools.partial(functions.init_state, config)
+  init = functools.partial(build.init_state, config)
   state = parallel.abstract_state(init, mesh)
   step = parallel.compile_step(
-    functions.train_step(config, parallel.parts(mesh)), mesh, 'jit', state
+    build.train_step(config, parallel.parts(mesh)), mesh, 'jit', state
   )
   return Program(
     step, (state, batch(config, mesh)), config.accumulate, config.batch_size
@@ -58,7 +58,7 @@ def batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 def told(config: ConfigDict, n: int) -> Any:
   """The shapes of n conditions of texts."""
-  return jax.eval_shape(lambda: conditioning.encoder(config).nothing(n))
+  return jax.eval_shape(lambda: build.encoder(config).nothing(n))
 
 
 def placed(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -70,11 +70,11 @@ def placed(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def draw(config: ConfigDict, mesh: jax.sharding.Mesh) -> Program:
   """As `jobs/sample.py` compiles it."""
-  init = functools.partial(functions.init_state, config)
+  init = functools.partial(build.init_state, config)
   params = parallel.abstract_state(init, mesh).ema_params
   n = sample.at_a_time(config, mesh, IMAGES)
   cut = functools.partial(parallel.cut_rows, mesh=mesh)
-  sampler = functions.sampler(config, config.seed, cut=cut)
+  sampler = sampling.sampler(config, config.seed, cut=cut)
   rows: Any = jax.ShapeDtypeStruct((n,), jnp.int32)
   if config.condition.name not in ('', 'label'):
     rows = {'index': rows, 'condition': told(config, n)}

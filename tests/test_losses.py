@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.diffusion import objectives
+from ddpm_jax.diffusion import denoiser as denoisers
+from ddpm_jax.diffusion import losses
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
@@ -26,6 +27,10 @@ def draw(choice, n, T=1000, seeds=1):
   return jax.vmap(batch, (0, None))(jnp.arange(seeds), jnp.arange(n))
 
 
+def model(network, predict=predictions.eps):
+  return denoisers.Denoiser(S, network, predict)
+
+
 def keys(n):
   return jax.random.split(jax.random.key(1), n)
 
@@ -33,29 +38,29 @@ def keys(n):
 def test_the_loss_of_a_network_that_answers_0_is_1():
   x0 = jnp.zeros((4096, 12))
   t = jnp.arange(4096) % 1000 + 1
-  loss = jax.jit(functools.partial(objectives.simple, S, lambda x, t: 0 * x))
-  losses = loss(keys(4096), x0, t)
-  assert losses.shape == (4096,)
+  loss = jax.jit(functools.partial(losses.simple, model(lambda x, t: 0 * x)))
+  values = loss(keys(4096), x0, t)
+  assert values.shape == (4096,)
   # Mean of 49,152 squared normals: standard error √(2/49152) = 0.0064.
-  assert abs(losses.mean() - 1) < 5 * 0.0064
+  assert abs(values.mean() - 1) < 5 * 0.0064
 
 
 def test_the_closed_form_optimum_has_the_loss_that_theory_gives():
   """E‖ε - E[ε | x_t]‖² = ᾱ s² / (ᾱ s² + 1-ᾱ) for x_0 ~ N(0, s²)."""
   n, t, variance = 20_000, 300, 0.25
   x0 = 0.5 * jax.random.normal(jax.random.key(2), (n, 4))
-  net = gaussian.model_fn(S, 0.0, variance)
-  loss = jax.jit(functools.partial(objectives.simple, S, net))
-  losses = loss(keys(n), x0, jnp.full(n, t))
+  net = gaussian.network(S, 0.0, variance)
+  loss = jax.jit(functools.partial(losses.simple, model(net)))
+  values = loss(keys(n), x0, jnp.full(n, t))
   signal = S.alpha_bar[t] * variance
   expected = signal / (signal + S.one_minus_alpha_bar[t])
-  assert abs(losses.mean() / expected - 1) < 5 * np.sqrt(2 / (4 * n))
+  assert abs(values.mean() / expected - 1) < 5 * np.sqrt(2 / (4 * n))
 
 
 def test_the_loss_of_an_example_depends_on_no_other():
   x0 = jax.random.normal(jax.random.key(0), (8, 5))
   t = jnp.arange(1, 9) * 100
-  loss = functools.partial(objectives.simple, S, lambda x, t: x**2, keys(8))
+  loss = functools.partial(losses.simple, model(lambda x, t: x**2), keys(8))
   f = jax.jit(loss)
   before, after = f(x0, t), f(x0.at[3].set(9.0), t)
   changed = before != after
@@ -116,7 +121,7 @@ def gradients(objective, predict, t, seed):
   def loss(w, key, x0):
     net = lambda x, t: w[0] * x + w[1]  # noqa: E731
     at = jnp.full(1, t)
-    return objective(S, net, key[None], x0[None], at, predict=predict)[0]
+    return objective(model(net, predict), key[None], x0[None], at)[0]
 
   each = jax.vmap(jax.grad(loss), (None, 0, 0))
   return each(jnp.array([0.3, 0.1]), keys, x0)
@@ -127,8 +132,8 @@ def gradients(objective, predict, t, seed):
 def test_two_noises_and_one_have_the_same_gradient_and_one_varies_less(t, kind):
   """The notes' claim."""
   predict = getattr(predictions, kind)
-  one = gradients(objectives.one_noise, predict, t, 1)
-  two = gradients(objectives.two_noise, predict, t, 2)
+  one = gradients(losses.one_noise, predict, t, 1)
+  two = gradients(losses.two_noise, predict, t, 2)
   error = jnp.sqrt((one.var(0) + two.var(0)) / N)
   assert np.all(np.abs(one.mean(0) - two.mean(0)) < 5 * error)
   # At t = 1 there is no noise before, and both are one. A μ̃ that is far off has
@@ -140,9 +145,9 @@ def test_two_noises_and_one_have_the_same_gradient_and_one_varies_less(t, kind):
 def test_x_prev_has_the_gradient_of_its_weighted_simple_loss():
   """For ε: ‖x_{t-1} - μ_θ‖² weighs `one_noise` by β_t/(1-β_t)."""
   t, eps = 300, predictions.eps
-  one_noise = gradients(objectives.one_noise, eps, t, 1)
+  one_noise = gradients(losses.one_noise, eps, t, 1)
   weighted = one_noise * S.beta[t] / (1 - S.beta[t])
-  got = gradients(objectives.x_prev, eps, t, 2)
+  got = gradients(losses.x_prev, eps, t, 2)
   error = jnp.sqrt((weighted.var(0) + got.var(0)) / N)
   assert np.all(np.abs(weighted.mean(0) - got.mean(0)) < 5 * error)
 
@@ -161,8 +166,8 @@ def test_the_losses_of_the_notes_know_the_truth(name, kind):
     eps = rest / process.per_example(noise, x_t)
     return jax.vmap(predict.target, (None, 0, 0, 0))(S, x0, eps, t)
 
-  objective = getattr(objectives, name)
-  loss = jax.jit(functools.partial(objective, S, net, predict=predict))
+  objective = getattr(losses, name)
+  loss = jax.jit(functools.partial(objective, model(net, predict)))
   got = loss(keys(n), x0, t)
   # What x_t leaves open of ε_t, and of x_{t-1}: their variances given x_t.
   left = {

@@ -1,0 +1,153 @@
+"""From a recipe to functions of weights, which jobs compile for their devices.
+
+Row i of their results depends on a seed and on `index[i]` alone, not on the
+other rows of the batch.
+"""
+
+import itertools
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ddpm_jax import build
+from ddpm_jax import recipe
+from ddpm_jax.diffusion import likelihood
+from ddpm_jax.diffusion import pixels
+from ddpm_jax.diffusion import process
+from ddpm_jax.diffusion import samplers
+
+# (params, rows) -> `Drawn`.
+Draw = Callable[[Any, Any], 'Drawn']
+
+
+class Drawn(NamedTuple):
+  """B samples.
+
+  Attributes:
+    images: uint8 (B, H, W, C); or points, float32 (B, D).
+    x0_hats: (B, K, ...), the same of predictions on the way, or None.
+    bad_t: (B,), see `samplers.Sampled`.
+  """
+
+  images: jax.Array
+  x0_hats: jax.Array | None
+  bad_t: jax.Array
+
+
+def noise(
+  config: ConfigDict, seed: int, index: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """(keys, x_T) of the samples `index` of a seed."""
+  fold = jax.vmap(jax.random.fold_in, (None, 0))
+  keys = fold(build.key(seed, 'sample'), index)
+  # Steps fold in their t ≥ 1, so 0 is left for x_T.
+  first = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
+  return keys, process.normal(first, recipe.shape(config))
+
+
+def index_and_condition(rows: Any) -> tuple[jax.Array, Any]:
+  """The index and the condition (or None) of rows; see `sampler`."""
+  if isinstance(rows, dict):
+    return rows['index'], rows.get('condition')
+  return rows, None
+
+
+def drawn(config: ConfigDict, sampled: samplers.Sampled) -> Drawn:
+  """The samples as they are shown and written."""
+  x_0, x0_hats = sampled.x_0, sampled.x0_hats.swapaxes(0, 1)
+  if recipe.image_size(config):
+    x_0, x0_hats = pixels.to_uint8(x_0), pixels.to_uint8(x0_hats)
+  return Drawn(x_0, x0_hats, sampled.bad_t)
+
+
+def sampler(
+  config: ConfigDict,
+  seed: int,
+  snapshots: int = 0,
+  cut: Callable[[jax.Array], jax.Array] = lambda images: images,
+) -> Draw:
+  """(params, rows) -> `Drawn`, by the recipe's sampler.
+
+  Args:
+    config: the recipe.
+    seed: of all samples.
+    snapshots: how many predictions on the way are returned.
+    cut: images (B, H, W, C) -> the same, split over devices.
+
+  Returns:
+    A function of the weights and of rows: a dict of `index` (B,) and, if the
+    recipe has one, a `condition`; or the index alone, and then classes take
+    turns, or there is no condition.
+  """
+  made = build.sampler(config)
+
+  def sample(params: Any, rows: Any) -> Drawn:
+    index, condition = index_and_condition(rows)
+    if condition is None and recipe.condition_kind(config) == 'label':
+      condition = index % config.condition.classes
+    keys, x_T = noise(config, seed, index)
+    denoiser = made.denoiser(params, condition)
+    return drawn(
+      config,
+      samplers.sample(
+        *(made.step, denoiser, keys, cut(x_T)), snapshots=snapshots
+      ),
+    )
+
+  return sample
+
+
+def chain(config: ConfigDict, seed: int, times: Sequence[int]) -> Draw:
+  """(params, index (B,)) -> `Drawn` of x_t (B, K, ...), not rounded.
+
+  At K falling times of the sampler's schedule, from the last one on.
+  """
+  made = build.sampler(config)
+
+  def sample(params: Any, index: jax.Array) -> Drawn:
+    keys, x = noise(config, seed, index)
+    kept, previous, bad_t = [x], None, jnp.zeros(len(x), jnp.int32)
+    denoiser = made.denoiser(params)
+    for first, after in itertools.pairwise(times):
+      x, seen, bad = samplers.sample(
+        *(made.step, denoiser, keys, x),
+        times=range(first, after, -1),
+        previous=previous,
+        snapshots=1,
+      )
+      previous = samplers.Previous(seen[0], jnp.full(len(x), after + 1))
+      kept.append(x)
+      bad_t = jnp.where(bad_t > 0, bad_t, bad)
+    return Drawn(jnp.stack(kept, axis=1), None, bad_t)
+
+  return sample
+
+
+def bound(
+  config: ConfigDict,
+  seed: int,
+  estimate: Callable[..., likelihood.Bound] = likelihood.bound,
+) -> Callable[[Any, dict[str, jax.Array]], likelihood.Bound]:
+  """(params, batch) -> `likelihood.Bound` of the images of a batch.
+
+  Args:
+    config: the recipe.
+    seed: of times and noise.
+    estimate: (denoiser, keys, x0) -> the bound.
+  """
+  module = build.network(config)
+  fold = jax.vmap(jax.random.fold_in, (None, 0))
+
+  def evaluate(params: Any, batch: dict[str, jax.Array]) -> likelihood.Bound:
+    keys = fold(build.key(seed, 'evaluate'), batch['index'])
+    condition = build.condition(config, batch)
+    network = build.applied(module, params, condition)
+    denoiser = build.denoiser(config, network, sampling=True)
+    return estimate(denoiser, keys, pixels.to_float(batch['image']))
+
+  return evaluate
