@@ -7,6 +7,7 @@ cache of whoever runs the suite is left alone.
 
 import contextlib
 import fcntl
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -81,6 +82,11 @@ def devices(request):
       for name in ('device_count', 'local_device_count'):
         patch.setattr(jax, name, lambda: 1)
     yield
+  # What is left of a module (compiled functions, most of it) stays: garbage
+  # need not be looked for there. Each look at all of it takes seconds, and
+  # checkpoint.py asks for some.
+  gc.collect()
+  gc.freeze()
 
 
 @pytest.fixture
@@ -146,7 +152,7 @@ def contents(folder):
 
 
 @pytest.fixture(scope='session')
-def tiny_run(tmp_path_factory, user_env):
+def tiny_run(tmp_path_factory, env):
   """A run of 200 steps that nothing happened to: (workdir, stderr).
 
   Nor does it, or a library that it uses, warn of anything. It is there for all
@@ -160,7 +166,7 @@ def tiny_run(tmp_path_factory, user_env):
           *(sys.executable, '-m', 'ddpm_jax.main', *TINY),
           *('--config.steps=200', f'--workdir={workdir}'),
         ],
-        env=user_env | {'PYTHONWARNINGS': 'error'},
+        env=env | {'PYTHONWARNINGS': 'error'},
         capture_output=True,
         text=True,
         check=True,

@@ -195,3 +195,8 @@ def test_asynchronous_pairs_and_tuples_count_once():
     'collective-permute': account.Collective(1, 2048, 1, 2048),
   }
   assert account.host_transfers(ASYNCHRONOUS) == ('out',)
+
+
+def test_operands_are_read_to_the_end_of_their_brackets():
+  assert account.operands('%a, f32[2]{0} %b), to_apply=%c') == ['a', 'b']
+  assert account.operands('%a, %b') == ['a', 'b']

@@ -280,3 +280,26 @@ def test_a_bit_that_was_never_seen_can_be_told():
   odds = arithmetic.Odds()
   odds.counts['a'] = [40_000, 0]
   assert arithmetic.Decoder(odds, encoder.finish()).bit('a', None) == 1
+
+
+def test_what_stands_for_no_code_is_damaged(monkeypatch):
+  """Should a CRC let it through: numbers that nothing was written as."""
+  monkeypatch.setattr(
+    arithmetic, 'unary', lambda coder, context, n: 63 if n is None else n
+  )
+  with pytest.raises(errors.UserError, match='damaged after byte'):
+    bitstream.read(DATA, RULES)
+
+
+def test_bytes_after_the_end_are_damage():
+  with pytest.raises(errors.UserError, match='damaged'):
+    bitstream.read(DATA + b'\0' * 20, RULES)
+
+
+def test_a_number_of_ones_without_an_end_is_none():
+  class Ones:
+    def bit(self, context, bit):
+      return 1
+
+  with pytest.raises(ValueError, match='no number is as long'):
+    arithmetic.unary(Ones(), ('a',), None)

@@ -545,3 +545,14 @@ def test_the_recipe_is_read_from_the_newest_checkpoint_that_has_one(two):
   assert checkpoint.newest_config(two) == {'lr': 1e-3}
   DAMAGES['about removed'](two / '1')
   assert checkpoint.newest_config(two) is None
+
+
+def test_a_recipe_that_cannot_be_read_is_not_taken_for_damaged(
+  two, monkeypatch
+):
+  def fail(_):
+    raise OSError(errno.EIO, 'Input/output error')
+
+  monkeypatch.setattr(checkpoint, '_about', fail)
+  with pytest.raises(errors.UserError, match='cannot read checkpoint'):
+    checkpoint.newest_config(two)

@@ -298,3 +298,29 @@ def test_neither_tensorflow_nor_a_wall_of_logs_is_needed(tmp_path):
   )
   assert run.stdout.split() == ['3', 'False']
   assert run.stderr == ''
+
+
+def test_a_folder_that_cannot_be_prepared_is_a_line(tmp_path, monkeypatch):
+  write_archive(tmp_path / cifar.ARCHIVE)
+  digest = hashlib.sha256((tmp_path / cifar.ARCHIVE).read_bytes()).hexdigest()
+
+  def fail(*_, **__):
+    raise OSError(28, 'No space left on device')
+
+  builder = tensorflow_datasets.core.DatasetBuilder
+  monkeypatch.setattr(builder, 'download_and_prepare', fail)
+  with pytest.raises(errors.UserError, match=r'No space left.* mend that, or'):
+    cifar.prepare(tmp_path, sha256=digest)
+
+
+def test_a_name_that_is_never_resolved_is_given_up(monkeypatch):
+  """`urlopen` does not count the time that looking up a name takes."""
+  done = threading.Event()
+  monkeypatch.setattr(
+    cifar.urllib.request, 'urlopen', lambda *_, **__: done.wait(10)
+  )
+  try:
+    with pytest.raises(TimeoutError, match=r'no answer in 0\.1 s'):
+      cifar._open('http://nowhere.example', 0.05)
+  finally:
+    done.set()

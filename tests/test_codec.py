@@ -287,3 +287,8 @@ def test_errors_are_those_of_x0_hat_under_q():
   squares = jax.jit(errors)(keys, X0)
   exact = np.square(X0).mean((1, 2, 3))
   np.testing.assert_allclose(squares, np.tile(exact, (5, 1)), rtol=1e-5)
+
+
+def test_a_codec_of_one_step_has_nothing_to_send():
+  with pytest.raises(ValueError, match=r'schedule\.T of 2 or more'):
+    codec.jumps(schedules.from_beta([0.5]), 1)

@@ -505,3 +505,14 @@ def test_the_ways_of_the_table_are_samplers_within_their_evaluations():
 def test_mistakes_with_the_table_are_a_line(args, message, tiny_run):
   with pytest.raises(errors.UserError, match=message):
     main.run(['--mode=few_steps', f'--workdir={tiny_run[0]}', *args])
+
+
+def test_a_first_step_called_by_itself_looks_back_at_nothing():
+  table = schedules.stride(S, 8)
+  net = gaussian.model_fn(table, M, V)
+  x = process.normal(keys(3, 1), (4,))
+  first, same = (
+    getattr(samplers, name)(table, net, keys(3), x, 5)[0]
+    for name in ('dpm_solver_pp_2m', 'ddim')
+  )
+  np.testing.assert_array_equal(first, same)

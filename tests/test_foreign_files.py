@@ -581,3 +581,59 @@ def test_what_NumPy_writes_is_read_to_the_bit(tmp_path):
 
 def load_bytes(path):
   return npz.load(io.BytesIO(path.read_bytes()))
+
+
+def test_a_line_that_excel_writes_for_itself_is_passed_over(tmp_path):
+  Image.new('L', (8, 8)).save(tmp_path / 'a.png')
+  (tmp_path / 'captions.csv').write_text('sep=;\nfile_name;text\na.png;x\n')
+  assert captions.of_folder(str(tmp_path), ['a.png']) == [('x',)]
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('file_name,other\na.png,x\n', 'captions need file_name, and'),
+    ('file_name,text\na.png,' + 'x' * 200_000 + '\n', r'csv:2: not CSV \('),
+  ],
+)
+def test_a_csv_that_holds_no_captions_is_a_line(text, message, tmp_path):
+  (tmp_path / 'captions.csv').write_text(text)
+  with pytest.raises(errors.UserError, match=message):
+    captions.of_folder(str(tmp_path), ['a.png'])
+
+
+def test_a_csv_too_large_to_be_read_says_what_to_write_instead(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(captions, 'MOST', 10)
+  (tmp_path / 'captions.csv').write_text('file_name,text\n')
+  with pytest.raises(errors.UserError, match=r'write the captions as metadata'):
+    captions.of_folder(str(tmp_path), ['a.png'])
+
+
+def test_a_line_too_long_is_refused_before_it_is_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(listing, 'LONGEST', 100)
+  (tmp_path / 'metadata.jsonl').write_text('{"a": "' + 'x' * 100 + '"}\n')
+  with pytest.raises(errors.UserError, match='jsonl:1: more than 100 bytes'):
+    list(listing.lines(str(tmp_path / 'metadata.jsonl')))
+
+
+def test_a_text_that_went_away_is_a_line(tmp_path):
+  with pytest.raises(errors.UserError, match=r'cannot be read \(No such'):
+    list(listing.lines(str(tmp_path / 'metadata.jsonl')))
+
+
+def test_an_image_whose_exif_cannot_be_read_stays_as_it_is(
+  tmp_path, monkeypatch
+):
+  def fail(self):
+    raise SyntaxError('broken')
+
+  Image.new('L', (2, 3)).save(tmp_path / 'a.png')
+  monkeypatch.setattr(Image.Image, 'getexif', fail)
+  assert decode.upright(str(tmp_path / 'a.png')).size == (2, 3)
+
+
+def test_pixels_of_other_types_are_refused():
+  with pytest.raises(ValueError, match='pixels are float64, not uint8'):
+    decode.fit_array(np.zeros((2, 2, 1)), (2, 2, 1))

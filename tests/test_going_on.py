@@ -275,3 +275,7 @@ def test_a_caption_that_changed_is_noticed(tmp_path):
 
   assert contents.changes(held('a dog'), held('a hog')) == '1 changed'
   assert not contents.changes(held('a dog'), held('a dog'))
+
+
+def test_a_file_that_is_not_there_has_no_size(tmp_path):
+  assert contents.size(str(tmp_path / 'none')) == -1

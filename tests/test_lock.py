@@ -126,3 +126,38 @@ def test_default_workdirs_of_one_second_are_not_one_folder(
   folders = [workdir.default('digits') for _ in range(30)]
   assert len(set(folders)) == 30
   assert all(folder.is_dir() for folder in folders)
+
+
+def test_a_lock_that_says_nothing_still_holds(tmp_path, monkeypatch):
+  monkeypatch.setattr(lock, 'WAIT', 0)
+  with another(tmp_path):
+    (tmp_path / lock.NAME).write_text('?')
+    with (
+      pytest.raises(errors.UserError, match='another program is writing'),
+      lock.held(tmp_path),
+    ):
+      pass
+
+
+def test_a_lock_that_cannot_be_tried_is_an_error(tmp_path, monkeypatch):
+  def fail(*_):
+    raise OSError(errno.EIO, 'Input/output error')
+
+  monkeypatch.setattr(fcntl, 'lockf', fail)
+  with pytest.raises(OSError, match='Input/output'), lock.held(tmp_path):
+    pass
+
+
+def test_of_two_heartbeats_that_begin_at_once_one_is_refused(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(fcntl, 'lockf', _no_locks)
+  other = '{"host": "there", "process": 1, "since": "now", "token": "x"}'
+  monkeypatch.setattr(
+    lock.time, 'sleep', lambda _: (tmp_path / lock.NAME).write_text(other)
+  )
+  with (
+    pytest.raises(errors.UserError, match='process 1 on there'),
+    lock.held(tmp_path),
+  ):
+    pass

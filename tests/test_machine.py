@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import json
 import os
 import pathlib
 import platform
@@ -22,6 +23,7 @@ import resource
 from ddpm_jax.runtime import machine
 machine.restart_with_memory()
 import numpy as np
+import threading
 
 def faults_of_a_large_array():
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -210,3 +212,29 @@ def test_all_packages_and_the_recipes_are_installed():
   assert set(named) == folders | {'ddpm_jax.configs'}
   mapped = setup['options']['package_dir'].split('=')
   assert [x.strip() for x in mapped] == ['ddpm_jax.configs', 'configs']
+
+
+def test_without_a_home_nothing_is_cached(monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', 'nowhere')
+  assert workdir.cache() is None
+
+
+def test_damaged_notes_of_a_run_are_warned_of_and_begun_anew(tmp_path, caplog):
+  (tmp_path / 'data.npz').write_bytes(b'x')
+  (tmp_path / 'changes.json').write_text('{')
+  assert workdir.read_data(tmp_path) is None
+  workdir.add_change(tmp_path, {'step': 3})
+  assert json.loads((tmp_path / 'changes.json').read_text()) == [{'step': 3}]
+  damaged, anew = caplog.messages
+  assert 'data.npz is damaged, not used' in damaged
+  assert 'it is begun anew' in anew
+
+
+def test_a_recipe_that_another_process_writes_is_waited_for(tmp_path):
+  timer = threading.Timer(
+    0.3, workdir.write_config, (tmp_path, {'batch_size': 3})
+  )
+  timer.start()
+  workdir.wait_for_config(tmp_path, {'batch_size': 3}, seconds=60)
+  with pytest.raises(errors.UserError, match='on a disk that they share'):
+    workdir.wait_for_config(tmp_path, {'batch_size': 4}, seconds=0)

@@ -487,14 +487,14 @@ def lines(path):
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket_is_that_of_a_folder(
-  here, endpoint, tmp_path, tiny_run, user_env
+  here, endpoint, tmp_path, tiny_run, env
 ):
   """Trained, stopped, gone on with, sampled from and evaluated."""
   undisturbed, _ = tiny_run
   bucket = paths.path('gs://bucket/whole')
   cwd = tmp_path / 'empty'
   cwd.mkdir()
-  env = user_env | endpoint
+  env = env | endpoint
 
   def start(*args):
     return subprocess.Popen(
@@ -551,3 +551,33 @@ def test_a_run_in_a_bucket_is_that_of_a_folder(
   )
   assert 'bits_per_dim' in (bucket / 'evaluation.json').read_text()
   assert list(cwd.iterdir()) == []
+
+
+def test_what_is_not_there_cannot_be_removed(folder):
+  (folder / 'none').unlink(missing_ok=True)
+  with pytest.raises(FileNotFoundError, match='no such object'):
+    (folder / 'none').unlink()
+
+
+def test_storage_that_fails_is_a_line_and_the_run_can_go_on(
+  folder, monkeypatch
+):
+  file = folder / 'file'
+  file.write_text('a')
+
+  def fail(*_, **__):
+    raise OSError('503\nService Unavailable')
+
+  monkeypatch.setattr(file._fs, 'rm_file', fail, raising=False)
+  with pytest.raises(errors.RunError, match='cannot use gs://') as error:
+    file.unlink()
+  assert '\n' not in str(error.value)
+
+
+def test_a_file_is_given_another_name(folder, tmp_path):
+  for path in (folder / 'a', tmp_path / 'a'):
+    path.write_text('x')
+    moved = paths.move(path, 'b')
+    assert moved == path.with_name('b')
+    assert moved.read_text() == 'x'
+    assert not path.exists()

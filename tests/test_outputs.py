@@ -115,3 +115,17 @@ def test_json_of_something_else_is_left_alone(tmp_path):
   with pytest.raises(errors.UserError, match='is not about images'):
     save(tmp_path / 'config.png', 3)
   assert (tmp_path / 'config.json').read_text() == '{"steps": 3}'
+
+
+def test_a_folder_is_no_file_of_images(tmp_path):
+  (tmp_path / 'a.png').mkdir()
+  with pytest.raises(errors.UserError, match=r'a\.png is a folder'):
+    outputs.prepare(tmp_path / 'a.png')
+
+
+def test_what_is_said_about_images_and_cannot_be_read_is_left_alone(tmp_path):
+  save(tmp_path / 'a.npz', 3)
+  (tmp_path / 'a.json').write_text('{')
+  with pytest.raises(errors.UserError, match='is not about images'):
+    save(tmp_path / 'a.npz', 3)
+  assert (tmp_path / 'a.json').read_text() == '{'

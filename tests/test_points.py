@@ -95,3 +95,10 @@ def test_what_does_not_fit_is_refused(changes, message, tmp_path):
   args = ['--config=configs/swiss_roll.py', f'--workdir={tmp_path / "x"}']
   with pytest.raises(errors.UserError, match=message):
     main.run([*args, *changes])
+
+
+def test_points_have_two_coordinates_and_no_pixels():
+  c = swiss_roll.get_config()
+  c.data.channels = 3
+  with pytest.raises(errors.UserError, match='no pixels and 2 coordinates'):
+    build.source(c)

@@ -193,3 +193,10 @@ def test_hybrid_trains_the_mean_by_the_simple_loss_alone():
   np.testing.assert_allclose(by_mean, simple, rtol=1e-5)
   _, bound = slopes(losses.vlb, **kind)
   np.testing.assert_allclose(by_var, 0.001 * S.T * bound, rtol=1e-4)
+
+
+def test_hybrid_is_for_a_network_that_learns_its_variance():
+  keys = jax.random.split(jax.random.key(0), 2)
+  x0 = jnp.zeros((2, 3))
+  with pytest.raises(ValueError, match='learns its variance'):
+    objectives.hybrid(S, lambda x_t, t: x_t, keys, x0, jnp.array([1, 2]))

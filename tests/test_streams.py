@@ -130,7 +130,7 @@ def test_a_pipe_that_is_full_is_waited_for(tmp_path):
 
 
 @pytest.fixture
-def compare(tmp_path, user_env):
+def compare(tmp_path, env):
   """Runs --mode=compare of an evaluated run, with redirections."""
 
   def compare(redirections, *args):
@@ -140,7 +140,7 @@ def compare(tmp_path, user_env):
     command = [sys.executable, '-m', 'ddpm_jax.main', '--mode=compare', *args]
     return subprocess.run(
       [*shell(redirections), *command, f'--workdir={folder.parent}'],
-      env=user_env,
+      env=env,
       capture_output=True,
       text=True,
       timeout=120,
@@ -177,7 +177,7 @@ def test_the_program_exits_with_the_right_code(
 
 
 @pytest.fixture
-def train(user_env, tmp_path):
+def train(env, tmp_path):
   """Starts a run that would take long; kills it in the end."""
   started = []
 
@@ -186,7 +186,7 @@ def train(user_env, tmp_path):
     args = ['--config.steps=100000', '--config.checkpoint.every=100000']
     program = [sys.executable, '-m', 'ddpm_jax.main', *conftest.TINY, *args]
     process = subprocess.Popen(
-      [*before, *program, f'--workdir={workdir}'], env=user_env, **options
+      [*before, *program, f'--workdir={workdir}'], env=env, **options
     )
     started.append(process)
     wait_for(workdir, 2, process)
