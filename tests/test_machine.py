@@ -9,6 +9,7 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 
 import jax
 import pytest
