@@ -67,14 +67,22 @@ def _imported(path: str, what: str) -> Any:
     ) from e
 
 
-def options(function: Callable, section: Mapping[str, Any]) -> dict[str, Any]:
-  """The keys of a section of the recipe that a function has arguments for."""
-  return {key: x for key, x in section.items() if reads(function, key)}
+def options(
+  function: Callable, section: Mapping[str, Any], given: int = 0
+) -> dict[str, Any]:
+  """The keys of a section of the recipe that a function has arguments for.
+
+  Args:
+    function: to be called.
+    section: of the recipe.
+    given: how many positional arguments it is called with, which are no keys.
+  """
+  return {k: x for k, x in section.items() if reads(function, k, given)}
 
 
-def reads(function: Callable, key: str) -> bool:
-  """Whether a function has an argument for a key of its section."""
-  return key in inspect.signature(function).parameters
+def reads(function: Callable, key: str, given: int = 0) -> bool:
+  """Whether a function has an argument for a key; see `options`."""
+  return key in list(inspect.signature(function).parameters)[given:]
 
 
 def call(
@@ -91,7 +99,7 @@ def call(
   Raises:
     UserError: for a value that `function` refuses, naming its keys.
   """
-  passed = options(function, section)
+  passed = options(function, section, len(args))
   try:
     return function(*args, **passed)
   except errors.UserError:
@@ -209,7 +217,7 @@ def sampler(config: ConfigDict) -> Sampler:
   """
   c, module = config.sampler, network(config)
   function = member(samplers, c.name, 'sampler')
-  step = functools.partial(function, **options(function, c))
+  step = functools.partial(function, **options(function, c, given=5))
   spacing = member(spacings, c.spacing, 'spacing')
   strided = {'steps': c.steps, 'spacing': spacing}
   short = call(schedules.stride, strided, schedule(config), of='sampler')
@@ -310,7 +318,7 @@ def loss_fn(config: ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
   """
   module, n = network(config), config.batch_size
   function = member(losses, config.loss.name, 'loss')
-  loss = functools.partial(function, **options(function, config.loss))
+  loss = functools.partial(function, **options(function, config.loss, given=4))
   draw_t = member(timesteps, config.loss.t, 'choice of t')
   fold = jax.vmap(jax.random.fold_in, (None, 0))
 

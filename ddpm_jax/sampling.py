@@ -4,6 +4,7 @@ Row i of their results depends on a seed and on `index[i]` alone, not on the
 other rows of the batch.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -131,16 +132,19 @@ def chain(config: ConfigDict, seed: int, times: Sequence[int]) -> Draw:
 def bound(
   config: ConfigDict,
   seed: int,
-  estimate: Callable[..., likelihood.Bound] = likelihood.bound,
+  estimate: Callable[..., likelihood.Bound] | None = None,
 ) -> Callable[[Any, dict[str, jax.Array]], likelihood.Bound]:
   """(params, batch) -> `likelihood.Bound` of the images of a batch.
 
   Args:
     config: the recipe.
     seed: of times and noise.
-    estimate: (denoiser, keys, x0) -> the bound.
+    estimate: (denoiser, keys, x0) -> the bound; by default
+      `likelihood.bound`, at as many times as the recipe says.
   """
   module = build.network(config)
+  draws = config.evaluate.draws
+  of = estimate or functools.partial(likelihood.bound, draws=draws)
   fold = jax.vmap(jax.random.fold_in, (None, 0))
 
   def evaluate(params: Any, batch: dict[str, jax.Array]) -> likelihood.Bound:
@@ -148,6 +152,6 @@ def bound(
     condition = build.condition(config, batch)
     network = build.applied(module, params, condition)
     denoiser = build.denoiser(config, network, sampling=True)
-    return estimate(denoiser, keys, pixels.to_float(batch['image']))
+    return of(denoiser, keys, pixels.to_float(batch['image']))
 
   return evaluate

@@ -29,14 +29,15 @@ from ddpm_jax.models import networks
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import parallel
 
-# The sections whose `name` is a function, and what it is a member of.
+# The sections whose `name` is a function: what it is a member of, what to call
+# it, and how many positional arguments it is called with.
 MEMBERS = {
-  'data': (sources, 'data set'),
-  'schedule': (schedules, 'schedule'),
-  'model': (networks, 'model'),
-  'condition': (encoders, 'condition'),
-  'loss': (losses, 'loss'),
-  'sampler': (samplers, 'sampler'),
+  'data': (sources, 'data set', 0),
+  'schedule': (schedules, 'schedule', 0),
+  'model': (networks, 'model', 2),
+  'condition': (encoders, 'condition', 0),
+  'loss': (losses, 'loss', 4),
+  'sampler': (samplers, 'sampler', 5),
 }
 # Keys of these sections that are read whatever function the name stands for.
 ALWAYS_READ = {
@@ -46,7 +47,7 @@ ALWAYS_READ = {
   ),
   'schedule': ('zero_terminal_snr', 'T'),
   'model': ('predict', 'variance'),
-  'condition': ('drop',),
+  'condition': ('drop', 'classes'),
   'loss': ('t',),
   'sampler': (
     *('steps', 'spacing', 'clip', 'weights', 'batch_size'),
@@ -78,7 +79,7 @@ def check(config: ConfigDict) -> None:
 
 def names(config: ConfigDict) -> None:
   """Refuses names that stand for nothing."""
-  for section, (module, what) in MEMBERS.items():
+  for section, (module, what, _) in MEMBERS.items():
     if name := config[section].name:
       build.member(module, name, what)
   build.member(predictions, config.model.predict, 'prediction')
@@ -306,14 +307,15 @@ def unread(
   """
   default = recipe.defaults()
   default['sampler.variance'] = config.model.variance
-  for section, (module, what) in MEMBERS.items():
+  for section, (module, what, given) in MEMBERS.items():
     keys, name = config[section], config[section].name
     function = build.member(module, name, what) if name else None
     for key in keys:
       full = f'{section}.{key}'
       if full not in said or full not in default or key == 'name':
         continue
-      if keys[key] != default[full] and not _reads(section, function, key):
+      unused = not _reads(section, function, key, given)
+      if keys[key] != default[full] and unused:
         mend = f'set config.{full}={default[full]}'
         raise errors.UserError(
           f'config.{full}={keys[key]} is not used by config.{section}.name='
@@ -322,12 +324,14 @@ def unread(
         )
 
 
-def _reads(section: str, function: Callable | None, key: str) -> bool:
+def _reads(
+  section: str, function: Callable | None, key: str, given: int
+) -> bool:
   if key in ALWAYS_READ[section]:
     return True
   if (section, key) == ('sampler', 'variance'):
     return function is samplers.ancestral or not _is_ours(function)
-  return function is not None and build.reads(function, key)
+  return function is not None and build.reads(function, key, given)
 
 
 def _is_ours(function: Callable | None) -> bool:

@@ -167,8 +167,9 @@ def test_groups_are_the_largest_within_the_limit():
 
 def test_jumps_go_from_T_to_1_by_the_same_noise_levels():
   table = schedules.linear()
+  denoiser = denoisers.Denoiser(table, half)
   for steps in (1, 2, 30, 999):
-    short = codec.jumps(table, steps)
+    short = codec.jumps(denoiser, steps).schedule
     assert len(short.beta) == steps + 2
     assert list(short.time[:2]) == [0, 1]
     assert int(short.time[-1]) == 1000
@@ -177,12 +178,12 @@ def test_jumps_go_from_T_to_1_by_the_same_noise_levels():
     np.testing.assert_allclose(short.alpha_bar, there, rtol=1e-5)
   for steps in (0, 1000):
     with pytest.raises(ValueError, match='steps must be in'):
-      codec.jumps(table, steps)
+      codec.jumps(denoiser, steps)
 
 
 def test_what_is_expected_is_the_mean_of_KL():
   """½ log2(σ²/β̃) is KL(q ‖ p) where σ² - β̃ is the mean of the squared gap."""
-  short, squares = codec.jumps(S, 4), np.array([0.5, 0.2, 0.1, 0.01])
+  short, squares = jumps(half, 4).schedule, np.array([0.5, 0.2, 0.1, 0.01])
   found = codec.expected(short, squares)
   for bits, square, k in zip(found, squares, (5, 4, 3, 2), strict=True):
     of_x0, _ = predictions.posterior_coefs(short, k)
@@ -290,5 +291,6 @@ def test_errors_are_those_of_x0_hat_under_q():
 
 
 def test_a_codec_of_one_step_has_nothing_to_send():
+  denoiser = denoisers.Denoiser(schedules.from_beta([0.5]), half)
   with pytest.raises(ValueError, match=r'schedule\.T of 2 or more'):
-    codec.jumps(schedules.from_beta([0.5]), 1)
+    codec.jumps(denoiser, 1)

@@ -305,10 +305,13 @@ def answers(scale, interval=(0.0, 1.0)):
   x = jax.random.normal(jax.random.key(5), (4, 6))
   t = jnp.array([1, 200, 600, 1000])
   given, nothing = jnp.arange(4.0), jnp.zeros(4)
-  net = guidance.guided(
-    linear, given, nothing, T=1000, scale=scale, interval=interval
+  denoiser = guidance.guided(
+    denoisers.Denoiser(schedules.linear(1000), linear),
+    *(given, nothing),
+    scale=scale,
+    interval=interval,
   )
-  return net(x, t), linear(x, t, given), linear(x, t, nothing)
+  return denoiser.network(x, t), linear(x, t, given), linear(x, t, nothing)
 
 
 @pytest.mark.parametrize('w', [0.0, 0.4, 1.0, 3.0])
@@ -332,12 +335,13 @@ def test_rescaled_guidance_has_the_spread_of_none():
   spread = lambda x: x[:, :6].std(1)  # noqa: E731
   x, t = jax.random.normal(jax.random.key(5), (4, 6)), jnp.full(4, 3)
   net = lambda x, t, c: x * (1 + c[:, None])  # noqa: E731
+  denoiser = denoisers.Denoiser(schedules.linear(9), net)
   made = functools.partial(
-    guidance.guided, net, jnp.ones(4), jnp.zeros(4), T=9, scale=3.0
+    guidance.guided, denoiser, jnp.ones(4), jnp.zeros(4), scale=3.0
   )
   want = spread(np.asarray(net(x, t, jnp.ones(4))))
-  assert np.all(spread(np.asarray(made()(x, t))) > 1.5 * want)
-  got = spread(np.asarray(made(rescale=1.0)(x, t)))
+  assert np.all(spread(np.asarray(made().network(x, t))) > 1.5 * want)
+  got = spread(np.asarray(made(rescale=1.0).network(x, t)))
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
@@ -356,8 +360,9 @@ def test_guiding_any_prediction_guides_x0_alike(name):
 
   @jax.jit
   def guided():
-    answer = guidance.guided(net, x0_c, x0_0, T=1000, scale=w)(x_t, t)
-    return jax.vmap(predict.to_x0, (None, 0, 0, 0))(s, x_t, answer, t)
+    denoiser = denoisers.Denoiser(s, net, predict, clip=False)
+    made = guidance.guided(denoiser, x0_c, x0_0, scale=w)
+    return denoisers.x0_hat(made, x_t, t)
 
   got = guided()
   want = x0_0 + w * (x0_c - x0_0)

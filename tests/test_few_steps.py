@@ -441,7 +441,14 @@ def test_a_sampler_draws_from_a_run(tiny_run, tmp_path):
       'begin at T',
     ),
     ({'model.predict': 'mu', 'sampler.steps': '10'}, 'steps=1000'),
-    ({'model.variance': 'learned', 'sampler.steps': '10'}, 'steps=1000'),
+    (
+      {
+        'model.variance': 'learned',
+        'loss.name': 'hybrid',
+        'sampler.steps': '10',
+      },
+      'steps=1000',
+    ),
   ],
 )
 def test_what_does_not_fit_is_a_line(changes, message):
@@ -454,7 +461,11 @@ def test_what_does_not_fit_is_a_line(changes, message):
 def test_what_does_fit_is_not_refused():
   for changes in (
     {'schedule.zero_terminal_snr': 'true', 'model.predict': 'v'},
-    {'model.variance': 'learned_range', 'sampler.steps': '10'},
+    {
+      'model.variance': 'learned_range',
+      'loss.name': 'hybrid',
+      'sampler.steps': '10',
+    },
     {'sampler.name': 'ddim', 'sampler.eta': '1.0', 'sampler.steps': '10'},
   ):
     config = base.get_config()
@@ -486,7 +497,8 @@ def test_the_ways_of_the_table_are_samplers_within_their_evaluations():
   found = []
   for variance in ('beta', 'learned_range', 'learned'):
     config = base.get_config()
-    recipe.override(config, {'model.variance': variance})
+    loss = 'simple' if variance == 'beta' else 'hybrid'
+    recipe.override(config, {'model.variance': variance, 'loss.name': loss})
     found.append(set(few_steps.ways(config)))
     for way in few_steps.ways(config).values():
       for n in few_steps.looks(way, 1000):
@@ -509,10 +521,11 @@ def test_mistakes_with_the_table_are_a_line(args, message, tiny_run):
 
 def test_a_first_step_called_by_itself_looks_back_at_nothing():
   table = schedules.stride(S, 8)
-  net = gaussian.model_fn(table, M, V)
+  own = table._replace(time=jnp.arange(9))
+  denoiser = denoisers.Denoiser(own, gaussian.network(table, M, V))
   x = process.normal(keys(3, 1), (4,))
   first, same = (
-    getattr(samplers, name)(table, net, keys(3), x, 5)[0]
+    getattr(samplers, name)(denoiser, keys(3), x, 5)[0]
     for name in ('dpm_solver_pp_2m', 'ddim')
   )
   np.testing.assert_array_equal(first, same)

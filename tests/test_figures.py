@@ -1,5 +1,6 @@
 """`--mode=figures`: pictures of what they say they are of."""
 
+import functools
 import shutil
 
 import gaussian
@@ -203,10 +204,9 @@ def test_interpolation_starts_there_and_shows_the_originals(trained):
   k, eps = sampling.noise(run.config, 3, jnp.array([1]))
   first = 2  # ⌈10/8⌉ of 10 steps
   x_t = process.q_sample(p.schedule, a[1] / 127.5 - 1, first, eps[0])
-  x_0, *_ = jitted.sample(
-    *(p.step, p.denoiser(run.params), k, x_t[None]),
-    times=range(first, 0, -1),
-  )
+  draw = functools.partial(samplers.sample, times=range(first, 0, -1))
+  denoiser = p.denoiser(run.params)
+  x_0, *_ = jax.jit(functools.partial(draw, p.step, denoiser))(k, x_t[None])
   expected = np.clip(np.asarray(x_0[0]) * 127.5 + 127.5, 0, 255)
   np.testing.assert_allclose(tiles[5, 1], expected, atol=0.51)
 

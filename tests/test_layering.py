@@ -182,10 +182,10 @@ def keys_read(function):
 
 def keys_passed():
   """The keys that the functions which a recipe names take as arguments."""
-  for section, (module, _) in validate.MEMBERS.items():
+  for section, (module, _, given) in validate.MEMBERS.items():
     for name in module.__all__:
-      for key in inspect.signature(getattr(module, name)).parameters:
-        yield f'{section}.{key}'
+      names = inspect.signature(getattr(module, name)).parameters
+      yield from (f'{section}.{key}' for key in list(names)[given:])
 
 
 def test_every_key_of_the_base_recipe_is_read():

@@ -101,4 +101,4 @@ def test_points_have_two_coordinates_and_no_pixels():
   c = swiss_roll.get_config()
   c.data.channels = 3
   with pytest.raises(errors.UserError, match='no pixels and 2 coordinates'):
-    build.source(c)
+    dataset.source(c)

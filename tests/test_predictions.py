@@ -198,5 +198,6 @@ def test_hybrid_trains_the_mean_by_the_simple_loss_alone():
 def test_hybrid_is_for_a_network_that_learns_its_variance():
   keys = jax.random.split(jax.random.key(0), 2)
   x0 = jnp.zeros((2, 3))
+  denoiser = denoisers.Denoiser(S, lambda x_t, t: x_t)
   with pytest.raises(ValueError, match='learns its variance'):
-    objectives.hybrid(S, lambda x_t, t: x_t, keys, x0, jnp.array([1, 2]))
+    losses.hybrid(denoiser, keys, x0, jnp.array([1, 2]))

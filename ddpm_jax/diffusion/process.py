@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Int
-from jaxtyping import Num
+from jaxtyping import Shaped
 
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import schedules
@@ -66,7 +66,7 @@ def q_between(
   return jnp.exp(log_kept / 2) * x_s + jnp.sqrt(-jnp.expm1(log_kept)) * eps
 
 
-def per_example(t: Num[Array | np.ndarray, '...'] | float, x: XLike) -> Any:
+def per_example(t: Shaped[Array | np.ndarray, '...'] | float, x: XLike) -> Any:
   """t in a shape that broadcasts against x: (), or (B,) for x of (B, ...).
 
   Raises:
