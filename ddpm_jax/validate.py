@@ -300,7 +300,9 @@ def unread(
     config: the recipe.
     said: the keys that the user sets now. A run that was saved with others is
       not refused for them.
-    changes: those of them that are on the command line.
+    changes: those of them that are on the command line. Where a name is among
+      them, what the file sets for the function that it names is left over, and
+      not refused.
 
   Raises:
     UserError: naming the first such key that is not at its default.
@@ -310,9 +312,11 @@ def unread(
   for section, (module, what, given) in MEMBERS.items():
     keys, name = config[section], config[section].name
     function = build.member(module, name, what) if name else None
+    other = f'{section}.name' in changes
     for key in keys:
       full = f'{section}.{key}'
-      if full not in said or full not in default or key == 'name':
+      left_over = other and full not in changes
+      if full not in said or full not in default or key == 'name' or left_over:
         continue
       unused = not _reads(section, function, key, given)
       if keys[key] != default[full] and unused:

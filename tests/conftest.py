@@ -42,12 +42,10 @@ jaxtyping.install_import_hook(
 import jax  # noqa: E402 - it reads these variables
 
 DIGITS = str(ROOT / 'configs' / 'digits.py')
+# A run whose network is two convolutions: all else is as a user has it.
 TINY = [
   f'--config={DIGITS}',
-  '--config.model.channels=8',
-  '--config.model.multipliers=(1,)',
-  '--config.model.groups=4',
-  '--config.model.dropout=0.1',
+  '--config.model.name=two_convolutions.network',
   '--config.data.flip=true',
   '--config.batch_size=16',
   '--config.optimizer.warmup=5',
@@ -55,6 +53,13 @@ TINY = [
   '--config.log.every=1',
   '--config.checkpoint.every=40',
   '--num_samples=9',
+]
+UNET = [
+  *(x for x in TINY if 'model.name' not in x),
+  '--config.model.channels=8',
+  '--config.model.multipliers=(1,)',
+  '--config.model.groups=4',
+  '--config.model.dropout=0.1',
 ]
 
 
@@ -120,7 +125,7 @@ def user_env():
   """
   env = os.environ | {
     'JAX_NUM_CPU_DEVICES': '1',
-    'PYTHONPATH': str(ROOT),
+    'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}',
   }
   del env['XLA_FLAGS']
   return env

@@ -373,7 +373,7 @@ def test_guiding_any_prediction_guides_x0_alike(name):
 def test_without_guidance_an_image_is_drawn_as_told():
   """The shortcut for w = 1 is the guided network at w = 1."""
   c, *others = (
-    config(model__name='tiny.network', sampler__guidance=w)
+    config(model__name='two_convolutions.network', sampler__guidance=w)
     for w in (1, 1 + 1e-6, 0)
   )
   denoiser, *guided = (build.sampler(each).denoiser for each in (c, *others))
@@ -565,7 +565,7 @@ def test_a_class_that_is_not_there(label):
 
 def test_classes_take_turns_if_none_is_asked_for():
   c = config(digits, condition__name='label', condition__classes=10)
-  c.model.name = 'tiny.network'
+  c.model.name = 'two_convolutions.network'
   params, draw = tiny.weights_of(c), sampling.sampler(c, seed=0)
   index = jnp.array([3, 12, 25])
 

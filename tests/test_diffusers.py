@@ -435,7 +435,7 @@ def test_a_ckpt_has_the_recipe_that_is_named(tiny_run, tmp_path):
   path = tmp_path / 'model-200.ckpt'
   torch.save({k: torch.tensor(x) for k, x in tensors.items()}, path)
   convert = ['--mode=convert', f'--input={path}', f'--output={tmp_path}/run']
-  main.run([*convert, *conftest.TINY])
+  main.run([*convert, *conftest.UNET])
   _, again = ours(tmp_path / 'run')
   chex.assert_trees_all_equal(params, again)
 

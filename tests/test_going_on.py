@@ -34,9 +34,7 @@ with lock.held(pathlib.Path(sys.argv[1])):
 FOLDER = pathlib.Path(__file__).parents[1] / 'configs' / 'folder.py'
 COMMON = [
   '--config.log.every=1',
-  *('--config.model.channels=8', '--config.model.multipliers=(1,)'),
-  *('--config.model.groups=4', '--config.model.attention=()'),
-  '--config.model.blocks=1',
+  '--config.model.name=two_convolutions.network',
   *('--config.data.image_size=8', '--config.batch_size=2'),
   *('--config.sampler.steps=2', '--config.checkpoint.every=2'),
   *('--num_samples=2', '--config.parallel.data=1'),

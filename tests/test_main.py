@@ -26,13 +26,6 @@ from ddpm_jax.runtime import parallel
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = conftest.DIGITS
 TINY = conftest.TINY
-# Quicker to compile than a U-Net.
-POINTS = [
-  '--config=configs/swiss_roll.py',
-  *('--config.model.channels=16', '--config.model.blocks=1'),
-  *('--config.batch_size=16', '--config.optimizer.warmup=5'),
-  '--config.log.every=1',
-]
 ELSEWHERE = {'engine': 'jit', 'data': 2, 'fsdp': 16, 'spatial': 1}
 
 
@@ -233,7 +226,7 @@ def test_a_user_who_lets_xla_optimise_trains_the_same(
   popen, user_env, tmp_path
 ):
   """All other tests ask the compiler for less."""
-  args = [*POINTS, '--config.steps=20']
+  args = [*TINY, '--config.steps=20']
   theirs, here = tmp_path / 'theirs', tmp_path / 'here'
   command = [sys.executable, '-m', 'ddpm_jax.main', *args]
   process = popen([*command, f'--workdir={theirs}'], user_env)
@@ -251,7 +244,8 @@ def test_ctrl_c_is_answered_while_xla_compiles_and_a_second_one_quits(
 ):
   workdir = tmp_path / 'early'
   cold = str(tmp_path / 'cache')
-  process = start(*TINY, f'--workdir={workdir}', JAX_COMPILATION_CACHE_DIR=cold)
+  args = [*conftest.UNET, f'--workdir={workdir}']
+  process = start(*args, JAX_COMPILATION_CACHE_DIR=cold)
   lines = iter(process.stderr.readline, '')
   assert 'compiling the train step\n' in lines
   process.send_signal(signal.SIGINT)
@@ -265,12 +259,13 @@ def test_ctrl_c_is_answered_while_xla_compiles_and_a_second_one_quits(
 
 def test_the_history_of_the_losses_is_resumed_too(tmp_path, stop_at):
   few = ['--config.loss.t=importance', '--config.schedule.T=3']
+  few += ['--config.sampler.steps=3']
 
   def trained(name, *steps):
     workdir = tmp_path / name
     for step in steps:
       stop_at(step)
-      main.run([*POINTS, *few, f'--workdir={workdir}', '--config.steps=99'])
+      main.run([*TINY, *few, f'--workdir={workdir}', '--config.steps=99'])
     return workdir
 
   whole, parts = trained('whole', 9), trained('parts', 5, 9)
@@ -488,11 +483,11 @@ def test_a_run_without_a_checkpoint_is_begun_again(begun, stop_at, capfd):
   err = capfd.readouterr().err
   assert f'{begun} has no checkpoint: it is begun again' in err
   saved = json.loads(file.read_text())
-  assert saved['model']['channels'] == 8
+  assert saved['optimizer']['warmup'] == 5
   assert saved['parallel'] == ELSEWHERE  # the run's own
   assert len(metrics(begun)) == 1
-  assert 'model.channels (8 -> 16)' in mistake(
-    f'--workdir={begun}', '--config.model.channels=16'
+  assert 'batch_size (16 -> 32)' in mistake(
+    f'--workdir={begun}', '--config.batch_size=32'
   )
 
 
@@ -521,7 +516,7 @@ def test_a_checkpoint_of_another_recipe(tiny_run, tmp_path):
   message = mistake(f'--workdir={workdir}', '--config.parallel.data=1')
   assert 'checkpoint 200 was begun with another recipe' in message
   assert 'seed (0 -> 5)' in message
-  config['model']['channels'] = 16
+  config['model']['name'] = 'unet'
   (workdir / 'config.json').write_text(json.dumps(config))
   message = mistake(f'--workdir={workdir}', '--mode=sample')
   assert 'is of another model' in message

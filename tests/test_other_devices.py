@@ -23,7 +23,7 @@ def test_a_run_goes_on_on_other_devices(tmp_path, stop_at, capfd):
 
   def train(workdir, step, *where):
     stop_at(step)
-    args = [*test_main.POINTS, '--config.steps=99', *where]
+    args = [*conftest.TINY, '--config.steps=99', *where]
     main.run([*args, f'--workdir={workdir}'])
     return capfd.readouterr().err
 

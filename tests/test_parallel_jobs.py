@@ -29,7 +29,7 @@ PMAP = dict(parallel__data='8', parallel__engine='pmap')
 def trained_with_texts(**changes):
   """Losses of two steps with texts, and guided samples."""
   c = digits_text.get_config()
-  c.model.update(channels=8, multipliers=(1,), groups=4)
+  c.model.update(channels=8, multipliers=(1,), blocks=0, groups=4)
   c.condition.update(width=8, depth=1)
   c.batch_size, c.sampler.steps = 16, 4
   recipe.override(c, {k.replace('__', '.'): v for k, v in changes.items()})

@@ -18,7 +18,6 @@ import time
 import conftest
 import numpy as np
 import pytest
-import test_main
 
 from ddpm_jax import errors
 from ddpm_jax import main
@@ -27,11 +26,9 @@ from ddpm_jax.runtime import checkpoint
 from ddpm_jax.runtime import processes
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Smaller still than conftest's, for every process but the first one compiles
-# all of it anew.
+# Smaller still than conftest's.
 TINY = [
   *conftest.TINY,
-  '--config.model.attention=()',
   '--config.schedule.T=20',
   '--config.schedule.beta_T=0.5',
   '--config.sampler.steps=5',
@@ -108,7 +105,7 @@ def test_a_story_of_two_processes_and_one(start, tmp_path, capfd):
   """Stopped, killed, and gone on with alone: it is the run of one process."""
   one, story = tmp_path / 'one', tmp_path / 'story'
   # Many small steps: time to be stopped in, and little to compile.
-  steps = [*test_main.POINTS, '--config.steps=600']
+  steps = [*TINY, '--config.steps=600', '--config.checkpoint.every=1000']
   args = [*steps, f'--workdir={story}']
   main.run([*steps, f'--workdir={one}'])
 

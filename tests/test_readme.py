@@ -88,7 +88,7 @@ def test_the_small_recipe_runs_as_it_says(tmp_path, monkeypatch, capfd):
   assert not changes
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'configs').symlink_to(ROOT / 'configs')
-  _, *tiny = conftest.TINY
+  _, *tiny = conftest.UNET
   main.run([*flags, *tiny, '--config.steps=3'])
   (workdir,) = (tmp_path / 'runs').glob('digits_*')
   for name in re.findall(r'^\| `(\w+\.\w+)`', TEXT, re.M):

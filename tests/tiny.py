@@ -1,4 +1,4 @@
-"""A network of two convolutions, which compiles at once, and a recipe for it.
+"""A recipe for the network of `two_convolutions`, and weights for it.
 
 For tests of what is done with a network's answers, whatever these are.
 """
@@ -7,45 +7,22 @@ import functools
 from typing import Any
 
 import conftest
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import main
 from ddpm_jax import recipe
-from ddpm_jax.models import layers
 
 T = 50
-
-
-class Net(nn.Module):
-  """Of images of so many channels; it takes a condition or none."""
-
-  channels: int
-
-  @nn.compact
-  def __call__(self, x_t, t, context=None, keys=None):
-    embedded = [layers.time_embedding(t, 8)]
-    embedded += [] if context is None else [context.pooled]
-    h = nn.Dense(8)(jnp.concatenate(embedded, axis=-1))[:, None, None]
-    h += nn.Conv(8, (3, 3))(x_t)
-    return nn.Conv(self.channels, (3, 3))(jnp.tanh(h))
-
-
-def network(image_size, image_channels):
-  """As config.model.name=tiny.network."""
-  del image_size
-  return Net(image_channels)
 
 
 def config(**changes):
   """That of `conftest.TINY` with T = 50; a__b='c' sets a.b=c."""
   _, tiny = main.split(conftest.TINY)
   tiny |= {'schedule.T': f'{T}', 'schedule.beta_T': '0.4'}
-  tiny |= {'parallel.data': '1', 'model.name': 'tiny.network'}
+  tiny |= {'parallel.data': '1', 'model.name': 'two_convolutions.network'}
   changes = {k.replace('__', '.'): v for k, v in changes.items()}
   return recipe.resolve(conftest.DIGITS, None, tiny | changes)
 
