@@ -1,6 +1,7 @@
-"""Every key of every recipe, with its meaning; the values are the paper's
-for CIFAR-10 (Ho et al. 2020, appendix B). A recipe is a call to this function
-and its differences.
+"""The schema of recipes: every key, what it means, and a neutral default.
+
+configs/cifar.py has the values of the paper. A recipe is a call to another's
+`get_config` and its differences.
 """
 
 from ml_collections import ConfigDict
@@ -10,14 +11,14 @@ from ml_collections import FieldReference
 def get_config() -> ConfigDict:
   c = ConfigDict()
   c.seed = 0  # of everything random: weights, order of data, noise, samples
-  c.steps = 800_000  # optimiser steps in all
-  c.batch_size = 128  # images a step, over all devices
+  c.steps = 100_000  # optimiser steps in all
+  c.batch_size = 64  # images a step, over all devices
   # Parts that a batch is worked through in, to save memory. On CPUs gradients
   # inside a loop are ten times slower.
   c.accumulate = 1
 
   c.data = ConfigDict()
-  c.data.name = 'tfds'  # digits | tfds | folder | arrays | points
+  c.data.name = 'folder'  # digits | tfds | folder | arrays | points
   c.data.tfds = 'cifar10'  # name of the data set, for `tfds`
   c.data.path = (
     ''  # folder of images | .npz or .npy | TFDS folder ('': its own)
@@ -32,7 +33,7 @@ def get_config() -> ConfigDict:
   c.data.captions = ''
   c.data.templates = ('{}', 'a {}', 'a picture of a {}')
   c.data.names = ()  # of the classes, in captions; (): those of the data
-  c.data.flip = True  # mirror half of the images, left to right
+  c.data.flip = False  # mirror half of the images, left to right
   c.data.max_unreadable = 10  # image files that may be broken before we stop
   # Of 16-bit images, the value that is white: 4095 for 12 bits. 0: the smallest
   # of 8, 10, 12, 14 and 16 bits that holds the largest value of the data.
@@ -92,12 +93,12 @@ def get_config() -> ConfigDict:
 
   c.optimizer = ConfigDict()  # Adam
   c.optimizer.learning_rate = 2e-4
-  c.optimizer.warmup = 5000  # steps; the learning rate rises linearly from 0
+  c.optimizer.warmup = 0  # steps; the learning rate rises linearly from 0
   c.optimizer.beta_1 = 0.9
   c.optimizer.beta_2 = 0.999
   c.optimizer.eps = 1e-8
   c.optimizer.clip = 1.0  # global norm of the gradient
-  c.optimizer.ema = 0.9999  # decay, a step, of the weights that sample
+  c.optimizer.ema = 0.999  # decay, a step, of the weights that sample
 
   c.sampler = ConfigDict()
   # A function of ddpm_jax/diffusion/samplers.py: ancestral (the paper) | greedy
@@ -160,9 +161,9 @@ def get_config() -> ConfigDict:
   c.parallel.spatial = 1  # devices that share an image, its rows
 
   c.checkpoint = ConfigDict()
-  c.checkpoint.every = 5000  # steps
+  c.checkpoint.every = 1000  # steps
   c.checkpoint.keep = 3  # newest ones
-  c.checkpoint.keep_every = 100_000  # steps; these are kept for good
+  c.checkpoint.keep_every = 0  # steps; these are kept for good. 0: none
 
   c.log = ConfigDict()
   # Steps between lines of metrics.jsonl: loss, grad_norm, learning_rate,

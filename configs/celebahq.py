@@ -12,11 +12,11 @@ score     the paper prints samples only; ours: not measured
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import cifar
 
 
 def get_config() -> ConfigDict:
-  c = base.get_config()
+  c = cifar.get_config()
   c.steps = 500_000
   c.batch_size = 64
   c.data.update(name='folder', path='data/celebahq', image_size=256)

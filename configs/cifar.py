@@ -19,4 +19,34 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-  return base.get_config()
+  c = base.get_config()
+  c.steps = 800_000
+  c.batch_size = 128
+  c.data.update(
+    name='tfds', tfds='cifar10', image_size=32, channels=3, flip=True
+  )
+  c.model.update(
+    name='unet',
+    predict='eps',
+    variance='beta',  # "fixed large"
+    channels=128,
+    multipliers=(1, 2, 2, 2),
+    blocks=2,
+    attention=(16,),
+    groups=32,
+    dropout=0.1,
+  )
+  c.schedule.update(name='linear', T=1000, beta_1=1e-4, beta_T=0.02)
+  c.loss.update(name='simple', t='uniform')
+  c.optimizer.update(
+    learning_rate=2e-4,
+    warmup=5000,
+    beta_1=0.9,
+    beta_2=0.999,
+    eps=1e-8,
+    clip=1.0,
+    ema=0.9999,
+  )
+  c.sampler.update(name='ancestral', clip=True, weights='ema')
+  c.checkpoint.update(every=5000, keep=3, keep_every=100_000)
+  return c

@@ -11,11 +11,11 @@ hardware, hours and score: not measured; they depend on the images
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import cifar
 
 
 def get_config() -> ConfigDict:
-  c = base.get_config()
+  c = cifar.get_config()
   c.steps = 200_000
   c.batch_size = 64
   c.data.update(name='folder', image_size=64)

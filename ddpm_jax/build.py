@@ -169,19 +169,24 @@ def encoder(config: ConfigDict) -> Any:
 
 
 def denoiser(
-  config: ConfigDict, network: denoisers.Network, *, sampling: bool = False
+  config: ConfigDict,
+  schedule: schedules.Schedule,
+  network: denoisers.Network,
+  *,
+  sampling: bool = False,
 ) -> denoisers.Denoiser:
-  """A network on the recipe's schedule of T steps.
+  """A network on a schedule, as the recipe says that it is read.
 
   Args:
     config: the recipe.
+    schedule: that of the recipe, of all T steps.
     network: (x_t, t) -> output, of some weights.
     sampling: whether its variance is `sampler.variance`, with which it samples
       and is evaluated, and not `model.variance`, with which it is trained.
   """
   variance = (config.sampler if sampling else config.model).variance
   return denoisers.Denoiser(
-    schedule(config),
+    schedule,
     network,
     member(predictions, config.model.predict, 'prediction'),
     member(variances, variance, 'variance'),
@@ -215,33 +220,38 @@ def sampler(config: ConfigDict) -> Sampler:
   Raises:
     UserError: for a name or value that it does not know.
   """
-  c, module = config.sampler, network(config)
+  c, module, full = config.sampler, network(config), schedule(config)
   function = member(samplers, c.name, 'sampler')
   step = functools.partial(function, **options(function, c, given=5))
   spacing = member(spacings, c.spacing, 'spacing')
   strided = {'steps': c.steps, 'spacing': spacing}
-  short = call(schedules.stride, strided, schedule(config), of='sampler')
+  short = call(schedules.stride, strided, full, of='sampler')
 
   def of_weights(params: Any, condition: Any = None) -> denoisers.Denoiser:
     if condition is None:
       apply = applied(module, params)
-      made = denoiser(config, apply, sampling=True)
+      made = denoiser(config, full, apply, sampling=True)
     else:
-      made = _guided(config, module, params, condition)
+      made = _guided(config, full, module, params, condition)
     return made._replace(schedule=short, clip=c.clip)
 
   return Sampler(step, short, of_weights)
 
 
 def _guided(
-  config: ConfigDict, module: nn.Module, params: Any, condition: Any
+  config: ConfigDict,
+  schedule: schedules.Schedule,
+  module: nn.Module,
+  params: Any,
+  condition: Any,
 ) -> denoisers.Denoiser:
   """The denoiser of a condition, which is encoded once, not at every step."""
   s = config.sampler
   apply: Any = functools.partial(module.apply, {'params': params})
   encode = functools.partial(apply, method='encode')
   denoise = functools.partial(apply, method='denoise')
-  made, context = denoiser(config, denoise, sampling=True), encode(condition)
+  made = denoiser(config, schedule, denoise, sampling=True)
+  context = encode(condition)
   if s.guidance == 1:
     return guidance.conditioned(made, context)
   n = len(jax.tree.leaves(condition)[0])
@@ -316,7 +326,7 @@ def loss_fn(config: ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
 
   The randomness of an example depends on `key` and its `batch['index']` alone.
   """
-  module, n = network(config), config.batch_size
+  module, table, n = network(config), schedule(config), config.batch_size
   function = member(losses, config.loss.name, 'loss')
   loss = functools.partial(function, **options(function, config.loss, given=4))
   draw_t = member(timesteps, config.loss.t, 'choice of t')
@@ -340,8 +350,7 @@ def loss_fn(config: ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
       keys = fold(k_drop, index)
       return module.apply({'params': params}, x_t, t, *args, keys=keys)
 
-    model = denoiser(config, apply)
-    T = model.schedule.T
+    model, T = denoiser(config, table, apply), table.T
     # Of each t, where it is drawn by its losses of the past.
     p = None if history is None else timesteps.probabilities(history)
     draw = draw_t if p is None else functools.partial(draw_t, p=p)

@@ -142,7 +142,7 @@ def bound(
     estimate: (denoiser, keys, x0) -> the bound; by default
       `likelihood.bound`, at as many times as the recipe says.
   """
-  module = build.network(config)
+  module, schedule = build.network(config), build.schedule(config)
   draws = config.evaluate.draws
   of = estimate or functools.partial(likelihood.bound, draws=draws)
   fold = jax.vmap(jax.random.fold_in, (None, 0))
@@ -151,7 +151,7 @@ def bound(
     keys = fold(build.key(seed, 'evaluate'), batch['index'])
     condition = build.condition(config, batch)
     network = build.applied(module, params, condition)
-    denoiser = build.denoiser(config, network, sampling=True)
+    denoiser = build.denoiser(config, schedule, network, sampling=True)
     return of(denoiser, keys, pixels.to_float(batch['image']))
 
   return evaluate

@@ -19,6 +19,7 @@ from configs import digits_text
 from ddpm_jax import build
 from ddpm_jax import dataset
 from ddpm_jax import errors
+from ddpm_jax import flags as command
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax import sampling
@@ -460,8 +461,9 @@ def test_pictures_in_training_are_of_captions_of_the_data(of_words, tmp_path):
 
 def test_each_prompt_is_asked_so_many_times_in_turn(tmp_path):
   (tmp_path / 'prompts.txt').write_text('a nine\n\n  zero \n')
-  args = main.parser().parse_args(
+  args = command.parse(
     [
+      '--mode=sample',
       *('--prompt=seven', f'--prompts={tmp_path / "prompts.txt"}'),
       '--num_samples=2',
     ]
@@ -543,13 +545,13 @@ def test_bad_prompts_are_a_line_for_the_user(of_words, args, message):
 
 @pytest.mark.parametrize('wrong', ['--prompt=a seven', '--label=7'])
 def test_prompts_are_for_models_of_texts(wrong):
-  args = main.parser().parse_args([wrong, '--num_samples=1'])
+  args = command.parse(['--mode=sample', wrong, '--num_samples=1'])
   with pytest.raises(errors.UserError, match='is for models of'):
     sample.asked(digits.get_config(), args)
 
 
 def test_prompts_are_for_sampling():
-  with pytest.raises(errors.UserError, match='--mode=sample'):
+  with pytest.raises(errors.UserError, match='is for --mode=edit or sample'):
     run(*conftest.TINY, '--prompt=a seven')
 
 

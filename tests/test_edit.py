@@ -16,6 +16,7 @@ from PIL import Image
 from configs import base
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import flags as command
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax.diffusion import editing
@@ -242,7 +243,7 @@ def test_edits_are_told_apart(tiny_run, tmp_path):
     ['--image=a.png', '--to=b.png'],
     ['--image=a.png', '--mask=b.png'],
   ):
-    args = main.parser().parse_args(
+    args = command.parse(
       ['--mode=edit', f'--workdir={tiny_run[0]}', '--num_samples=3', *flags]
     )
     names.add(edit.edit_name(args))

@@ -6,6 +6,7 @@ import pytest
 
 from ddpm_jax import errors
 from ddpm_jax import expand
+from ddpm_jax import flags as command
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax.data import sources
@@ -60,22 +61,23 @@ def test_what_cannot_be_a_path_is_said(text, told, home):
 def test_nobody_without_a_home_makes_a_folder_named_tilde(home, monkeypatch):
   monkeypatch.delenv('HOME')
   monkeypatch.setattr('os.path.expanduser', lambda path: path)
-  with pytest.raises(errors.UserError, match='--workdir=~/run: ~ is not known'):
+  with pytest.raises(
+    errors.UserError, match='--workdir: ~/run: ~ is not known'
+  ):
     main.run(['--workdir=~/run', '--config=configs/digits.py'])
 
 
-def test_every_flag_that_is_a_path_is_expanded(home):
-  flags = [f'--{name}=~/{name}' for name in main.PATHS]
-  args = main.parser().parse_args(flags)
-  main.expand_paths(args)
-  for name in main.PATHS:
-    assert str(getattr(args, name)) == f'{home}/{name}'
-  typed = {
+@pytest.mark.parametrize('mode', command.modes())
+def test_every_flag_that_is_a_path_is_expanded(mode, home):
+  typed = [
     action.dest
-    for action in main.parser()._actions
+    for action in command.parser(mode)._actions
     if action.type not in (None, int, float)
-  }
-  assert typed <= set(main.PATHS)
+  ]
+  assert 'workdir' in typed
+  args = command.parse([f'--mode={mode}', *(f'--{x}=~/{x}' for x in typed)])
+  for name in typed:
+    assert str(getattr(args, name)) == f'{home}/{name}'
 
 
 def test_so_are_the_paths_of_a_recipe(home):

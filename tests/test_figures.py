@@ -15,6 +15,7 @@ from PIL import Image
 from ddpm_jax import build
 from ddpm_jax import dataset
 from ddpm_jax import errors
+from ddpm_jax import flags as command
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax import sampling
@@ -468,8 +469,8 @@ def test_figures_of_variances_need_two_images(trained, figure):
 
 def test_points_have_no_figures(tiny_run):
   config = recipe.resolve('configs/swiss_roll.py', None, {})
-  args = main.parser().parse_args(
-    ['--figure=forward', f'--workdir={tiny_run[0]}']
+  args = command.parse(
+    ['--mode=figures', '--figure=forward', f'--workdir={tiny_run[0]}']
   )
   with pytest.raises(errors.UserError, match='points'):
     figures.run(config, args)

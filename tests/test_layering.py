@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1] / 'ddpm_jax'
 LAYERS = [
   ['main'],
   ['jobs'],
+  ['flags'],
   ['validate'],
   ['dataset', 'sampling'],
   ['build'],

@@ -21,10 +21,7 @@ from ddpm_jax.runtime import workdir
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAM = """
 import resource
-from ddpm_jax.runtime import machine
-machine.restart_with_memory()
 import numpy as np
-import threading
 
 def faults_of_a_large_array():
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -36,15 +33,13 @@ print(faults_of_a_large_array(), faults_of_a_large_array())
 
 
 @pytest.mark.skipif(
-  platform.libc_ver()[0] != 'glibc' or machine.accelerators(),
-  reason='a setting of glibc, for CPUs',
+  platform.libc_ver()[0] != 'glibc', reason='a setting of glibc'
 )
 def test_memory_that_was_freed_is_not_taken_anew():
-  env = {k: v for k, v in os.environ.items() if k != 'GLIBC_TUNABLES'}
+  """By a program that launch/cpu.sh starts."""
   out = subprocess.run(
-    [sys.executable, '-c', PROGRAM],
+    ['bash', 'launch/cpu.sh', sys.executable, '-c', PROGRAM],
     cwd=ROOT,
-    env=env,
     check=True,
     capture_output=True,
     text=True,
@@ -53,47 +48,6 @@ def test_memory_that_was_freed_is_not_taken_anew():
   # 32 pages of 2 MiB, of which one may be there, or many more of 4 KiB.
   assert first >= 24
   assert again < 4
-
-
-MAIN = ['python', '-m', 'ddpm_jax.main', '--mode=sample']
-ARGV = ['ddpm_jax/main.py', '--mode=sample']
-
-
-@pytest.mark.parametrize(
-  ('words', 'argv', 'it_is'),
-  [
-    (MAIN, ARGV, True),
-    (MAIN[:3], ARGV[:1], True),
-    (['python', '-O', '-W', 'error', '-X', 'dev', *MAIN[1:]], ARGV, True),
-    (['python', '-'], ARGV, False),
-    (['python', '-c', 'main()', '--mode=sample'], ['-c', ARGV[1]], False),
-    (['python', '-m', 'ipykernel_launcher', '-f', 'x'], ARGV, False),
-    (['python', '-m', 'pytest'], ARGV, False),
-    (['python', '-m', 'pdb', *MAIN[1:]], ARGV, False),
-    (['python', '-m', 'cProfile', '-o', 'out', *MAIN[1:]], ARGV, False),
-    (['python', '/bin/coverage', 'run', *MAIN[1:]], ARGV, False),
-    (['python', '/debugpy', '--connect', '1', *MAIN[1:]], ARGV, False),
-    (['python', 'mine.py', '-m', 'ddpm_jax.main'], ['mine.py'], False),
-    (MAIN, ['x', '--mode=other'], False),
-  ],
-)
-def test_only_the_program_itself_is_started_again(
-  words, argv, it_is, monkeypatch
-):
-  monkeypatch.setattr(sys, 'gettrace', lambda: None)
-  assert machine.is_the_program(words, argv) == it_is
-  monkeypatch.setattr(sys, 'gettrace', lambda: print)  # a debugger
-  assert not machine.is_the_program(words, argv)
-
-
-def test_a_program_from_stdin_and_a_notebook_go_on(monkeypatch):
-  def lost(*_):
-    raise AssertionError('the interpreter is replaced')
-
-  monkeypatch.setattr(os, 'execv', lost)
-  monkeypatch.delenv('GLIBC_TUNABLES', raising=False)
-  machine.keep_memory()
-  assert 'GLIBC_TUNABLES' not in os.environ
 
 
 def test_as_many_files_are_open_as_may_be():

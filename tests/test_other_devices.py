@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import test_main
 
+from ddpm_jax import flags as command
 from ddpm_jax import main
 
 pytestmark = [pytest.mark.eight_devices, pytest.mark.smoke]
@@ -59,10 +60,9 @@ def test_a_run_of_other_devices_takes_those_here(begun, capfd):
   file.write_text(json.dumps(config | {'parallel': test_main.ELSEWHERE}))
 
   def resolved(mode, *changes):
-    flags, changes = main.split([f'--workdir={begun}', mode, *changes])
-    args = main.parser().parse_args(flags)
-    args.changes = changes
-    return main.config_of(args).parallel, args.parallel
+    args = command.parse([f'--workdir={begun}', mode, *changes])
+    job = command.load(args.mode).JOB
+    return main.config_of(args, job).parallel, args.parallel
 
   here, kept = resolved('--mode=sample')
   assert (here.data, here.fsdp, here.spatial) == (-1, 1, 1)

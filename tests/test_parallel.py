@@ -15,6 +15,7 @@ from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import recipe
 from ddpm_jax import sampling
+from ddpm_jax import validate
 from ddpm_jax.runtime import account
 from ddpm_jax.runtime import parallel
 
@@ -264,6 +265,7 @@ def test_devices_that_do_not_fit_are_a_line_for_the_user(changes, message):
   c = config(**changes)
 
   def begin():
+    validate.devices(c)
     build.train_step(c, parallel.parts(build.mesh(c)))
 
   with pytest.raises(errors.UserError, match=message):

@@ -13,6 +13,7 @@ import pytest
 from ddpm_jax import build
 from ddpm_jax import dataset
 from ddpm_jax import errors
+from ddpm_jax import flags as command
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax.jobs.plan import advice
@@ -50,7 +51,7 @@ def planned(*flags, topology='cpu:8'):
 
 
 def config(*flags):
-  names, changes = main.split([*TINY, *flags])
+  names, changes = command.split([*TINY, *flags])
   return recipe.resolve(names[1].partition('=')[2], None, changes)
 
 

@@ -8,6 +8,7 @@ import conftest
 import pytest
 
 from ddpm_jax import errors
+from ddpm_jax import flags as command
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax import validate
@@ -24,19 +25,19 @@ COMMANDS = [
 ]
 
 
-def parsed(command):
-  words = shlex.split(command.partition(' > ')[0])
+def parsed(line):
+  words = shlex.split(line.partition(' > ')[0])
   assert words[:3] == ['python', '-m', 'ddpm_jax.main']
-  return main.split(words[3:])
+  return command.split(words[3:])
 
 
-@pytest.mark.parametrize('command', COMMANDS)
+@pytest.mark.parametrize('words', COMMANDS)
 def test_its_commands_name_flags_keys_and_recipes_that_exist(
-  command, monkeypatch
+  words, monkeypatch
 ):
   monkeypatch.chdir(ROOT)
-  flags, changes = parsed(command)
-  args = main.parser().parse_args(flags)
+  flags, changes = parsed(words)
+  args = command.parse(flags)
   if args.config:
     config = recipe.resolve(args.config, None, changes)
     validate.unread(config, recipe.flatten(config), changes)

@@ -8,6 +8,7 @@ import pytest
 
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import flags as command
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax import validate
@@ -121,7 +122,9 @@ def test_samples_say_how_they_were_made(tiny_run, tmp_path, capsys):
 
 def test_the_order_of_prompts_and_labels_is_told(tmp_path):
   config = config_of(condition__name='label', condition__classes='10')
-  args = main.parser().parse_args([f'--workdir={tmp_path}', '--num_samples=4'])
+  args = command.parse(
+    ['--mode=sample', f'--workdir={tmp_path}', '--num_samples=4']
+  )
   told = sample.description(config, args, 'EMA', 9, ['3', '5'])
   assert told['labels'] == ['3', '5']
   assert told['order'] == 'image i is of labels[i // 4]'

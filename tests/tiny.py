@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
-from ddpm_jax import main
+from ddpm_jax import flags as command
 from ddpm_jax import recipe
 
 T = 50
@@ -20,7 +20,7 @@ T = 50
 
 def config(**changes):
   """That of `conftest.TINY` with T = 50; a__b='c' sets a.b=c."""
-  _, tiny = main.split(conftest.TINY)
+  _, tiny = command.split(conftest.TINY)
   tiny |= {'schedule.T': f'{T}', 'schedule.beta_T': '0.4'}
   tiny |= {'parallel.data': '1', 'model.name': 'two_convolutions.network'}
   changes = {k.replace('__', '.'): v for k, v in changes.items()}

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from ddpm_jax import build
 from ddpm_jax import dataset
 from ddpm_jax import errors
+from ddpm_jax import flags as command
 from ddpm_jax import jsonfile
 from ddpm_jax import recipe
 from ddpm_jax import sampling
@@ -36,10 +37,31 @@ from ddpm_jax.runtime import profile
 from ddpm_jax.runtime import timing
 from ddpm_jax.runtime import workdir
 
-many_processes = True
-
 SECONDS = 4.0  # that each thing is timed for
 STEPS = 10  # of the sampler, that are timed
+
+JOB = command.Job(
+  'measures what a recipe costs here', run=False, processes=True
+)
+
+
+def flags(p: Any) -> None:
+  """Adds the flags of this mode."""
+  command.json(p)
+  p.add_argument(
+    '--compare',
+    type=command.local_path,
+    metavar='FILE',
+    help='what an earlier one with --json has printed; ratios to it are '
+    'printed',
+  )
+  p.add_argument(
+    '--profile',
+    type=command.local_path,
+    metavar='FOLDER',
+    help='trace a few train steps into this folder, for TensorBoard or '
+    'Perfetto, and print the ten costliest kinds of operation',
+  )
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:

@@ -10,11 +10,10 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from ddpm_jax import errors
+from ddpm_jax import flags as command
 from ddpm_jax.jobs import score
 from ddpm_jax.jobs.evaluate import record
 from ddpm_jax.runtime import results
-
-needs_config = False
 
 
 class Row(NamedTuple):
@@ -24,6 +23,19 @@ class Row(NamedTuple):
   step: int  # -1: not known
   how: dict[str, str]  # it was made: may be compared where this is the same
   what: dict[str, str]  # was found
+
+
+JOB = command.Job(
+  'prints tables of the runs in a folder',
+  run=False,
+  recipe=False,
+  devices='none',
+)
+
+
+def flags(p: Any) -> None:
+  """Adds the flags of this mode."""
+  del p
 
 
 def run(config: ConfigDict | None, args: argparse.Namespace) -> None:

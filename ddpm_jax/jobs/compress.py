@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import flags as command
 from ddpm_jax import recipe
 from ddpm_jax import sampling
 from ddpm_jax.data import arrayfile
@@ -49,6 +50,22 @@ class Sent(NamedTuple):
   shown: np.ndarray  # (S+1, N, H, W, C) uint8, x̂_0 after so many steps
   time: np.ndarray  # (S+1,), t after so many steps
   seconds: float  # without compiling
+
+
+JOB = command.Job(
+  'writes images as one file that can be cut off', devices='one'
+)
+
+
+def flags(p: Any) -> None:
+  """Adds the flags of this mode."""
+  command.output(p, 'the file to write')
+  p.add_argument(
+    '--images',
+    type=command.local_path,
+    metavar='PATH',
+    help='what to compress: a folder, an .npz or an image',
+  )
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
@@ -164,12 +181,12 @@ class Codec(NamedTuple):
 
 def codec_of(config: ConfigDict, seed: int) -> Codec:
   """The codec of a recipe, for batches with `image` and `index`."""
-  c, module = config.codec, build.network(config)
+  c, module, full = config.codec, build.network(config), build.schedule(config)
   rules = codec.Rules(c.log2_candidates, c.group_bits)
 
   def jumps(network: Any) -> denoisers.Denoiser:
     return build.call(
-      codec.jumps, c, build.denoiser(config, network), of='codec'
+      codec.jumps, c, build.denoiser(config, full, network), of='codec'
     )
 
   def of_weights(params: Any) -> denoisers.Denoiser:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import flags as command
 from ddpm_jax import recipe
 from ddpm_jax import validate
 from ddpm_jax.data import pipeline
@@ -28,9 +29,24 @@ from ddpm_jax.runtime import paths
 from ddpm_jax.runtime import workdir
 
 # The recipe of an imported model makes itself.
-needs_config = False
 # What a model comes with and may yet be trained or sampled without.
 ADVICE = ('model.dropout', 'sampler.clip', 'loss.name')
+
+JOB = command.Job(
+  'turns weights of diffusers into a run, or back', run=False, recipe=False
+)
+
+
+def flags(p: Any) -> None:
+  """Adds the flags of this mode."""
+  command.output(p, 'the new folder: a workdir, or one for diffusers')
+  p.add_argument(
+    '--input',
+    type=command.name_or_path,
+    metavar='MODEL',
+    help='a folder of diffusers, its name on huggingface.co, or a .ckpt of '
+    'pytorch_diffusion (with --config)',
+  )
 
 
 def run(config: ConfigDict | None, args: argparse.Namespace) -> None:

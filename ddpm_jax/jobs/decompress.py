@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import errors
+from ddpm_jax import flags as command
 from ddpm_jax import ranges
 from ddpm_jax import recipe
 from ddpm_jax.diffusion import codec
@@ -20,7 +21,19 @@ from ddpm_jax.runtime import bitstream
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import outputs
 from ddpm_jax.runtime import parallel
-from ddpm_jax.runtime import paths
+
+JOB = command.Job('shows images that --mode=compress wrote', devices='one')
+
+
+def flags(p: Any) -> None:
+  """Adds the flags of this mode."""
+  command.output(p, 'where images go, as for --mode=sample')
+  p.add_argument(
+    '--input', type=command.path, metavar='FILE', help='what was compressed'
+  )
+  p.add_argument(
+    '--bytes', type=int, metavar='N', help='of --input, take the first N'
+  )
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
@@ -37,7 +50,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     )
   if args.bytes is not None and args.bytes < 0:
     raise errors.UserError(f'--bytes={args.bytes} is below 0')
-  path = paths.path(args.input)
+  path = args.input
   data = read_bytes(path)[: args.bytes]
   with of_file(path):
     header, _ = bitstream.read_header(data)

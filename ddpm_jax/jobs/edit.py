@@ -17,6 +17,7 @@ from PIL import Image
 
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import flags as command
 from ddpm_jax import recipe
 from ddpm_jax import sampling
 from ddpm_jax.data import decode
@@ -29,7 +30,42 @@ from ddpm_jax.jobs import sample
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import outputs
 
-many_processes = True
+JOB = command.Job('makes images of an image', processes=True)
+
+
+def flags(p: Any) -> None:
+  """Adds the flags of this mode."""
+  command.num_samples(p, 'images to make (default: 64; of a prompt, 8)')
+  command.output(
+    p, 'where images go, as for --mode=sample; default: a folder in --workdir'
+  )
+  sample.condition_flags(p)
+  p.add_argument(
+    '--image',
+    type=command.local_path,
+    metavar='FILE',
+    help='the image to make others of',
+  )
+  p.add_argument(
+    '--mask',
+    type=command.local_path,
+    metavar='FILE',
+    help='white where --image is made anew, black where it is kept; of its '
+    'size',
+  )
+  p.add_argument(
+    '--to',
+    type=command.local_path,
+    metavar='FILE',
+    help='the image that --image turns into',
+  )
+  p.add_argument(
+    '--strength',
+    type=float,
+    metavar='S',
+    help='without --mask: the noise that --image is given first, as a part of '
+    'T; from 0 (it is kept) to 1 (it is forgotten); default: 0.5',
+  )
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
@@ -38,6 +74,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   Raises:
     UserError: if there is no run in `--workdir`, or flags or files do not fit.
   """
+  sample.settle(args)
   check_flags(args)
   sample.check_workdir(args.workdir)
   if not recipe.image_size(config):

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import flags as command
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import variances
 from ddpm_jax.jobs import sample
@@ -43,6 +44,14 @@ WAYS: dict[str, dict[str, Any]] = {
 TABLES = 'tables'  # of `few_steps.json`, one for each way of measuring
 COLUMNS = ('evaluations', 'frechet_distance', 'sure_share', 'images_per_second')
 
+JOB = command.Job('compares samplers at few steps', writes=True)
+
+
+def flags(p: Any) -> None:
+  """Adds the flags of this mode."""
+  command.num_samples(p, 'images of each sampler (default: 64)')
+  p.set_defaults(num_samples=64)
+
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
   """Scores `--num_samples` images of every sampler at 5, 10, ..., T looks.
@@ -54,8 +63,6 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     UserError: if there is no run in `--workdir`, or its data have no labels.
   """
   sample.check_workdir(args.workdir)
-  if args.output:
-    raise errors.UserError('--output is for images: few_steps has --workdir')
   if args.num_samples < small.LEAST:
     raise errors.UserError(
       f'--num_samples={args.num_samples}: a score needs {small.LEAST}, and '

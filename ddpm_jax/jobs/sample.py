@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from ddpm_jax import build
 from ddpm_jax import dataset
 from ddpm_jax import errors
+from ddpm_jax import flags as command
 from ddpm_jax import recipe
 from ddpm_jax import sampling
 from ddpm_jax.diffusion import training
@@ -26,7 +27,49 @@ from ddpm_jax.runtime import outputs
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime import workdir
 
-many_processes = True
+JOB = command.Job('draws images from the weights of a run', processes=True)
+
+
+def flags(p: Any) -> None:
+  """Adds the flags of this mode."""
+  command.num_samples(p, 'images to draw (default: 64; of each prompt, 8)')
+  command.output(
+    p,
+    'where images go: a folder (a PNG each), a .png (one grid) or an .npz '
+    '(uint8 NHWC, `images`); default: a folder in --workdir, named by the '
+    'settings',
+  )
+  condition_flags(p)
+
+
+def condition_flags(p: Any) -> None:
+  """Adds the flags that say what the images shall be of."""
+  p.add_argument(
+    '--prompt',
+    action='append',
+    metavar='TEXT',
+    help='what the images shall be of, for a model of texts; may be repeated. '
+    '--num_samples is then of each',
+  )
+  p.add_argument(
+    '--prompts',
+    type=command.local_path,
+    metavar='FILE',
+    help='the same, a line each',
+  )
+  p.add_argument(
+    '--label',
+    action='append',
+    metavar='CLASS',
+    help='the class, for a model of classes: a name of `classes.json` in '
+    '--workdir, or else a number; may be repeated (default: all take turns)',
+  )
+
+
+def settle(args: argparse.Namespace) -> None:
+  """Sets the number of samples, if the command line does not."""
+  asked = args.prompt or args.prompts or args.label
+  args.num_samples = args.num_samples or (8 if asked else 64)
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
@@ -35,6 +78,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   Raises:
     UserError: if there is no run in `--workdir`, or `--output` is taken.
   """
+  settle(args)
   check_workdir(args.workdir)
   seed = config.seed if args.seed is None else args.seed
   ending = '' if recipe.image_size(config) else '.npz'

@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 from ddpm_jax import build
 from ddpm_jax import dataset
 from ddpm_jax import errors
+from ddpm_jax import flags as command
 from ddpm_jax.jobs import sample
 from ddpm_jax.metrics import classifier as classifiers
 from ddpm_jax.metrics import small
@@ -21,6 +23,14 @@ NAME = 'score.json'
 SCORES = 'scores'
 MARK = 'frechet_distance'  # of an entry in files of earlier versions
 
+JOB = command.Job('compares samples with small data', writes=True)
+
+
+def flags(p: Any) -> None:
+  """Adds the flags of this mode."""
+  command.num_samples(p, 'images to draw and compare (default: 64)')
+  p.set_defaults(num_samples=64)
+
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
   """Draws `--num_samples` images and compares them with the data.
@@ -31,8 +41,6 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     UserError: if there is no run in `--workdir`, or its data have no labels.
   """
   sample.check_workdir(args.workdir)
-  if args.output:
-    raise errors.UserError('--output is for images: score has --workdir')
   if args.num_samples < small.LEAST:
     raise errors.UserError(
       f'--num_samples={args.num_samples}: a score needs {small.LEAST}, and '

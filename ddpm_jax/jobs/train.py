@@ -22,6 +22,7 @@ from ddpm_jax import build
 from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax import expand
+from ddpm_jax import flags as command
 from ddpm_jax import recipe
 from ddpm_jax import sampling
 from ddpm_jax.data import pipeline
@@ -42,12 +43,25 @@ from ddpm_jax.runtime import processes
 from ddpm_jax.runtime import stop
 from ddpm_jax.runtime import workdir
 
-many_processes = True
-
 # Of a weight. Those of a network that learns are below 100; products of some
 # like this leave the range of float32 within a few layers.
 LARGEST = 1e6
 POINTS = 2000  # of the data, and drawn, in pictures of points
+
+JOB = command.Job('trains, or goes on training', run=False, processes=True)
+
+
+def flags(p: Any) -> None:
+  """Adds the flags of this mode."""
+  command.num_samples(p, 'images in the pictures (default: 64)')
+  p.add_argument(
+    '--allow',
+    action='append',
+    choices=['optimizer', 'data'],
+    help='what may differ from what the run was begun with: the keys of '
+    'config.optimizer, or the data; kept in changes.json; may be repeated',
+  )
+  p.set_defaults(num_samples=64, allow=[])
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:

@@ -1,79 +1,13 @@
-"""The machine that a run is on: its memory pages, its limits, its devices, and
-what was compiled there.
+"""The machine that a run is on: its limits, devices and compiled programs.
 
 Nothing heavy is imported before it is needed.
 """
 
 import contextlib
-import glob
-import itertools
-import os
 import sys
 
 from ddpm_jax import errors
 from ddpm_jax.runtime import workdir
-
-TUNABLES = 'GLIBC_TUNABLES'
-MEMORY = {
-  'hugetlb': 1,  # pages of 2 MiB
-  # What is freed is kept: one heap, that large arrays are of too.
-  'arena_max': 1,
-  'mmap_max': 0,
-  'trim_threshold': 2**40,
-}
-
-
-def accelerators() -> list[str]:
-  """The files of GPUs and TPUs."""
-  patterns = ('/dev/nvidia[0-9]*', '/dev/accel*', '/dev/vfio/[0-9]*')
-  return [path for pattern in patterns for path in glob.glob(pattern)]
-
-
-def keep_memory() -> None:
-  """Starts `python -m ddpm_jax.main` again; see `restart_with_memory`.
-
-  Nothing else is started again: a notebook, a debugger or a program of someone
-  else's would be lost.
-  """
-  if is_the_program(sys.orig_argv, sys.argv):
-    restart_with_memory()
-
-
-def restart_with_memory() -> None:
-  """Starts this program again with memory in huge pages that it keeps.
-
-  On a CPU, XLA takes the memory of a step from the system and gives it back
-  each time, and the system clears it. Of configs/cifar.py (8 images, two cores)
-  huge pages make a step 1.16 times as fast; to keep them saves another 0.1 s of
-  the system's time a step, and takes 6% more memory. The C library reads this
-  setting when a program starts, and at no other time. Where there is an
-  accelerator, and where it is set already, nothing is done.
-  """
-  if sys.platform != 'linux' or TUNABLES in os.environ or accelerators():
-    return
-  os.environ[TUNABLES] = ':'.join(
-    f'glibc.malloc.{name}={value}' for name, value in MEMORY.items()
-  )
-  os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def is_the_program(words: list[str], argv: list[str]) -> bool:
-  """Whether Python was started as `python -m ddpm_jax.main`, and no more.
-
-  Args:
-    words: as of `sys.orig_argv`.
-    argv: as of `sys.argv`.
-  """
-  front = words[1 : len(words) - len(argv) + 1]
-  if not sys.executable or front[-2:] != ['-m', 'ddpm_jax.main']:
-    return False
-  if words[len(front) + 1 :] != argv[1:]:
-    return False
-  options = ['', *front[:-2]]
-  return not (sys.gettrace() or sys.getprofile()) and all(
-    before in ('-W', '-X') or (word.startswith('-') and word not in ('-', '-m'))
-    for before, word in itertools.pairwise(options)
-  )
 
 
 def open_many_files() -> None:

@@ -95,6 +95,22 @@ def _try(path: pathlib.Path, there: pathlib.Path) -> None:
     raise errors.UserError(f'cannot write into {path}: {e.strerror}') from None
 
 
+def check_writable(path: pathlib.Path, otherwise: str) -> None:
+  """Refuses a run that cannot be written into, before there is any work.
+
+  Args:
+    path: its folder.
+    otherwise: what to do, for the message.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  try:
+    check(path)
+  except errors.UserError as e:
+    raise errors.UserError(f'{e}: {otherwise}') from None
+
+
 def check_run(path: pathlib.Path | None) -> None:
   """Refuses a folder that holds no run, or none.
 

@@ -37,6 +37,7 @@ def main() -> None:
   mesh = build.mesh(config)
   _, step, params = sample.restore(config, mesh, folder, step)
   module, source = build.network(config), dataset.source(config)
+  schedule = build.schedule(config)
   T = config.schedule.T
 
   def gradient(name: str, key: jax.Array, images: jax.Array) -> jax.Array:
@@ -45,7 +46,7 @@ def main() -> None:
     keys = jax.random.split(k_eps, SIZE)
 
     def loss(params):
-      denoiser = build.denoiser(config, build.applied(module, params))
+      denoiser = build.denoiser(config, schedule, build.applied(module, params))
       x0 = pixels.to_float(images)
       return getattr(losses, name)(denoiser, keys, x0, t).mean()
 

@@ -1,7 +1,8 @@
 """Our speed beside PyTorch's, on the CPU: the U-Net of configs/cifar.py and
 diffusers' UNet2DModel of the same size and weights, in turns. Not of the suite.
 
-  pip install torch diffusers && python tests/peers/torch_cpu.py
+  pip install torch diffusers
+  bash launch/cpu.sh python tests/peers/torch_cpu.py
 
 Both compute in float32 on as many threads, and do the same: forward; the train
 step (loss_simple, dropout, gradient, clipping, Adam, EMA); a step of sampling,
@@ -31,7 +32,6 @@ from ddpm_jax import sampling
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.interop import diffusers as interop
 from ddpm_jax.interop import fields
-from ddpm_jax.runtime import machine
 from ddpm_jax.runtime import parallel
 
 SAMPLING_STEPS = 4  # that are timed, of 1000
@@ -148,7 +148,6 @@ def seconds(do):
 
 
 def main():
-  machine.restart_with_memory()  # for PyTorch as well
   p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
   p.add_argument('--batch', type=int, default=8)
   p.add_argument('--rounds', type=int, default=7)

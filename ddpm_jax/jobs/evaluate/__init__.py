@@ -6,15 +6,57 @@ All that was found stands in `evaluation.json`.
 """
 
 import argparse
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from ddpm_jax import dataset
 from ddpm_jax import errors
+from ddpm_jax import flags as command
 from ddpm_jax.jobs.evaluate import bound
 from ddpm_jax.jobs.evaluate import scores
 
-many_processes = True
+JOB = command.Job(
+  'measures a run: bits/dim, or FID and the like',
+  unless='images',
+  writes=True,
+  processes=True,
+  reads=('sampler.variance',),  # the bound does, whatever the sampler
+)
+
+
+def flags(p: Any) -> None:
+  """Adds the flags of this mode."""
+  command.num_samples(
+    p, 'score this many samples: the papers take 50000 (default: the bound)'
+  )
+  command.output(p, 'where the samples that are scored go, if they are kept')
+  p.add_argument(
+    '--inception',
+    type=command.local_path,
+    metavar='FILE',
+    help='the weights of Inception-v3, .safetensors or .pth: FID and the like '
+    'need them',
+  )
+  p.add_argument(
+    '--reference',
+    type=command.local_path,
+    metavar='FILE.npz',
+    help='statistics to compare with, `mu` and `sigma`; default: of the data '
+    'set, computed once',
+  )
+  p.add_argument(
+    '--images',
+    type=command.local_path,
+    metavar='PATH',
+    help='score these, a folder or an .npz, in the place of samples',
+  )
+  p.add_argument(
+    '--step',
+    type=int,
+    metavar='N',
+    help='of the checkpoint to evaluate (default: the newest)',
+  )
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:

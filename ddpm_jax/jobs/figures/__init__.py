@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import flags as command
 from ddpm_jax import recipe
 from ddpm_jax.jobs import sample
 from ddpm_jax.jobs.figures import common
@@ -25,6 +26,25 @@ from ddpm_jax.jobs.figures import pictures
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import outputs
+
+JOB = command.Job('draws the figures of the paper', reads=('sampler.variance',))
+
+
+def flags(p: Any) -> None:
+  """Adds the flags of this mode."""
+  command.num_samples(p, 'images in the figure (default: each has its own)')
+  command.output(p, 'the .png (default: figure_NAME.png in --workdir)')
+  p.add_argument(
+    '--figure',
+    metavar='NAME',
+    help='which figure of the paper to draw; without it, they are listed',
+  )
+  p.add_argument(
+    '--images',
+    type=command.local_path,
+    metavar='PATH',
+    help='for --figure=codec: what to send, a folder, an .npz or an image',
+  )
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:

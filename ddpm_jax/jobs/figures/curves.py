@@ -121,7 +121,7 @@ def gradients(trained: common.Trained, count: int = 256) -> common.Drawn:
   config, directions = trained.config, 8
   x0 = common.real(config, trained.seed, count)
   common.need_two('gradients', len(x0))
-  module = build.network(config)
+  module, schedule = build.network(config), build.schedule(config)
   times = np.array(common.spread(config.schedule.T, 20)[1:])
   times = np.unique([1, 2, *times])
   forms = losses.two_noise, losses.one_noise
@@ -131,7 +131,7 @@ def gradients(trained: common.Trained, count: int = 256) -> common.Drawn:
 
     def values(params: Any, t: jax.Array) -> jax.Array:
       apply, t = build.applied(module, params), jnp.full(len(images), t)
-      denoiser = build.denoiser(config, apply)
+      denoiser = build.denoiser(config, schedule, apply)
       every = [loss(denoiser, keys, images, t) for loss in forms]
       return jnp.stack(every, axis=1)
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import flags as command
 from ddpm_jax.jobs.plan import advice
 from ddpm_jax.jobs.plan import measure
 from ddpm_jax.jobs.plan import programs
@@ -21,6 +22,27 @@ from ddpm_jax.jobs.plan import table
 from ddpm_jax.runtime import logs
 from ddpm_jax.runtime import machine
 from ddpm_jax.runtime import target as targets
+
+JOB = command.Job(
+  'says what devices that are not here would do',
+  run=False,
+  devices='none',
+)
+
+
+def flags(p: Any) -> None:
+  """Adds the flags of this mode."""
+  command.json(p)
+  p.add_argument(
+    '--topology',
+    metavar='NAME',
+    help='the devices, such as v5e:4x4, h100:1x8 or cpu:8',
+  )
+  p.add_argument(
+    '--optimize',
+    action='store_true',
+    help='compile as a run does, which takes minutes more',
+  )
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:

@@ -1,0 +1,278 @@
+"""The command line: the flags that all modes have, and what a mode adds.
+
+A mode is a file of jobs/, with a `JOB` and a function `flags` that adds its own
+flags to a parser.
+"""
+
+import argparse
+import importlib
+import pathlib
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+from typing import NoReturn
+
+from ddpm_jax import errors
+from ddpm_jax import expand
+from ddpm_jax import ranges
+from ddpm_jax.runtime import paths
+
+JOBS = pathlib.Path(__file__).parent / 'jobs'
+DESCRIPTION = """\
+Denoising diffusion probabilistic models: train them, sample from them.
+
+  python -m ddpm_jax.main --config=configs/digits.py
+  python -m ddpm_jax.main --mode=sample --workdir=runs/NAME --num_samples=100
+"""
+
+EPILOG = """\
+--mode=MODE --help lists the flags of a mode. Any key of a recipe can be given
+too, such as --config.batch_size=64 or --config.sampler.steps=100;
+configs/base.py explains them all. A run that was stopped goes on when its
+--workdir is named again.
+"""
+
+
+class Job(NamedTuple):
+  """What `main` does for a mode before it runs.
+
+  Attributes:
+    help: one line about it.
+    run: whether it works on the run in --workdir.
+    unless: a flag with which it does not.
+    writes: whether it writes into the run even if there is an --output.
+    recipe: whether `main` reads the recipe for it.
+    devices: 'here': those of the recipe; 'one'; or 'none', or others than here.
+    processes: whether several processes can share it.
+    reads: keys that it reads whatever function a recipe names.
+  """
+
+  help: str
+  run: bool = True
+  unless: str = ''
+  writes: bool = False
+  recipe: bool = True
+  devices: str = 'here'
+  processes: bool = False
+  reads: tuple[str, ...] = ()
+
+
+class Parser(argparse.ArgumentParser):
+  """One line for a mistake, where argparse would print the usage as well."""
+
+  def error(self, message: str) -> NoReturn:
+    said = errors.short(message, 300)
+    raise errors.UserError(f'{said} (--help lists the flags)')
+
+
+def path(text: str) -> pathlib.Path:
+  """The type of a flag that names a file or folder, here or of gs://."""
+  return _path(text, paths.path)
+
+
+def local_path(text: str) -> pathlib.Path:
+  """The same, on this machine only."""
+  return _path(text, paths.local)
+
+
+def _path(text: str, read: Callable[[str], pathlib.Path]) -> pathlib.Path:
+  try:
+    return read(text if paths.is_remote(text) else expand.expanded(text))
+  except errors.UserError as e:  # argparse names the flag
+    raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def name_or_path(text: str) -> str:
+  """The type of a flag that is a path, or a name on huggingface.co."""
+  try:
+    return expand.expanded(text)
+  except errors.UserError as e:
+    raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def modes() -> list[str]:
+  """The names of the modes."""
+  return [job.name for job in pkgutil.iter_modules([str(JOBS)])]
+
+
+def load(mode: str) -> Any:
+  """The file of a mode, which takes seconds to import.
+
+  Raises:
+    UserError: if there is none.
+  """
+  if mode not in modes():
+    raise errors.unknown('mode', mode, modes())
+  return importlib.import_module(f'ddpm_jax.jobs.{mode}')
+
+
+def parser(mode: str | None = None) -> Parser:
+  """The flags of a mode; or without one, those that all modes have."""
+  description = DESCRIPTION
+  if mode:
+    job = load(mode)
+    description = f'--mode={mode}: {job.JOB.help}.'
+  p = Parser(
+    prog='python -m ddpm_jax.main',
+    description=description,
+    epilog=EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  _common(p)
+  if mode:
+    job.flags(p.add_argument_group(f'for --mode={mode}'))
+  _processes(p)
+  return p
+
+
+def _common(p: Parser) -> None:
+  p.add_argument(
+    '--config',
+    metavar='FILE',
+    help='the recipe, such as configs/digits.py or configs/lsun.py:church; '
+    'by default the one that --workdir was begun with',
+  )
+  p.add_argument(
+    '--mode', default='train', help=f'{" | ".join(modes())} (default: train)'
+  )
+  p.add_argument(
+    '--workdir',
+    type=path,
+    help='the folder of the run, here or gs://BUCKET/NAME (default: a new one '
+    'under runs/)',
+  )
+  p.add_argument(
+    '--seed', type=int, help='of everything random (default: the recipe says)'
+  )
+  p.add_argument(
+    '--guidance',
+    metavar='W',
+    help='strength of a condition: 1 as it is, more exaggerates; short for '
+    '--config.sampler.guidance',
+  )
+
+
+def _processes(p: Parser) -> None:
+  many = p.add_argument_group(
+    'for several processes',
+    'TPU pods, Slurm, MPI and Kubernetes tell JAX of the others. Elsewhere, '
+    'name them:',
+  )
+  many.add_argument(
+    '--coordinator',
+    metavar='HOST:PORT',
+    help='of process 0, any free port of it; the same for all of them',
+  )
+  many.add_argument(
+    '--num_processes',
+    type=int,
+    metavar='N',
+    help='how many there are; 1: alone, whatever the machine is part of',
+  )
+  many.add_argument(
+    '--process_id', type=int, metavar='I', help='which one this is: 0 to N - 1'
+  )
+  many.add_argument(
+    '--start_timeout',
+    type=int,
+    default=300,
+    metavar='SECONDS',
+    help='until all have come (default: 300)',
+  )
+  many.add_argument(
+    '--peer_timeout',
+    type=int,
+    default=100,
+    metavar='SECONDS',
+    help='without a sign of life from one, until all stop (default: 100); one '
+    'that was killed is noticed at once',
+  )
+  many.add_argument(
+    '--stopped_code',
+    type=int,
+    default=0,
+    metavar='CODE',
+    help='exit code where training was stopped before its end (default: 0), '
+    'so that a script knows to start it again',
+  )
+
+
+def num_samples(p: Any, help: str = 'images to draw (default: 64)') -> None:
+  """Adds --num_samples, which several modes have."""
+  p.add_argument('--num_samples', type=int, metavar='N', help=help)
+
+
+def output(p: Any, help: str) -> None:
+  """Adds --output, which several modes have."""
+  p.add_argument('--output', type=path, help=help)
+
+
+def json(p: Any) -> None:
+  """Adds --json, which several modes have."""
+  p.add_argument(
+    '--json', action='store_true', help='print one JSON object on stdout'
+  )
+
+
+def split(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+  """Parts `--config.KEY=VALUE` or `--config.KEY VALUE` from the other flags."""
+  flags, changes = [], {}
+  rest = iter(argv)
+  for word in rest:
+    if not word.startswith('--config.'):
+      flags.append(word)
+      continue
+    key, equals, value = word.removeprefix('--config.').partition('=')
+    if not equals:
+      value = next(rest, '')
+    changes[key] = value
+  return flags, changes
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+  """The flags of a command line; `changes` has the keys of the recipe.
+
+  Raises:
+    UserError: for an unknown mode or flag, or a bad value.
+  """
+  words, changes = split(argv)
+  mode = _mode(words)
+  args, others = parser(mode).parse_known_args(words)
+  if others:
+    raise _unknown(others[0].partition('=')[0], mode, args)
+  ranges.check_flags(vars(args))
+  if args.guidance is not None:
+    changes['sampler.guidance'] = args.guidance
+  args.changes = changes
+  return args
+
+
+def _mode(words: list[str]) -> str | None:
+  """The mode that is named; None for help on all modes."""
+  p = Parser(add_help=False, allow_abbrev=False)
+  p.add_argument('--mode')
+  p.add_argument('--help', '-h', action='store_true')
+  known, _ = p.parse_known_args(words)
+  return known.mode or (None if known.help else 'train')
+
+
+def _unknown(
+  flag: str, mode: str | None, args: argparse.Namespace
+) -> errors.UserError:
+  """The error for a flag that the mode does not have."""
+  known = [f'--{name}' for name in vars(args)]
+  theirs = [m for m in modes() if flag in _flags(m)]
+  if theirs:
+    return errors.UserError(f'{flag} is for --mode={" or ".join(theirs)}')
+  every = known + [name for m in modes() for name in _flags(m)]
+  return errors.unknown(
+    'flag', flag, set(every), others=f'--mode={mode} --help lists them all'
+  )
+
+
+def _flags(mode: str) -> list[str]:
+  p = Parser(add_help=False)
+  load(mode).flags(p)
+  return [action.option_strings[0] for action in p._actions]
