@@ -32,7 +32,7 @@ from ddpm_jax.diffusion import training
 from ddpm_jax.diffusion import variances
 from ddpm_jax.models import condition as encoders
 from ddpm_jax.models import networks
-from ddpm_jax.runtime import parallel
+from ddpm_jax.parallel import engines
 
 
 def member(module: ModuleType, name: str, what: str) -> Any:
@@ -419,6 +419,6 @@ def mesh(
     UserError: if there are not as many.
   """
   wanted = config.parallel
-  return parallel.make_mesh(
+  return engines.make_mesh(
     *(wanted.data, wanted.fsdp, wanted.spatial), local=local, devices=devices
   )

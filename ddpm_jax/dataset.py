@@ -19,10 +19,9 @@ from ddpm_jax.data import contents
 from ddpm_jax.data import sources
 from ddpm_jax.data import store
 from ddpm_jax.interop import minilm
-from ddpm_jax.runtime import checkpoint
-from ddpm_jax.runtime import images
-from ddpm_jax.runtime import paths
-from ddpm_jax.runtime import workdir
+from ddpm_jax.storage import checkpoint
+from ddpm_jax.storage import paths
+from ddpm_jax.storage import workdir
 
 
 def source(
@@ -120,7 +119,7 @@ def encode(config: ConfigDict, texts: Sequence[str]) -> Any:
   path = cache / f'{hashlib.sha256(told).hexdigest()[:32]}.npz'
   if not path.exists():
     made: Any = minilm.encode(texts, c.length)
-    with images.whole(path) as part, part.open('wb') as file:
+    with paths.atomic_write(path) as part, part.open('wb') as file:
       np.savez(file, **made)
   return npz.load(path)
 

@@ -16,7 +16,7 @@ from typing import NoReturn
 from ddpm_jax import errors
 from ddpm_jax import expand
 from ddpm_jax import ranges
-from ddpm_jax.runtime import paths
+from ddpm_jax.storage import paths
 
 JOBS = pathlib.Path(__file__).parent / 'jobs'
 DESCRIPTION = """\

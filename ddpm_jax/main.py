@@ -8,18 +8,18 @@ from typing import NoReturn
 
 from ddpm_jax import errors
 from ddpm_jax import flags
-from ddpm_jax.runtime import machine
-from ddpm_jax.runtime import streams
+from ddpm_jax import machine
+from ddpm_jax import streams
 
 
 def run(argv: list[str]) -> None:
   """Runs the mode that a command line names."""
   machine.start_jax()
   args = flags.parse(argv)
-  from ddpm_jax.runtime import paths
-  from ddpm_jax.runtime import processes
-  from ddpm_jax.runtime import stop
-  from ddpm_jax.runtime import workdir
+  from ddpm_jax.parallel import processes
+  from ddpm_jax.parallel import stop
+  from ddpm_jax.storage import paths
+  from ddpm_jax.storage import workdir
 
   module = flags.load(args.mode)
   job: flags.Job = module.JOB

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from ddpm_jax import errors
 from ddpm_jax import expand
 from ddpm_jax import ranges
-from ddpm_jax.runtime import workdir
+from ddpm_jax.storage import workdir
 
 # Beside this package in a checkout, in it where it was installed.
 CONFIGS = next(
@@ -121,7 +121,7 @@ def saved(folder: pathlib.Path, *, recover: bool = False) -> ConfigDict | None:
 
 def _of_checkpoint(folder: pathlib.Path) -> ConfigDict | None:
   """The recipe in the newest checkpoint that can be read."""
-  from ddpm_jax.runtime import checkpoint  # seconds to import
+  from ddpm_jax.storage import checkpoint  # seconds to import
 
   found = checkpoint.newest_config(folder / 'checkpoints')
   return from_json(found) if found else None

@@ -26,8 +26,8 @@ from ddpm_jax.interop import minilm
 from ddpm_jax.models import condition as encoders
 from ddpm_jax.models import layers
 from ddpm_jax.models import networks
-from ddpm_jax.runtime import logs
-from ddpm_jax.runtime import parallel
+from ddpm_jax.parallel import engines
+from ddpm_jax.storage import logs
 
 # The sections whose `name` is a function: what it is a member of, what to call
 # it, and how many positional arguments it is called with.
@@ -257,8 +257,8 @@ def codec(config: ConfigDict) -> None:
 def devices(config: ConfigDict) -> None:
   """Refuses an engine, or ways to use devices, that do not go together."""
   wanted = config.parallel
-  if wanted.engine not in parallel.ENGINES:
-    raise errors.unknown('engine', wanted.engine, parallel.ENGINES)
+  if wanted.engine not in engines.ENGINES:
+    raise errors.unknown('engine', wanted.engine, engines.ENGINES)
   if wanted.engine == 'pmap' and wanted.fsdp > 1:
     raise errors.UserError(
       'pmap keeps the whole state on every device: set parallel.fsdp=1, or '
@@ -358,7 +358,7 @@ def fit_devices(config: ConfigDict, *, trains: bool) -> ConfigDict:
 
   try:
     devices(config)
-    if share(parallel.parts(build.mesh(config))):
+    if share(engines.num_shards(build.mesh(config))):
       return config
   except errors.UserError:
     pass  # not these devices

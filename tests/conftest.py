@@ -35,7 +35,10 @@ os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 # Every call is held to the shapes in the signature. The option that jaxtyping
 # gives pytest cannot say that an int will do for a float, as in mypy.
 jaxtyping.install_import_hook(
-  ['ddpm_jax.diffusion', 'ddpm_jax.models'],
+  [
+    *('ddpm_jax.diffusion', 'ddpm_jax.models'),
+    *('ddpm_jax.compression.codec', 'ddpm_jax.study.two_term'),
+  ],
   'beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))',
 )
 
@@ -137,7 +140,7 @@ def stop_at(monkeypatch):
 
   def stop_at(step):
     asked = contextlib.nullcontext(lambda now: now >= step)
-    monkeypatch.setattr('ddpm_jax.runtime.stop.requests', lambda: asked)
+    monkeypatch.setattr('ddpm_jax.parallel.stop.requests', lambda: asked)
 
   return stop_at
 

@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ddpm_jax.runtime import account
+from ddpm_jax.planning import hlo
 
 pytestmark = pytest.mark.eight_devices
 
@@ -28,7 +28,7 @@ ALL = P()
 
 def of(f, mesh, out=ALL, *, into=ROW, **options):
   x = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32)
-  return account.of(
+  return hlo.of(
     jax.jit(
       f,
       in_shardings=NamedSharding(mesh, into),
@@ -43,7 +43,7 @@ def of(f, mesh, out=ALL, *, into=ROW, **options):
 def test_a_matrix_product_is_2mnk_and_its_three_matrices():
   n = 128
   x = jax.ShapeDtypeStruct((n, n), jnp.float32)
-  a = account.of(jax.jit(jnp.matmul).lower(x, x).compile())
+  a = hlo.of(jax.jit(jnp.matmul).lower(x, x).compile())
   assert a.flops == 2 * n**3
   assert a.arguments == 2 * n * n * 4
   assert a.outputs == n * n * 4
@@ -93,7 +93,7 @@ def turned(x):
 )
 def test_collectives_are_those_the_shardings_ask_for(mesh, f, out, kind, size):
   (found,) = of(f, mesh, out).collectives.items()
-  assert found == (kind, account.Collective(1, size, 0, 0))
+  assert found == (kind, hlo.Collective(1, size, 0, 0))
 
 
 def test_a_reduce_scatter_counts_what_goes_in(mesh):
@@ -102,7 +102,7 @@ def test_a_reduce_scatter_counts_what_goes_in(mesh):
 
   f = jax.shard_map(scattered, mesh=mesh, in_specs=P(), out_specs=P('x'))
   (found,) = of(f, mesh, P('x'), into=P()).collectives.items()
-  assert found == ('reduce-scatter', account.Collective(1, WHOLE, 0, 0))
+  assert found == ('reduce-scatter', hlo.Collective(1, WHOLE, 0, 0))
 
 
 def test_a_collective_in_a_loop_is_said_to_be_there(mesh):
@@ -119,7 +119,7 @@ def test_a_collective_in_a_loop_is_said_to_be_there(mesh):
     return jax.lax.scan(body, x, None, length=7)[0].sum()
 
   found = of(f, mesh).collectives['all-reduce']
-  assert found == account.Collective(2, COLUMNS * 4 + 4, 1, COLUMNS * 4)
+  assert found == hlo.Collective(2, COLUMNS * 4 + 4, 1, COLUMNS * 4)
 
 
 def test_a_loop_counts_once_however_often_it_runs():
@@ -131,7 +131,7 @@ def test_a_loop_counts_once_however_often_it_runs():
 
   x = jax.ShapeDtypeStruct((n, n), jnp.float32)
   flops = [
-    account.of(jax.jit(f, static_argnums=0).lower(k, x).compile()).flops
+    hlo.of(jax.jit(f, static_argnums=0).lower(k, x).compile()).flops
     for k in (5, 50)
   ]
   assert flops[0] == flops[1]
@@ -144,7 +144,7 @@ def test_what_stops_for_the_host_is_named():
     return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
   compiled = jax.jit(f).lower(jax.ShapeDtypeStruct((4,), jnp.float32)).compile()
-  assert len(account.of(compiled).host_transfers) == 2
+  assert len(hlo.of(compiled).host_transfers) == 2
 
 
 # As TPU and GPU compilers write them; not to be had on a CPU.
@@ -188,15 +188,15 @@ all-reduce-start(%x.1, %y.1, %z), to_apply=%sum
 
 
 def test_asynchronous_pairs_and_tuples_count_once():
-  assert account.collectives(ASYNCHRONOUS) == {
-    'all-gather': account.Collective(1, 4 * (32 * 32 + 128), 0, 0),
+  assert hlo.collectives(ASYNCHRONOUS) == {
+    'all-gather': hlo.Collective(1, 4 * (32 * 32 + 128), 0, 0),
     # Three numbers of four bits take two bytes.
-    'all-reduce': account.Collective(1, 4 * (4 * 32 + 16) + 2, 0, 0),
-    'collective-permute': account.Collective(1, 2048, 1, 2048),
+    'all-reduce': hlo.Collective(1, 4 * (4 * 32 + 16) + 2, 0, 0),
+    'collective-permute': hlo.Collective(1, 2048, 1, 2048),
   }
-  assert account.host_transfers(ASYNCHRONOUS) == ('out',)
+  assert hlo.host_transfers(ASYNCHRONOUS) == ('out',)
 
 
 def test_operands_are_read_to_the_end_of_their_brackets():
-  assert account.operands('%a, f32[2]{0} %b), to_apply=%c') == ['a', 'b']
-  assert account.operands('%a, %b') == ['a', 'b']
+  assert hlo.operands('%a, f32[2]{0} %b), to_apply=%c') == ['a', 'b']
+  assert hlo.operands('%a, %b') == ['a', 'b']

@@ -17,8 +17,8 @@ from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax.jobs import benchmark
-from ddpm_jax.runtime import profile
-from ddpm_jax.runtime import timing
+from ddpm_jax.planning import profile
+from ddpm_jax.planning import timing
 
 pytestmark = pytest.mark.eight_devices
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from ddpm_jax import errors
-from ddpm_jax.runtime import arithmetic
-from ddpm_jax.runtime import bitstream
+from ddpm_jax.compression import file_format
+from ddpm_jax.compression import range_coder
 
 SIZES = [1, 2, 3, 4, 6, 8, 12, 16]
 STEPS, N, SHAPE = 12, 20, (4, 4, 1)
-RULES = bitstream.Rules(SIZES, [0.1 * k for k in range(1, STEPS + 1)])
+RULES = file_format.Rules(SIZES, [0.1 * k for k in range(1, STEPS + 1)])
 HEADER = {
   'model': 1234567890,
   'images': N,
@@ -45,11 +45,11 @@ def some_code(seed=0):
 
 
 SIZE, CHOSEN, CHECK = some_code()
-DATA, BITS, AROUND = bitstream.write(HEADER, RULES, SIZE, CHOSEN, CHECK)
+DATA, BITS, AROUND = file_format.write(HEADER, RULES, SIZE, CHOSEN, CHECK)
 
 
 def test_it_comes_back():
-  read, whole = bitstream.read(DATA, RULES)
+  read, whole = file_format.read(DATA, RULES)
   assert whole
   size = len(DATA) - read.ends[0]
   assert read.header == json.loads(json.dumps({**HEADER, 'bytes': size}))
@@ -62,7 +62,7 @@ def test_it_comes_back():
 def test_its_bits_are_counted():
   coded = 8 * (len(DATA) - AROUND)
   # A chunk ends with a whole byte, and at most a byte more.
-  chunks = len(bitstream.read(DATA, RULES)[0].checks)
+  chunks = len(file_format.read(DATA, RULES)[0].checks)
   assert chunks > 4
   assert 0 <= coded - BITS.sum() < 16 * chunks
 
@@ -76,14 +76,14 @@ def same_as_far_as_it_goes(read):
 
 @pytest.mark.parametrize('cut', range(0, len(DATA), 101))
 def test_any_first_part_is_worth_its_whole_chunks(cut):
-  _, end = bitstream.read_header(DATA)
+  _, end = file_format.read_header(DATA)
   if cut < end:
     with pytest.raises(errors.UserError):
-      bitstream.read(DATA[:cut], RULES)
+      file_format.read(DATA[:cut], RULES)
     return
-  read, whole = bitstream.read(DATA[:cut], RULES)
+  read, whole = file_format.read(DATA[:cut], RULES)
   assert not whole
-  every, _ = bitstream.read(DATA, RULES)
+  every, _ = file_format.read(DATA, RULES)
   assert len(read.size) == max(s for s, e in every.ends.items() if e <= cut)
   same_as_far_as_it_goes(read)
 
@@ -98,7 +98,7 @@ def test_a_hundred_flips_and_cuts_give_no_wrong_code(seed):
       data[rng.integers(len(data))] ^= 1 << rng.integers(8)
     data = bytes(data[: rng.integers(len(data) + 1)])
     try:
-      read, whole = bitstream.read(data, RULES)
+      read, whole = file_format.read(data, RULES)
     except errors.UserError as e:
       refused += 1
       one_line &= '\n' not in str(e)
@@ -110,7 +110,7 @@ def test_a_hundred_flips_and_cuts_give_no_wrong_code(seed):
 
 
 def test_a_chunk_cannot_be_missing_or_moved():
-  every, _ = bitstream.read(DATA, RULES)
+  every, _ = file_format.read(DATA, RULES)
   a, b, c, *_ = every.ends.values()
   for data in (
     DATA[:a] + DATA[b:],
@@ -118,17 +118,17 @@ def test_a_chunk_cannot_be_missing_or_moved():
     DATA + DATA[a:b],
   ):
     with pytest.raises(errors.UserError, match='damaged'):
-      bitstream.read(data, RULES)
+      file_format.read(data, RULES)
 
 
 def test_damage_names_the_part_that_is_whole():
-  every, _ = bitstream.read(DATA, RULES)
+  every, _ = file_format.read(DATA, RULES)
   _, b, c, *_ = every.ends.values()
   data = bytearray(DATA)
   data[(b + c) // 2] ^= 1
   with pytest.raises(errors.UserError, match=f'--bytes={b} shows'):
-    bitstream.read(bytes(data), RULES)
-  same_as_far_as_it_goes(bitstream.read(bytes(data[:b]), RULES)[0])
+    file_format.read(bytes(data), RULES)
+  same_as_far_as_it_goes(file_format.read(bytes(data[:b]), RULES)[0])
 
 
 @pytest.mark.parametrize(
@@ -143,14 +143,14 @@ def test_damage_names_the_part_that_is_whole():
 )
 def test_another_file_is_refused(data, what):
   with pytest.raises(errors.UserError, match=what):
-    bitstream.read(data, RULES)
+    file_format.read(data, RULES)
 
 
 @pytest.mark.parametrize('p', [0.5, 0.1, 0.999])
 def test_bits_take_as_much_as_they_tell(p):
   rng = np.random.default_rng(0)
   told = (rng.random(20_000) < p).astype(int).tolist()
-  encoder = arithmetic.Encoder(arithmetic.Odds())
+  encoder = range_coder.Encoder(range_coder.Odds())
   for bit in told:
     encoder.bit('a', bit)
   data = encoder.finish()
@@ -159,26 +159,26 @@ def test_bits_take_as_much_as_they_tell(p):
   # Learning the odds takes ½ log2 n bits, the end a byte, odds of 16 bits a
   # hundredth.
   assert 8 * len(data) < 1.01 * entropy * len(told) + 20
-  decoder = arithmetic.Decoder(arithmetic.Odds(), data)
+  decoder = range_coder.Decoder(range_coder.Odds(), data)
   assert [decoder.bit('a', None) for _ in told] == told
 
 
 def test_numbers_of_any_size_come_back():
   rng = np.random.default_rng(0)
   told = [0, 1, 2, 2**24, *(2 ** rng.uniform(0, 30, 300)).astype(int).tolist()]
-  encoder = arithmetic.Encoder(arithmetic.Odds())
+  encoder = range_coder.Encoder(range_coder.Odds())
   for n in told:
-    arithmetic.whole(encoder, ('a',), n)
-  decoder = arithmetic.Decoder(arithmetic.Odds(), encoder.finish())
-  assert [arithmetic.whole(decoder, ('a',), None) for _ in told] == told
+    range_coder.whole(encoder, ('a',), n)
+  decoder = range_coder.Decoder(range_coder.Odds(), encoder.finish())
+  assert [range_coder.whole(decoder, ('a',), None) for _ in told] == told
 
 
 def test_noise_is_not_read_for_ever():
   """A CRC lets nothing through but what was written; this is without one."""
-  decoder = arithmetic.Decoder(arithmetic.Odds(), b'')
+  decoder = range_coder.Decoder(range_coder.Odds(), b'')
   with pytest.raises(ValueError, match=r'no number|more is told'):
     collections.deque(
-      arithmetic.whole(decoder, ('a',), None) for _ in range(99)
+      range_coder.whole(decoder, ('a',), None) for _ in range(99)
     )
 
 
@@ -190,11 +190,11 @@ def test_a_header_is_small():
 def packed(header):
   """The bytes of a file with that header, and nothing after it."""
   text = zlib.compress(header, 9)
-  front = bitstream.MAGIC + struct.pack('>BH', bitstream.VERSION, len(text))
+  front = file_format.MAGIC + struct.pack('>BH', file_format.VERSION, len(text))
   return front + text + struct.pack('>I', zlib.crc32(front + text))
 
 
-WHOLE = {**bitstream.read_header(DATA)[0]}
+WHOLE = {**file_format.read_header(DATA)[0]}
 DEEP = b'[' * 10_000 + b']' * 10_000
 ABSURD = [
   *(None, 'x', '', -1, 0, 1.5, True, 10**9, 10**30, 10**400, [], {}, [[]]),
@@ -207,7 +207,7 @@ def refused_quickly(data):
   tracemalloc.start()
   begun, told = time.monotonic(), ''
   try:
-    bitstream.read(data, RULES)
+    file_format.read(data, RULES)
   except errors.UserError as e:
     told = str(e)
   seconds = time.monotonic() - begun
@@ -234,7 +234,7 @@ def test_a_field_that_is_absurd_is_refused(field):
     assert refused_quickly(data) != fine, value
   less = {key: x for key, x in WHOLE.items() if key != field}
   with pytest.raises(errors.UserError, match=f'{field} is missing'):
-    bitstream.read_header(packed(json.dumps(less).encode()))
+    file_format.read_header(packed(json.dumps(less).encode()))
   deep = json.dumps({**WHOLE, field: 0}).encode()
   assert refused_quickly(packed(deep.replace(b'0', DEEP, 1)))
 
@@ -257,43 +257,43 @@ def test_a_header_is_bounded_whatever_it_unpacks_to():
   assert refused_quickly(packed(b'[]'))
   many = json.dumps({**WHOLE, 'images': 10**9}).encode()
   with pytest.raises(errors.UserError, match='images=1000000000 in'):
-    bitstream.read_header(packed(many))
+    file_format.read_header(packed(many))
 
 
 def test_more_steps_than_the_header_tells_of_are_not_read():
   """A bit that is expected costs nearly nothing: they could go on for long."""
-  header, end = bitstream.read_header(DATA)
+  header, end = file_format.read_header(DATA)
   front = DATA[:end]
   chunk = b'\xff\xff\xff\x7f' + b'\0' + b'\0\0'
   crc = zlib.crc32(chunk, int.from_bytes(front[-4:], 'big'))
   assert header['bytes'] > len(chunk) + 4
   with pytest.raises(errors.UserError, match=f'damaged after byte {end}'):
-    bitstream.read(front + chunk + struct.pack('>I', crc), RULES)
+    file_format.read(front + chunk + struct.pack('>I', crc), RULES)
 
 
 def test_a_bit_that_was_never_seen_can_be_told():
   """Else the coder shifts zeros for ever, once 32768 others were seen."""
-  odds = arithmetic.Odds()
+  odds = range_coder.Odds()
   odds.counts['a'] = [40_000, 0]
-  encoder = arithmetic.Encoder(odds)
+  encoder = range_coder.Encoder(odds)
   encoder.bit('a', 1)
-  odds = arithmetic.Odds()
+  odds = range_coder.Odds()
   odds.counts['a'] = [40_000, 0]
-  assert arithmetic.Decoder(odds, encoder.finish()).bit('a', None) == 1
+  assert range_coder.Decoder(odds, encoder.finish()).bit('a', None) == 1
 
 
 def test_what_stands_for_no_code_is_damaged(monkeypatch):
   """Should a CRC let it through: numbers that nothing was written as."""
   monkeypatch.setattr(
-    arithmetic, 'unary', lambda coder, context, n: 63 if n is None else n
+    range_coder, 'unary', lambda coder, context, n: 63 if n is None else n
   )
   with pytest.raises(errors.UserError, match='damaged after byte'):
-    bitstream.read(DATA, RULES)
+    file_format.read(DATA, RULES)
 
 
 def test_bytes_after_the_end_are_damage():
   with pytest.raises(errors.UserError, match='damaged'):
-    bitstream.read(DATA + b'\0' * 20, RULES)
+    file_format.read(DATA + b'\0' * 20, RULES)
 
 
 def test_a_number_of_ones_without_an_end_is_none():
@@ -302,4 +302,4 @@ def test_a_number_of_ones_without_an_end_is_none():
       return 1
 
   with pytest.raises(ValueError, match='no number is as long'):
-    arithmetic.unary(Ones(), ('a',), None)
+    range_coder.unary(Ones(), ('a',), None)

@@ -25,8 +25,8 @@ import optax
 import pytest
 
 from ddpm_jax import errors
-from ddpm_jax.runtime import checkpoint
-from ddpm_jax.runtime import fingerprint
+from ddpm_jax.storage import checkpoint
+from ddpm_jax.storage import fingerprint
 
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 EIGHT = jax.make_mesh((8,), ('fsdp',), axis_types=(jax.sharding.AxisType.Auto,))
@@ -217,8 +217,8 @@ def test_a_leftover_of_an_interrupted_save_is_ignored_then_removed(tmp_path):
 
 KILLED = """
 import jax, jax.numpy as jnp, sys
-from ddpm_jax.runtime import checkpoint
-from ddpm_jax.runtime import fingerprint
+from ddpm_jax.storage import checkpoint
+from ddpm_jax.storage import fingerprint
 checkpointer = checkpoint.open(sys.argv[1], keep=1)
 for step in range(1, 100):
   x = {'x': jnp.full((1 << 23,), step, jnp.float32)}

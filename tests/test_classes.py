@@ -16,10 +16,10 @@ from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax import recipe
-from ddpm_jax.jobs import sample
-from ddpm_jax.metrics import small
-from ddpm_jax.runtime import checkpoint
-from ddpm_jax.runtime import workdir
+from ddpm_jax import samples
+from ddpm_jax.metrics import classifier_score
+from ddpm_jax.storage import checkpoint
+from ddpm_jax.storage import workdir
 
 
 def classes(path, *names):
@@ -178,8 +178,8 @@ def test_scores_call_classes_by_their_names(tmp_path):
     'class_share': [0.1, 0.2, 0.7],
     'real_class_share': [0.1, 0.2, 0.7],
   }
-  assert 'share of class 2 ' in small.table(result)
-  table = small.table(result | {'class_names': ['1', '2', '10']})
+  assert 'share of class 2 ' in classifier_score.table(result)
+  table = classifier_score.table(result | {'class_names': ['1', '2', '10']})
   shares = [line for line in table.splitlines() if 'share of class' in line]
   assert [line.split()[3:5] for line in shares] == [
     ['1', '10.0%'],
@@ -212,7 +212,7 @@ def test_a_run_says_keeps_and_takes_the_names_of_its_classes(
   c = recipe.resolve(None, folder, {})
   args = argparse.Namespace(prompt=None, prompts=None, workdir=folder)
   args.label, args.num_samples = ['10', '3', '2'], 2
-  wanted, rows = sample.asked(c, args)
+  wanted, rows = samples.asked(c, args)
   assert wanted == ['10', '10', '2']
   assert rows.tolist() == [3, 3, 3, 3, 2, 2]
 

@@ -10,7 +10,7 @@ from sklearn import datasets
 
 from ddpm_jax import errors
 from ddpm_jax.metrics import classifier as classifiers
-from ddpm_jax.metrics import small
+from ddpm_jax.metrics import classifier_score
 
 
 @pytest.fixture(scope='module')
@@ -37,7 +37,9 @@ def scores(digits, classifier):
   )
   noise = np.random.default_rng(0).integers(0, 256, held_out.shape)
   return {
-    name: small.score(real, labels, fake.astype(np.uint8), classifier)
+    name: classifier_score.score(
+      real, labels, fake.astype(np.uint8), classifier
+    )
     for name, fake in {
       'real': held_out,
       'copies': real[:599],
@@ -198,7 +200,7 @@ def test_images_that_do_not_fit_are_one_line(digits, classifier):
     with pytest.raises(errors.UserError, match='needs uint8'):
       classifiers.train(wrong, digits[1][: len(wrong)], 10)
   with pytest.raises(errors.UserError, match='9 fake images are too few'):
-    small.score(images, digits[1], images[:9], classifier)
+    classifier_score.score(images, digits[1], images[:9], classifier)
 
 
 def test_real_digits_score_far_better_than_noise_and_blur(scores):
@@ -229,14 +231,14 @@ def test_a_score_is_json_and_its_table_is_aligned(digits, classifier, scores):
   for score in scores.values():
     assert json.loads(json.dumps(score, allow_nan=False)) == score
   images, labels = digits
-  score = small.score(
+  score = classifier_score.score(
     images[:1198], labels[:1198], images[1300:], classifier, images[1198:1300]
   )
   assert json.loads(json.dumps(score, allow_nan=False)) == score
   assert 'real_nearest_rmse' not in score
   for s in (score, scores['noise']):
-    title, *lines = small.table(s).splitlines()
-    assert title == small.NAME
+    title, *lines = classifier_score.table(s).splitlines()
+    assert title == classifier_score.NAME
     assert len(lines) == 11 + 10
     end = lines[0].index('held-out real') + len('held-out real')
     assert all(line[end - 1] not in ' ' for line in lines)
@@ -244,5 +246,5 @@ def test_a_score_is_json_and_its_table_is_aligned(digits, classifier, scores):
 
 
 def test_nothing_is_called_fid(scores):
-  text = json.dumps(scores) + small.table(scores['real'])
+  text = json.dumps(scores) + classifier_score.table(scores['real'])
   assert 'fid' not in text.lower()

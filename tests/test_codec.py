@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ddpm_jax.diffusion import codec
+from ddpm_jax.compression import codec
+from ddpm_jax.compression import file_format
 from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
-from ddpm_jax.runtime import bitstream
 
 S = schedules.linear(20, 0.01, 0.4)
 candidates = jax.jit(codec.candidates)
@@ -90,9 +90,9 @@ def test_its_bits_are_within_the_bound(gap, var, var_p):
   """
   chosen, _ = told(gap, var, var_p, 2000, 10)
   D, (N, _) = len(gap), chosen.shape
-  rules = bitstream.Rules(codec.sizes(D), [1.0])
+  rules = file_format.Rules(codec.sizes(D), [1.0])
   size = np.full((1, N), len(rules.sizes) - 1)
-  _, (bits,), _ = bitstream.write(
+  _, (bits,), _ = file_format.write(
     {}, rules, size, chosen[None], np.zeros(1, int)
   )
   b = kl(gap, var, var_p) + np.log2(np.e) / np.e + 1

@@ -13,14 +13,14 @@ from configs import digits
 from ddpm_jax import build
 from ddpm_jax import dataset
 from ddpm_jax import recipe
+from ddpm_jax import run as runs
 from ddpm_jax import sampling
 from ddpm_jax.data import pipeline
-from ddpm_jax.jobs import sample
 from ddpm_jax.jobs import train
-from ddpm_jax.runtime import parallel
+from ddpm_jax.parallel import engines
 
 pytestmark = pytest.mark.eight_devices
-BOTH = pytest.mark.parametrize('how', parallel.ENGINES)
+BOTH = pytest.mark.parametrize('how', engines.ENGINES)
 
 
 def start(how):
@@ -45,7 +45,7 @@ def start(how):
   recipe.override(c, {name: str(value) for name, value in changes.items()})
   mesh = build.mesh(c)
   init = functools.partial(build.init_state, c)
-  return c, mesh, parallel.init_state(init, mesh)
+  return c, mesh, engines.init_state(init, mesh)
 
 
 def traced_once(fn):
@@ -108,7 +108,7 @@ def test_sampling_is_one_program_and_moves_nothing_unasked(how, compiled):
   """Also where the last batch is not full."""
   c, mesh, state = start(how)
   draw = traced_once(sampling.sampler(c, seed=0))
-  size, batch = sample.drawer(c, mesh, 10, draw)
+  size, batch = runs.drawer(c, mesh, 10, draw)
   assert size == 4
   before = len(compiled)
   with jax.transfer_guard('disallow'):

@@ -8,13 +8,14 @@ from PIL import ExifTags
 from PIL import Image
 
 from ddpm_jax import errors
+from ddpm_jax import inputs
 from ddpm_jax import main
 from ddpm_jax import recipe
-from ddpm_jax.jobs import compress
+from ddpm_jax import run as runs
+from ddpm_jax.compression import file_format
+from ddpm_jax.compression import transmission
 from ddpm_jax.jobs import decompress
-from ddpm_jax.jobs import sample
-from ddpm_jax.runtime import bitstream
-from ddpm_jax.runtime import parallel
+from ddpm_jax.parallel import engines
 
 SMALL = [
   '--config.codec.steps=6',
@@ -44,14 +45,14 @@ def sent(tiny_run, tmp_path_factory):
 def trained(sent):
   """What the jobs work with: the recipe and the weights."""
   config = recipe.resolve(None, sent[0], dict(x[9:].split('=') for x in SMALL))
-  *_, params = sample.restore(config, parallel.make_mesh(1), sent[0])
+  *_, params = runs.restore(config, engines.make_mesh(1), sent[0])
   return config, params
 
 
 @pytest.fixture(scope='module')
 def held(trained):
   """What the sender held, in the same process."""
-  return compress.send(*trained, IMAGES, 0)
+  return transmission.send(*trained, IMAGES, 0)
 
 
 def receive(workdir, file, output, *more):
@@ -67,8 +68,10 @@ def receive(workdir, file, output, *more):
 
 def read(file, trained):
   data = file.read_bytes()
-  header, _ = bitstream.read_header(data)
-  return bitstream.read(data, compress.rules(trained[0], header['squares']))[0]
+  header, _ = file_format.read_header(data)
+  return file_format.read(
+    data, transmission.rules(trained[0], header['squares'])
+  )[0]
 
 
 def test_it_is_the_very_image_that_the_sender_held(sent, held, tmp_path, capfd):
@@ -99,7 +102,7 @@ def test_any_first_part_shows_what_the_sender_held_then(
 
 def test_what_is_sent_tells_of_the_image(held):
   """RMSE falls, and ΣKL and the code grow, with every step."""
-  spent = compress.spent(held, IMAGES)
+  spent = transmission.spent(held, IMAGES)
   assert spent.rmse[-1] < 0.2 * spent.rmse[0]
   assert np.all(np.diff(spent.kl) > 0)
   assert np.all(np.diff(spent.code) > 0)
@@ -111,14 +114,14 @@ def test_an_image_a_folder_and_an_array_are_the_same(trained, tmp_path):
   Image.fromarray(IMAGES[0, ..., 0]).save(tmp_path / 'a.png')
   np.save(tmp_path / 'a.npy', IMAGES[:1])
   for path in (tmp_path / 'a.png', tmp_path, tmp_path / 'a.npy'):
-    np.testing.assert_array_equal(compress.read(path, config), IMAGES[:1])
+    np.testing.assert_array_equal(inputs.read(path, config), IMAGES[:1])
 
 
 def test_what_is_resized_is_said(trained, tmp_path, capsys):
   config, _ = trained
 
   def said(path):
-    compress.read(path, config)
+    inputs.read(path, config)
     return capsys.readouterr().err
 
   how = 'resized (shorter side, bicubic) and cut to 8x8, in the middle'
@@ -154,7 +157,7 @@ def test_how_long_it_will_take_is_said_after_a_batch(trained, capsys):
   told = {'code': np.zeros((6, 4))}
   for n, message in ((9, 'the first of 3 batches took '), (4, '')):
     images = np.zeros((n, 8, 8, 1), np.uint8)
-    passed = compress.run_batches(
+    passed = transmission.run_batches(
       config, Program(), params, images, [], told, True
     )
     assert passed['shown'].shape == (1, n)
@@ -188,9 +191,9 @@ def rewritten(file, trained, path, check=0, **header):
   """The same code in a file that says otherwise."""
   got = read(file, trained)
   checks = [got.checks.get(s + 1, 0) for s in range(6)]
-  data, _, _ = bitstream.write(
+  data, _, _ = file_format.write(
     {**got.header, **header},
-    compress.rules(trained[0], got.header['squares']),
+    transmission.rules(trained[0], got.header['squares']),
     *(got.size, got.chosen, np.array(checks) ^ check),
   )
   path.write_bytes(data)
@@ -253,5 +256,5 @@ def test_a_mistake_is_one_line(sent, flags, what, tmp_path, monkeypatch):
 def test_decompress_takes_the_rules_of_the_file(sent, trained):
   """They are not those of the workdir: its codec has 30 steps."""
   assert recipe.resolve(None, sent[0], {}).codec.steps == 30
-  header, _ = bitstream.read_header(sent[1].read_bytes())
+  header, _ = file_format.read_header(sent[1].read_bytes())
   assert header['codec'] == dict(trained[0].codec)

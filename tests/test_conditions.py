@@ -21,7 +21,9 @@ from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax import flags as command
 from ddpm_jax import main
+from ddpm_jax import plots
 from ddpm_jax import recipe
+from ddpm_jax import samples
 from ddpm_jax import sampling
 from ddpm_jax import validate
 from ddpm_jax.data import captions
@@ -33,11 +35,10 @@ from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.jobs import convert
-from ddpm_jax.jobs import sample
 from ddpm_jax.jobs import train
 from ddpm_jax.models import condition
 from ddpm_jax.models import networks
-from ddpm_jax.runtime import images
+from ddpm_jax.storage import images
 
 TEXT = str(pathlib.Path(digits_text.__file__))
 
@@ -468,7 +469,7 @@ def test_each_prompt_is_asked_so_many_times_in_turn(tmp_path):
       '--num_samples=2',
     ]
   )
-  wanted, rows = sample.asked(config(), args)
+  wanted, rows = samples.asked(config(), args)
   assert wanted == ['seven', 'a nine', 'zero']
   assert [text(row) for row in rows] == [x for x in wanted for _ in range(2)]
 
@@ -482,7 +483,7 @@ def test_a_picture_has_a_row_for_each_prompt(of_words, tmp_path):
     tiles = file['images'].reshape(2, 3, 8, 8, 1)
   with Image.open(tmp_path / 'a.png') as image:
     np.testing.assert_array_equal(
-      image, images.labelled(tiles, labels=['seven', 'a nine'])
+      image, plots.labelled(tiles, labels=['seven', 'a nine'])
     )
 
 
@@ -547,7 +548,7 @@ def test_bad_prompts_are_a_line_for_the_user(of_words, args, message):
 def test_prompts_are_for_models_of_texts(wrong):
   args = command.parse(['--mode=sample', wrong, '--num_samples=1'])
   with pytest.raises(errors.UserError, match='is for models of'):
-    sample.asked(digits.get_config(), args)
+    samples.asked(digits.get_config(), args)
 
 
 def test_prompts_are_for_sampling():

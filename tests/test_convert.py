@@ -30,12 +30,12 @@ from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import variances
+from ddpm_jax.evaluation import record
 from ddpm_jax.interop import diffusers
 from ddpm_jax.interop import fields
 from ddpm_jax.interop import files
-from ddpm_jax.jobs.evaluate import record
-from ddpm_jax.runtime import checkpoint
-from ddpm_jax.runtime import parallel
+from ddpm_jax.parallel import engines
+from ddpm_jax.storage import checkpoint
 
 # The files that google/ddpm-cifar10-32 publishes.
 CIFAR = {
@@ -769,7 +769,7 @@ def test_it_is_evaluated_and_goes_on_training(converted, tmp_path, capfd):
 def test_it_begins_with_the_weights_and_nothing_else(converted):
   config = recipe.resolve(None, converted, {})
   mesh = build.mesh(config)
-  abstract = parallel.abstract_state(lambda: build.init_state(config), mesh)
+  abstract = engines.abstract_state(lambda: build.init_state(config), mesh)
   saved = checkpoint.restore(
     converted / 'checkpoints', checkpoint.trained(abstract), abstract.ema_params
   )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ddpm_jax.models import convolution
-from ddpm_jax.runtime import account
-from ddpm_jax.runtime import parallel
+from ddpm_jax.parallel import engines
+from ddpm_jax.planning import hlo
 
 pytestmark = pytest.mark.eight_devices
 
@@ -115,15 +115,15 @@ def test_without_gradients_the_products_are_of_some_images_at_once(
 
 
 def test_they_are_the_same_on_several_devices():
-  mesh = parallel.make_mesh()
+  mesh = engines.make_mesh()
   x, kernel = operands((16, 16), dtype=np.float32, images=32)
   f = jax.jit(
     convolution.convolve,
-    in_shardings=(parallel.over_batch(mesh), parallel.replicated(mesh)),
-    out_shardings=parallel.over_batch(mesh),
+    in_shardings=(engines.over_batch(mesh), engines.replicated(mesh)),
+    out_shardings=engines.over_batch(mesh),
   )
   compiled = f.lower(x, kernel).compile()
-  assert not account.of(compiled).collectives
+  assert not hlo.of(compiled).collectives
   one = jax.jit(convolution.convolve)(x, kernel)
   np.testing.assert_allclose(f(x, kernel), one, atol=1e-5)
 
@@ -226,14 +226,14 @@ def test_a_batch_on_several_devices_moves_gradients_alone(f, exact):
   del exact
   x, kernel = (jnp.float32(a) for a in operands())
   x = jnp.concatenate([x] * 4)
-  mesh = parallel.make_mesh()
+  mesh = engines.make_mesh()
   gradient = jax.jit(
     jax.grad(lambda k, x: jnp.sum(jnp.sin(f(x, k)))),
-    in_shardings=(parallel.replicated(mesh), parallel.over_batch(mesh)),
-    out_shardings=parallel.replicated(mesh),
+    in_shardings=(engines.replicated(mesh), engines.over_batch(mesh)),
+    out_shardings=engines.replicated(mesh),
   )
   compiled = gradient.lower(kernel, x).compile()
-  assert set(account.of(compiled).collectives) == {'all-reduce'}
+  assert set(hlo.of(compiled).collectives) == {'all-reduce'}
   one = jax.jit(jax.grad(lambda k: jnp.sum(jnp.sin(f(x, k)))))(kernel)
   # Sums of 1024 terms or more, of up to 300, in another order.
   np.testing.assert_allclose(gradient(kernel, x), one, atol=0.002)

@@ -25,6 +25,7 @@ from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax import recipe
+from ddpm_jax import run as runs
 from ddpm_jax import sampling
 from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import predictions
@@ -36,7 +37,6 @@ from ddpm_jax.diffusion import variances
 from ddpm_jax.interop import diffusers as interop
 from ddpm_jax.interop import fields
 from ddpm_jax.jobs import convert
-from ddpm_jax.jobs import sample
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -88,7 +88,7 @@ SCHEDULERS = {
 def ours(workdir):
   """(recipe, weights) of a run."""
   config = recipe.resolve(None, workdir, {'parallel.data': '1'})
-  *_, params = sample.restore(config, build.mesh(config), workdir)
+  *_, params = runs.restore(config, build.mesh(config), workdir)
   return config, params
 
 

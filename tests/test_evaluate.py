@@ -15,14 +15,14 @@ from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax import recipe
+from ddpm_jax import run as runs
 from ddpm_jax.diffusion import likelihood
-from ddpm_jax.jobs import sample
-from ddpm_jax.jobs.evaluate import bound
-from ddpm_jax.jobs.evaluate import record
+from ddpm_jax.evaluation import bound
+from ddpm_jax.evaluation import record
 
 
 @pytest.fixture(scope='module')
-def runs(tiny_run, tmp_path_factory):
+def measured(tiny_run, tmp_path_factory):
   """(the bound that is added, stdout): of the newest weights, of older ones,
   and of those without the average."""
   workdir = tmp_path_factory.mktemp('evaluate') / 'run'
@@ -38,8 +38,8 @@ def runs(tiny_run, tmp_path_factory):
   return found
 
 
-def test_the_parts_make_the_whole(runs):
-  e, out = runs[0]
+def test_the_parts_make_the_whole(measured):
+  e, out = measured[0]
   total = e['L_T'] + e['L_1_to_T-1'] + e['L_0']
   assert e['bits_per_dim'] == pytest.approx(total, rel=1e-9)
   assert e['rate'] + e['distortion'] == pytest.approx(total, rel=1e-9)
@@ -51,15 +51,15 @@ def test_the_parts_make_the_whole(runs):
   assert 'Monte Carlo' in out
 
 
-def test_raw_weights_and_other_steps_are_other_weights(runs, tiny_run):
-  found = [e for e, _ in runs]
+def test_raw_weights_and_other_steps_are_other_weights(measured, tiny_run):
+  found = [e for e, _ in measured]
   assert [f['step'] for f in found] == [200, 160, 200]
   assert [f['weights'] for f in found] == ['EMA', 'EMA', 'raw']
   assert len({f['bits_per_dim'] for f in found}) == 3
   # Without a key of its own it evaluates the weights that sample.
   changes = {'sampler.weights': 'raw', 'parallel.data': '1'}
   config = recipe.resolve(None, tiny_run[0], changes)
-  kind, step, _ = sample.restore(
+  kind, step, _ = runs.restore(
     *(config, build.mesh(config), tiny_run[0]), key=record.weights_key(config)
   )
   assert (kind, step) == ('raw', 200)
@@ -122,7 +122,7 @@ def test_a_trained_network_beats_an_untrained_one():
 @pytest.mark.parametrize(
   ('args', 'message'),
   [
-    (['--workdir=runs/none'], 'runs/none'),
+    (['--workdir=measured/none'], 'measured/none'),
     (['--output=here'], '--output'),
     (['--config.sampler.variance=learned'], 'does not fit'),
     (['--config.sampler.variance=betta'], "'beta'"),

@@ -17,8 +17,11 @@ from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax import flags as command
 from ddpm_jax import main
+from ddpm_jax import plots
 from ddpm_jax import recipe
+from ddpm_jax import run as runs
 from ddpm_jax import sampling
+from ddpm_jax.compression import transmission
 from ddpm_jax.data import store
 from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import editing
@@ -26,18 +29,16 @@ from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
-from ddpm_jax.jobs import compress
+from ddpm_jax.evaluation import bound as bound_job
 from ddpm_jax.jobs import figures
-from ddpm_jax.jobs import sample
-from ddpm_jax.jobs.evaluate import bound as bound_job
-from ddpm_jax.jobs.figures import common
-from ddpm_jax.jobs.figures import compression
-from ddpm_jax.jobs.figures import curves
-from ddpm_jax.jobs.figures import pictures
 from ddpm_jax.metrics import classifier
+from ddpm_jax.metrics import classifier_score
 from ddpm_jax.metrics import distances
-from ddpm_jax.metrics import small
-from ddpm_jax.runtime import images
+from ddpm_jax.storage import images
+from ddpm_jax.study import common
+from ddpm_jax.study import compression
+from ddpm_jax.study import curves
+from ddpm_jax.study import pictures
 
 NAMES = (
   'codec',
@@ -72,17 +73,17 @@ def trained(tmp_path):
 @pytest.fixture
 def plotted(monkeypatch):
   """The panels of the plots that are made."""
-  panels, plot = [], images.plot
+  panels, plot = [], plots.plot
   monkeypatch.setattr(
-    images, 'plot', lambda x, *bold: panels.extend(x) or plot(x, *bold)
+    plots, 'plot', lambda x, *bold: panels.extend(x) or plot(x, *bold)
   )
   return panels
 
 
 def samples(run, count):
   """Those of --mode=sample."""
-  drawn, _ = sample.gather(
-    sample.sampler(run.config, run.mesh, count, run.seed)(run.params)
+  drawn, _ = runs.gather(
+    runs.sampler(run.config, run.mesh, count, run.seed)(run.params)
   )
   return drawn
 
@@ -99,7 +100,7 @@ def of_run(workdir):
   """The run, as --mode=figures gets it."""
   config = recipe.resolve(None, workdir, {'parallel.data': '1'})
   mesh = build.mesh(config)
-  *_, params = sample.restore(config, mesh, workdir)
+  *_, params = runs.restore(config, mesh, workdir)
   return common.Trained(config, mesh, params, config.seed, workdir)
 
 
@@ -114,13 +115,13 @@ def test_a_figure_that_moves_is_written_as_it_was_drawn(tiny_run, tmp_path):
   assert made == ['a.gif', 'a.png']
   with Image.open(path) as file:
     assert file.format == 'PNG'
-    whole = images.labelled(drawn.tiles, drawn.titles, drawn.labels)
+    whole = plots.labelled(drawn.tiles, drawn.titles, drawn.labels)
     np.testing.assert_array_equal(file, whole)
   with Image.open(path.with_suffix('.gif')) as file:
     assert file.n_frames == len(drawn.frames) == 10
     for k in (0, 5, 9):
       file.seek(k)
-      frame = images.labelled(drawn.frames[k], head=drawn.heads[k])
+      frame = plots.labelled(drawn.frames[k], head=drawn.heads[k])
       # All is gray, and a GIF has 256 colours.
       np.testing.assert_array_equal(file.convert('RGB'), frame)
 
@@ -129,9 +130,9 @@ def test_a_figure_with_a_plot_is_put_into_the_workdir(tiny_run, tmp_path):
   workdir = shutil.copytree(tiny_run[0], tmp_path / 'run')
   main.run(['--mode=figures', '--figure=schedules', f'--workdir={workdir}'])
   drawn = pictures.schedules(of_run(workdir))
-  tiles = images.labelled(drawn.tiles, drawn.titles, drawn.labels)
+  tiles = plots.labelled(drawn.tiles, drawn.titles, drawn.labels)
   with Image.open(workdir / 'figure_schedules.png') as file:
-    np.testing.assert_array_equal(file, images.stack([drawn.plot, tiles]))
+    np.testing.assert_array_equal(file, plots.stack([drawn.plot, tiles]))
   assert len(list(workdir.glob('figure_*'))) == 1
 
 
@@ -314,7 +315,7 @@ def test_the_last_of_quality_is_that_of_the_samples(trained, plotted):
     *distances.moments(real[0]), *distances.moments(fake[0])
   )
   assert frechet[-1] == pytest.approx(expected, rel=1e-6)
-  assert sure[-1] == np.mean(fake[1].max(1) > small.SURE)
+  assert sure[-1] == np.mean(fake[1].max(1) > classifier_score.SURE)
 
 
 def test_one_noise_varies_less_than_two_but_at_t_1(trained, plotted, capsys):
@@ -352,7 +353,7 @@ def test_the_codec_sends_the_very_images_that_it_shows(
   bits, rmse = plotted[0].curves['codec, without header']
   assert len(plotted[1].curves['code'][0]) == len(rmse) == 6
   x0 = common.real(run.config, 0, 3)
-  sent = compress.send(run.config, run.params, x0, 0)
+  sent = transmission.send(run.config, run.params, x0, 0)
   error = np.square(sent.shown.astype(float) - x0).mean((1, 2, 3, 4))
   np.testing.assert_allclose(rmse, np.sqrt(error), rtol=1e-5)
   assert bits[-1] == pytest.approx(sent.bits.sum() / x0.size)
@@ -431,7 +432,7 @@ def test_words_leave_every_pixel_as_it_is(channels):
   rng = np.random.default_rng(0)
   tiles = rng.integers(0, 256, (2, 3, 64, 48, channels), dtype=np.uint8)
   plain = images.grid(tiles.reshape(6, 64, 48, channels), 3, width=450)
-  worded = images.labelled(tiles, ['a', 'b', 'c'], ['one', 'two'], 'head')
+  worded = plots.labelled(tiles, ['a', 'b', 'c'], ['one', 'two'], 'head')
   height, width = plain.shape[:2]
   left, bottom = worded.shape[1] - width - 12, worded.shape[0] - 12
   np.testing.assert_array_equal(

@@ -21,14 +21,14 @@ from PIL import PngImagePlugin
 
 from ddpm_jax import errors
 from ddpm_jax import imagefile
+from ddpm_jax import inputs
 from ddpm_jax import npz
 from ddpm_jax.data import arrayfile
 from ddpm_jax.data import captions
 from ddpm_jax.data import decode
-from ddpm_jax.data import given
-from ddpm_jax.data import listing
+from ddpm_jax.data import image_folder
 from ddpm_jax.data import sources
-from ddpm_jax.jobs import edit
+from ddpm_jax.data import unresized
 from ddpm_jax.metrics import fidelity
 
 ROOT = pathlib.Path(__file__).parents[1] / 'ddpm_jax'
@@ -82,12 +82,12 @@ def test_names_are_matched_whatever_their_normalisation(tmp_path):
   nfd = unicodedata.normalize('NFD', 'é.PNG')
   assert nfc != nfd
   for there, told in ((nfc, nfd), (nfd, nfc), ('d/a.jpg', 'd\\a.JPG')):
-    match = listing.matcher([there, 'other.png'])
+    match = image_folder.matcher([there, 'other.png'])
     assert match(told) == there
-  both = listing.matcher([nfc, nfd])
+  both = image_folder.matcher([nfc, nfd])
   assert (both(nfc), both(nfd)) == (nfc, nfd)
   assert both(nfd.lower()) is None  # it may be either
-  assert listing.matcher(['a.png'])(None) is None
+  assert image_folder.matcher(['a.png'])(None) is None
   save(tmp_path / nfd)
   line = json.dumps({'file_name': nfc, 'label': 'x', 'text': 'y'})
   (tmp_path / 'metadata.jsonl').write_text(line)
@@ -128,7 +128,7 @@ def test_metadata_in_UTF_16_are_read(tmp_path):
 def test_numbers_of_any_length_are_compared_in_names():
   names = ['1' * 5000, '2', '10', '01', '1']
   want = ['01', '1', '2', '10', '1' * 5000]
-  assert sorted(names, key=listing.natural) == want
+  assert sorted(names, key=image_folder.natural) == want
 
 
 def test_a_text_that_is_not_unicode_is_refused():
@@ -154,7 +154,7 @@ def test_a_folder_is_entered_once_however_many_links_lead_to_it(tmp_path):
     ('b/deep/self', 'self'),
   ):
     (images / name).symlink_to(target)
-  found = listing.find(str(images))
+  found = image_folder.find(str(images))
   assert found == ['b/deep/y.png', 'b/x.png', 'c/z.png']
 
 
@@ -166,7 +166,7 @@ def test_a_link_to_an_image_that_is_listed_is_passed_over(tmp_path, caplog):
     (tmp_path / 'i' / name).symlink_to('../blob.png')
   (tmp_path / 'i' / 'e.png').symlink_to('nowhere')
   (tmp_path / 'i' / 'f.png').symlink_to('f.png')
-  found = listing.find(str(tmp_path / 'i'))
+  found = image_folder.find(str(tmp_path / 'i'))
   # What leads nowhere is said when it is decoded.
   assert found == ['a.png', 'c.png', 'd.png', 'e.png', 'f.png']
   assert caplog.messages == [
@@ -191,7 +191,7 @@ def strange(tmp_path):
 
 
 def test_pipes_sockets_and_devices_are_passed_over(strange, caplog):
-  assert listing.find(str(strange)) == ['a.png']
+  assert image_folder.find(str(strange)) == ['a.png']
   assert 'not regular files, passed over: ' in caplog.text
   assert len(folder(strange)) == 1
 
@@ -202,7 +202,7 @@ def test_pipes_sockets_and_devices_are_passed_over(strange, caplog):
 def test_they_are_never_opened_by_any_reader(strange, name):
   path = strange / name
   with pytest.raises(errors.UserError, match='not a regular file'):
-    edit.opened('mask', path)
+    inputs.opened('mask', path)
   with pytest.raises(errors.UserError, match='is not a file'):
     arrayfile.load(str(path))
   with pytest.raises(errors.UserError, match='is not a file'):
@@ -225,10 +225,10 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path, monkeypatch, caplog):
     return scandir(path)
 
   monkeypatch.setattr(os, 'scandir', refusing)
-  assert listing.find(str(tmp_path)) == ['a/x.png']
+  assert image_folder.find(str(tmp_path)) == ['a/x.png']
   assert caplog.messages == ['folder left out: b (Permission denied)']
   with pytest.raises(errors.UserError, match=r'b cannot be read \(Permission'):
-    listing.find(str(tmp_path / 'b'))
+    image_folder.find(str(tmp_path / 'b'))
 
 
 @pytest.mark.parametrize('name', [b'a\nb.png', b'a\xffb.png', b'a\x1b[2J.png'])
@@ -281,9 +281,9 @@ def test_an_EPS_by_another_name_starts_nothing(tmp_path, name, monkeypatch):
   with pytest.raises(ValueError, match='it is none of PNG, JPEG'):
     decode.read(str(tmp_path / name), (8, 8, 3))
   with pytest.raises(errors.UserError, match='cannot be read'):
-    given.load(tmp_path)
+    unresized.load(tmp_path)
   with pytest.raises(errors.UserError, match=f'--image={tmp_path}'):
-    edit.opened('image', tmp_path / name)
+    inputs.opened('image', tmp_path / name)
 
 
 def exif_of(orientation, *entries):
@@ -379,9 +379,9 @@ def test_a_huge_image_is_refused_by_its_header(tmp_path, size, monkeypatch):
   assert str(imagefile.MAX_PIXELS) in str(caught.value)
   for flag in ('image', 'mask', 'to'):
     with pytest.raises(errors.UserError, match=f'--{flag}=.*pixels'):
-      edit.opened(flag, path)
+      inputs.opened(flag, path)
   with pytest.raises(errors.UserError, match='pixels'):
-    given.load(tmp_path)
+    unresized.load(tmp_path)
 
 
 def test_a_huge_tile_of_a_small_TIFF_is_refused(tmp_path):
@@ -475,7 +475,7 @@ def test_samples_of_openai_are_data(tmp_path):
   found, labels = arrayfile.load(str(tmp_path / 'a.npz'))
   np.testing.assert_array_equal(found, images)
   assert labels.tolist() == [0, 1, 2, 3]
-  source, shape = given.load(tmp_path / 'a.npz')
+  source, shape = unresized.load(tmp_path / 'a.npz')
   assert (len(source), shape) == (4, (8, 8, 3))
   with pytest.raises(errors.UserError, match=r'has images, .*name=arrays'):
     fidelity.load(tmp_path / 'a.npz')
@@ -612,15 +612,15 @@ def test_a_csv_too_large_to_be_read_says_what_to_write_instead(
 
 
 def test_a_line_too_long_is_refused_before_it_is_read(tmp_path, monkeypatch):
-  monkeypatch.setattr(listing, 'LONGEST', 100)
+  monkeypatch.setattr(image_folder, 'LONGEST', 100)
   (tmp_path / 'metadata.jsonl').write_text('{"a": "' + 'x' * 100 + '"}\n')
   with pytest.raises(errors.UserError, match='jsonl:1: more than 100 bytes'):
-    list(listing.lines(str(tmp_path / 'metadata.jsonl')))
+    list(image_folder.lines(str(tmp_path / 'metadata.jsonl')))
 
 
 def test_a_text_that_went_away_is_a_line(tmp_path):
   with pytest.raises(errors.UserError, match=r'cannot be read \(No such'):
-    list(listing.lines(str(tmp_path / 'metadata.jsonl')))
+    list(image_folder.lines(str(tmp_path / 'metadata.jsonl')))
 
 
 def test_an_image_whose_exif_cannot_be_read_stays_as_it_is(

@@ -17,16 +17,16 @@ from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax.data import contents
-from ddpm_jax.data import listing
+from ddpm_jax.data import image_folder
 from ddpm_jax.data import sources
 from ddpm_jax.data import store
-from ddpm_jax.runtime import checkpoint
-from ddpm_jax.runtime import lock
+from ddpm_jax.storage import checkpoint
+from ddpm_jax.storage import lock
 
 # Holds the lock of a workdir until it is killed.
 HOLDS = """
 import pathlib, sys, time
-from ddpm_jax.runtime import lock
+from ddpm_jax.storage import lock
 with lock.held(pathlib.Path(sys.argv[1])):
   print('held', flush=True)
   time.sleep(600)
@@ -210,11 +210,13 @@ def test_a_workdir_among_the_data_is_no_data(tmp_path):
     (tmp_path / run / 'checkpoints').mkdir()
     (tmp_path / run / 'config.json').write_text('{}')
   pictures(tmp_path / 'cats', '4.png')
-  assert listing.find(str(tmp_path)) == ['0.png', '1.png', 'cats/4.png']
+  assert image_folder.find(str(tmp_path)) == ['0.png', '1.png', 'cats/4.png']
   with pytest.raises(errors.UserError, match='is the workdir of a run'):
-    listing.find(str(tmp_path / 'runs' / 'a'))
+    image_folder.find(str(tmp_path / 'runs' / 'a'))
   # Its samples may be named.
-  assert listing.find(str(tmp_path / 'runs' / 'a' / 'samples')) == ['3.png']
+  assert image_folder.find(str(tmp_path / 'runs' / 'a' / 'samples')) == [
+    '3.png'
+  ]
 
 
 def test_the_workdir_must_not_be_the_folder_of_the_data(tmp_path):

@@ -3,7 +3,8 @@
 import numpy as np
 from PIL import Image
 
-from ddpm_jax.runtime import images
+from ddpm_jax import plots
+from ddpm_jax.storage import images
 
 
 def test_a_grid_has_every_image_in_reading_order():
@@ -38,7 +39,7 @@ def test_a_picture_of_a_curve_shows_its_values(tmp_path):
   x = np.arange(1, 100)
 
   def picture(y):
-    images.save_curve(tmp_path / 'c.png', x, y, 'step', 'loss')
+    plots.save_curve(tmp_path / 'c.png', x, y, 'step', 'loss')
     with Image.open(tmp_path / 'c.png') as file:
       assert file.size == (800, 450)
       return np.asarray(file.convert('RGB')).astype(int)
@@ -56,11 +57,11 @@ def test_a_picture_of_a_curve_shows_its_values(tmp_path):
 def test_a_smoothed_curve_lies_on_what_falls_steadily():
   """A median of the past would lie above it, and one cut at the ends too."""
   y = 1 / np.arange(1.0, 301)
-  np.testing.assert_array_equal(images.running_median(y, 20), y)
+  np.testing.assert_array_equal(plots.running_median(y, 20), y)
   noisy = y.copy()
   noisy[100] = 5.0
-  assert images.running_median(noisy, 20).max() == 1.0
-  assert images.running_median(y[:1], 20) == [1.0]
+  assert plots.running_median(noisy, 20).max() == 1.0
+  assert plots.running_median(y[:1], 20) == [1.0]
 
 
 def test_a_point_far_out_is_counted_and_does_not_make_the_others_small(
@@ -70,13 +71,13 @@ def test_a_point_far_out_is_counted_and_does_not_make_the_others_small(
   data = rng.uniform(-1, 1, (2000, 2))
   samples = data.copy()
   samples[7] = 50.0
-  limit = images.scatter_limit([data])
+  limit = plots.scatter_limit([data])
   assert 1.0 < limit < 1.3  # all of the data are inside
 
   def picture(name, samples):
     path = tmp_path / name
     sets = {'': [data, samples]}
-    images.save_scatter(path, sets, ['data', 'samples'], [data])
+    plots.save_scatter(path, sets, ['data', 'samples'], [data])
     with Image.open(path) as file:
       return np.asarray(file).astype(int)
 

@@ -13,8 +13,8 @@ from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
-from ddpm_jax.diffusion import two_term
 from ddpm_jax.diffusion import variances
+from ddpm_jax.study import two_term
 
 GRAYS = jnp.arange(256) / 127.5 - 1
 decoder_log_prob = jax.jit(likelihood.decoder_log_prob)

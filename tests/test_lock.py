@@ -12,8 +12,8 @@ import threading
 import pytest
 
 from ddpm_jax import errors
-from ddpm_jax.runtime import lock
-from ddpm_jax.runtime import workdir
+from ddpm_jax.storage import lock
+from ddpm_jax.storage import workdir
 
 
 def _hold(folder, ready, beating):

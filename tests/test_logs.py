@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tqdm
 
-from ddpm_jax.runtime import logs
-from ddpm_jax.runtime import parallel
+from ddpm_jax.parallel import engines
+from ddpm_jax.storage import logs
 
 
 class Clock:
@@ -133,15 +133,15 @@ def test_batches_are_counted_and_one_alone_is_a_line(clock, capsys):
   ]
 
 
-@pytest.mark.parametrize('engine', parallel.ENGINES)
+@pytest.mark.parametrize('engine', engines.ENGINES)
 def test_what_compiles_says_so_once(engine, capsys):
-  mesh = parallel.make_mesh(1)
-  double = parallel.compile_map(
+  mesh = engines.make_mesh(1)
+  double = engines.compile_map(
     lambda params, x: 2 * x, mesh, engine, {}, name='the double'
   )
   x = np.arange(4.0, dtype=np.float32)
   for _ in range(2):
-    out = double({}, parallel.put_whole(x, mesh, engine))
+    out = double({}, engines.put_whole(x, mesh, engine))
     np.testing.assert_array_equal(out, 2 * x)
   compiling, compiled = capsys.readouterr().err.splitlines()
   assert compiling == 'compiling the double'

@@ -15,8 +15,8 @@ import jax
 import pytest
 
 from ddpm_jax import errors
-from ddpm_jax.runtime import machine
-from ddpm_jax.runtime import workdir
+from ddpm_jax import machine
+from ddpm_jax.storage import workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAM = """
@@ -132,8 +132,8 @@ def test_a_home_that_cannot_be_written_keeps_no_cache(home, monkeypatch, capfd):
 def test_plots_are_of_no_backend_of_a_users(backend):
   program = """
 import os, numpy as np
-from ddpm_jax.runtime import images
-print(images.render(images.new_figure()).ndim, os.environ['MPLBACKEND'])
+from ddpm_jax import plots
+print(plots.render(plots.new_figure()).ndim, os.environ['MPLBACKEND'])
 """
   env = os.environ | {'MPLBACKEND': backend, 'PYTHONPATH': str(ROOT)}
   out = subprocess.run(

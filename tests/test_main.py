@@ -20,9 +20,9 @@ from ddpm_jax import errors
 from ddpm_jax import flags as command
 from ddpm_jax import main
 from ddpm_jax import recipe
-from ddpm_jax.jobs import sample
-from ddpm_jax.runtime import checkpoint
-from ddpm_jax.runtime import parallel
+from ddpm_jax import run as runs
+from ddpm_jax.parallel import engines
+from ddpm_jax.storage import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = conftest.DIGITS
@@ -83,7 +83,7 @@ def wait_for(condition, process):
 def weights(workdir):
   """All that the newest checkpoint holds, on one device."""
   config = recipe.resolve(None, workdir, {'parallel.data': '1'})
-  state = parallel.abstract_state(
+  state = engines.abstract_state(
     lambda: build.init_state(config), build.mesh(config)
   )
   saved = checkpoint.restore(
@@ -275,7 +275,7 @@ def test_the_history_of_the_losses_is_resumed_too(tmp_path, stop_at):
   assert_equal(weights(whole), weights(parts))
   # The raw weights of such a run can be had, to evaluate them.
   config = recipe.resolve(None, whole, {'sampler.weights': 'raw'})
-  kind, step, params = sample.restore(config, build.mesh(config), whole)
+  kind, step, params = runs.restore(config, build.mesh(config), whole)
   assert (kind, step) == ('raw', 9)
   chex.assert_trees_all_equal(params, weights(whole).state['params'])
   # All t have a history: later draws, and so losses, follow from it.

@@ -11,12 +11,12 @@ from ddpm_jax import build
 from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax import recipe
-from ddpm_jax.jobs import sample
+from ddpm_jax import run as runs
+from ddpm_jax.evaluation import bound
 from ddpm_jax.jobs import train
-from ddpm_jax.jobs.evaluate import bound
-from ddpm_jax.jobs.figures import common
-from ddpm_jax.runtime import checkpoint
-from ddpm_jax.runtime import outputs
+from ddpm_jax.storage import checkpoint
+from ddpm_jax.storage import outputs
+from ddpm_jax.study import common
 
 
 @pytest.fixture(scope='module')
@@ -49,15 +49,15 @@ def broken(config, state):
 
 def test_samples_name_the_image_and_the_time(broken):
   config, mesh, params = broken
-  draw = sample.sampler(config, mesh, 3, seed=0)
+  draw = runs.sampler(config, mesh, 3, seed=0)
   with pytest.raises(errors.RunError, match=r'image 0 .* t = 5'):
-    sample.gather(draw(params))
+    runs.gather(draw(params))
 
 
 def test_what_was_only_drawn_to_fill_a_batch_is_not_looked_at():
-  sample.check_finite(np.zeros(4, int), 64)
+  runs.check_finite(np.zeros(4, int), 64)
   with pytest.raises(errors.RunError, match=r'image 66 .* t = 7'):
-    sample.check_finite(np.array([0, 0, 7, 9]), 64)
+    runs.check_finite(np.array([0, 0, 7, 9]), 64)
 
 
 def test_a_folder_has_all_images_or_none(tmp_path):

@@ -27,13 +27,13 @@ from PIL import Image
 
 from ddpm_jax import errors
 from ddpm_jax import main
-from ddpm_jax.runtime import checkpoint
-from ddpm_jax.runtime import images
-from ddpm_jax.runtime import logs
-from ddpm_jax.runtime import outputs
-from ddpm_jax.runtime import paths
-from ddpm_jax.runtime import results
-from ddpm_jax.runtime import workdir
+from ddpm_jax.storage import checkpoint
+from ddpm_jax.storage import images
+from ddpm_jax.storage import logs
+from ddpm_jax.storage import outputs
+from ddpm_jax.storage import paths
+from ddpm_jax.storage import results
+from ddpm_jax.storage import workdir
 
 
 class Handler(emulator.RequestHandler):
@@ -192,7 +192,7 @@ def test_what_another_program_has_written_is_seen(folder, endpoint):
   """Listings are not kept: TensorStore writes past gcsfs."""
   assert list(folder.glob('*')) == []
   code = (
-    'from ddpm_jax.runtime import paths; '
+    'from ddpm_jax.storage import paths; '
     f'paths.path({str(folder / "new")!r}).write_text("x")'
   )
   env = os.environ | endpoint | {'PYTHONPATH': str(conftest.ROOT)}
@@ -202,7 +202,7 @@ def test_what_another_program_has_written_is_seen(folder, endpoint):
 
 def test_half_a_file_is_never_sent(folder):
   def write():
-    with paths.whole(folder / 'a') as part:
+    with paths.atomic_write(folder / 'a') as part:
       part.write_text('half')
       raise KeyboardInterrupt
 

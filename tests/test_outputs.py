@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax import errors
-from ddpm_jax.runtime import outputs
+from ddpm_jax.storage import outputs
 
 RUN = {'mode': 'sample', 'run': '/runs/a', 'step': 7, 'seed': 0, 'steps': 50}
 

@@ -13,10 +13,10 @@ from ddpm_jax import dataset
 from ddpm_jax import recipe
 from ddpm_jax import sampling
 from ddpm_jax.data import captions
-from ddpm_jax.jobs.evaluate import bound
-from ddpm_jax.jobs.figures import common
-from ddpm_jax.jobs.figures import pictures
-from ddpm_jax.runtime import parallel
+from ddpm_jax.evaluation import bound
+from ddpm_jax.parallel import engines
+from ddpm_jax.study import common
+from ddpm_jax.study import pictures
 
 pytestmark = pytest.mark.eight_devices
 
@@ -35,22 +35,22 @@ def trained_with_texts(**changes):
   recipe.override(c, {k.replace('__', '.'): v for k, v in changes.items()})
   mesh, how, source = build.mesh(c), c.parallel.engine, dataset.source(c)
   begin = functools.partial(build.begin, c)
-  state = parallel.init_state(begin, mesh, tiny.weights_of(c))
-  step = parallel.compile_step(build.train_step(c, mesh.size), mesh, how, state)
+  state = engines.init_state(begin, mesh, tiny.weights_of(c))
+  step = engines.compile_step(build.train_step(c, mesh.size), mesh, how, state)
   losses = []
   for i in range(2):
     index = np.arange(16, dtype=np.int32)
     batch = {**source.gather(index + 16 * i), 'index': index}
-    state, metrics = step(state, parallel.put(batch, mesh, how))
+    state, metrics = step(state, engines.put(batch, mesh, how))
     losses.append([float(metrics['loss']), float(metrics['grad_norm'])])
-  draw = parallel.compile_map(
+  draw = engines.compile_map(
     sampling.sampler(c, seed=0), mesh, how, state.ema_params
   )
   rows = {
     'index': np.arange(16, dtype=np.int32),
     'condition': np.repeat(captions.tokens(['a two', 'zero'], 48), 8, axis=0),
   }
-  return np.array(losses), draw(state.ema_params, parallel.put(rows, mesh, how))
+  return np.array(losses), draw(state.ema_params, engines.put(rows, mesh, how))
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_a_step_that_looks_back():
     c.sampler.update(name='dpm_solver_pp_2m', steps=10)
     c.parallel.data = data
     mesh, params = build.mesh(c), tiny.weights_of(c)
-    draw = parallel.compile_map(sampling.sampler(c, 0), mesh, 'jit', params)
-    index = parallel.put(np.arange(16, dtype=np.int32), mesh, 'jit')
+    draw = engines.compile_map(sampling.sampler(c, 0), mesh, 'jit', params)
+    index = engines.put(np.arange(16, dtype=np.int32), mesh, 'jit')
     drawn.append(draw(params, index).images)
   # Sums in another order, over ten steps.
   np.testing.assert_allclose(*drawn, rtol=1e-4, atol=1e-4)

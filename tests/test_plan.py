@@ -16,13 +16,13 @@ from ddpm_jax import errors
 from ddpm_jax import flags as command
 from ddpm_jax import main
 from ddpm_jax import recipe
-from ddpm_jax.jobs.plan import advice
-from ddpm_jax.jobs.plan import measure
-from ddpm_jax.jobs.plan import programs
-from ddpm_jax.jobs.plan import table
-from ddpm_jax.runtime import account
-from ddpm_jax.runtime import parallel
-from ddpm_jax.runtime import target
+from ddpm_jax.parallel import engines
+from ddpm_jax.planning import advice
+from ddpm_jax.planning import hlo
+from ddpm_jax.planning import measure
+from ddpm_jax.planning import programs
+from ddpm_jax.planning import table
+from ddpm_jax.planning import topology
 
 pytestmark = pytest.mark.eight_devices
 
@@ -59,7 +59,7 @@ def config(*flags):
 def alone(of, *flags):
   """What `planned` has of one program, such as `programs.draw`."""
   c = config(*flags)
-  there = target.find('cpu:8')
+  there = topology.find('cpu:8')
   return measure.program(of(c, build.mesh(c, devices=there.devices)), there)
 
 
@@ -70,18 +70,18 @@ def test_it_plans_the_very_program_that_trains():
   init = functools.partial(build.init_state, c)
   state = jax.tree.map(
     lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),
-    parallel.abstract_state(init, mesh),
+    engines.abstract_state(init, mesh),
   )
-  step = parallel.compile_step(
-    build.train_step(c, parallel.parts(mesh)), mesh, 'jit', state
+  step = engines.compile_step(
+    build.train_step(c, engines.num_shards(mesh)), mesh, 'jit', state
   )
   rows = {
     'image': np.zeros((32, 8, 8, 1), np.uint8),
     'index': np.arange(32, dtype=np.int32),
     'label': np.zeros(32, np.int32),
   }
-  real = step.lower(state, parallel.put(rows, mesh, 'jit')).compile()
-  found, plan = account.of(real), alone(programs.train, FSDP)
+  real = step.lower(state, engines.put(rows, mesh, 'jit')).compile()
+  found, plan = hlo.of(real), alone(programs.train, FSDP)
   assert found.peak == plan['peak_bytes']
   assert found.flops == plan['flops']
   assert {k: c.bytes for k, c in found.collectives.items()} == {
@@ -260,11 +260,11 @@ def test_changes_are_cheap_ones_first_and_keep_the_training_as_it_is():
 
 def test_a_sampler_that_does_not_fit_takes_fewer_images_at_a_time():
   """On processors of which each has 3 images' worth of memory, not 4."""
-  c, there = config(DATA), target.find('cpu:8')
+  c, there = config(DATA), topology.find('cpu:8')
   mesh = build.mesh(c, devices=there.devices)
   known = planned(DATA)['sampler']
   images = known['peak_bytes'] - known['state_bytes']
-  small = target.Chip(memory=known['state_bytes'] + images * 0.75)
+  small = topology.Chip(memory=known['state_bytes'] + images * 0.75)
   there = there._replace(chip=small)
   draw = measure.program(programs.draw(c, mesh), there)
   assert draw['fits'] is False
@@ -287,7 +287,7 @@ needs_libtpu = pytest.mark.skipif(
 )
 def test_a_tpu_has_a_roofline(topology):
   plan = planned(topology=topology)
-  chip = target.TPUS[topology.partition(':')[0]]
+  chip = topology.TPUS[topology.partition(':')[0]]
   assert plan['devices'] == 4
   assert plan['fits'] is True
   assert plan['memory_bytes'] == chip.memory

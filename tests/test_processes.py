@@ -21,9 +21,9 @@ import pytest
 
 from ddpm_jax import errors
 from ddpm_jax import main
-from ddpm_jax.jobs.evaluate import record
-from ddpm_jax.runtime import checkpoint
-from ddpm_jax.runtime import processes
+from ddpm_jax.evaluation import record
+from ddpm_jax.parallel import processes
+from ddpm_jax.storage import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Smaller still than conftest's.
@@ -258,7 +258,7 @@ import os, signal, sys, time
 import jax, numpy as np
 from jax.experimental import multihost_utils
 from ddpm_jax import errors
-from ddpm_jax.runtime import processes
+from ddpm_jax.parallel import processes
 
 port, n, me, what = int(sys.argv[1]), *map(int, sys.argv[2:4]), sys.argv[4]
 with processes.together(
@@ -337,7 +337,7 @@ def test_a_name_is_shared_by_all_of_a_run_and_with_no_other(peers):
 @pytest.mark.parametrize('name', ['SIGHUP', 'SIGUSR1'])
 def test_a_lost_terminal_of_one_stops_all_at_the_same_step(peers, name):
   what = f"""
-from ddpm_jax.runtime import stop
+from ddpm_jax.parallel import stop
 step = 0
 with stop.requests() as asked:
   while not asked(step):
@@ -608,7 +608,7 @@ def test_one_that_nobody_comes_to_does_not_wait_for_ever(start, tmp_path):
 IN_A_CLUSTER = """
 import sys
 import jax
-from ddpm_jax.runtime import processes
+from ddpm_jax.parallel import processes
 with processes.together():
   print(jax.process_index(), 'of', jax.process_count(), file=sys.stderr)
 """
@@ -718,20 +718,21 @@ def test_a_cluster_is_known_by_its_variables(name, no_cluster, monkeypatch):
 STATE = """
 import functools
 import jax, jax.numpy as jnp, numpy as np
-from ddpm_jax.runtime import checkpoint, parallel
+from ddpm_jax.parallel import engines
+from ddpm_jax.storage import checkpoint
 
 def state(step):
   x = jnp.arange(64 * 6 * 64, dtype=jnp.float32) * 0.1 + step
   x = x.reshape(64, 6, 64)
   return {'kernel': x, 'bias': x[0, 0].astype(jnp.bfloat16), 'n': x[0, 0, 0]}
 
-mesh = parallel.make_mesh(fsdp=jax.device_count())
-abstract = parallel.abstract_state(functools.partial(state, 0), mesh)
+mesh = engines.make_mesh(fsdp=jax.device_count())
+abstract = engines.abstract_state(functools.partial(state, 0), mesh)
 
 def save(folder, *steps):
   checkpoints = checkpoint.open(folder, keep=9)
   for step in steps:
-    made = parallel.init_state(functools.partial(state, step), mesh)
+    made = engines.init_state(functools.partial(state, step), mesh)
     data = {'next_index': step}
     checkpoint.save(
       checkpoints, step, state=made, ema=made, data=data, config={}
@@ -740,7 +741,7 @@ def save(folder, *steps):
 
 def restore(source):
   got = checkpoint.restore(source, abstract, abstract)
-  want = parallel.init_state(functools.partial(state, got.step), mesh)
+  want = engines.init_state(functools.partial(state, got.step), mesh)
   for tree in got.state, got.ema:
     for a, b in zip(*map(jax.tree.leaves, (tree, want)), strict=True):
       assert a.sharding == b.sharding

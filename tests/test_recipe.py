@@ -16,7 +16,7 @@ from ddpm_jax import ranges
 from ddpm_jax import recipe
 from ddpm_jax import sampling
 from ddpm_jax import validate
-from ddpm_jax.runtime import workdir
+from ddpm_jax.storage import workdir
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 RECIPES = sorted(p.name for p in CONFIGS.glob('*.py'))

@@ -6,8 +6,8 @@ import pytest
 
 from ddpm_jax import errors
 from ddpm_jax import main
-from ddpm_jax.jobs import score
-from ddpm_jax.jobs.evaluate import record
+from ddpm_jax.evaluation import record
+from ddpm_jax.evaluation import small_data
 
 HOW = {
   'step': 100,
@@ -67,7 +67,7 @@ def test_files_of_earlier_versions_are_one_entry(tmp_path):
   assert again['scores_of_samples'] == samples
   old = {'frechet_distance': 1.0, 'step': 7}
   (tmp_path / 'score.json').write_text(json.dumps(old))
-  assert score.read(tmp_path) == [old]
+  assert small_data.read(tmp_path) == [old]
 
 
 def test_numbers_that_are_not_finite_are_never_written(tmp_path):

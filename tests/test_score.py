@@ -9,7 +9,7 @@ import pytest
 
 from ddpm_jax import errors
 from ddpm_jax import main
-from ddpm_jax.jobs import score
+from ddpm_jax.evaluation import small_data
 from ddpm_jax.metrics import classifier
 
 
@@ -29,7 +29,7 @@ def test_a_run_is_scored_and_compared(workdir, capsys, monkeypatch):
   out = capsys.readouterr().out
   assert 'small-data score' in out
   assert 'FID' not in out
-  (first,) = score.read(workdir)
+  (first,) = small_data.read(workdir)
   assert first['fake_images'] == 30
   assert first['classifier_accuracy'] > 0.9
   assert sum(first['class_share']) == pytest.approx(1)
@@ -39,7 +39,7 @@ def test_a_run_is_scored_and_compared(workdir, capsys, monkeypatch):
   made = (workdir / 'classifier.npz').stat().st_mtime_ns
   main.run([*args, '--seed=1'])
   assert (workdir / 'classifier.npz').stat().st_mtime_ns == made
-  kept, second = score.read(workdir)
+  kept, second = small_data.read(workdir)
   assert kept == first
   assert second['frechet_distance'] != first['frechet_distance']
 

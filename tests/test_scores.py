@@ -22,10 +22,10 @@ from test_inception import drawn
 from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax import recipe
-from ddpm_jax.jobs.evaluate import features
-from ddpm_jax.jobs.evaluate import record
+from ddpm_jax.evaluation import features
+from ddpm_jax.evaluation import record
 from ddpm_jax.metrics import inception
-from ddpm_jax.runtime import images
+from ddpm_jax.storage import images
 
 REAL = inception.Inception
 SHORT = [

@@ -16,13 +16,12 @@ from sklearn import datasets
 
 from configs import digits
 from ddpm_jax import errors
+from ddpm_jax import inputs
 from ddpm_jax.data import decode
-from ddpm_jax.data import given
-from ddpm_jax.data import listing
+from ddpm_jax.data import image_folder
 from ddpm_jax.data import sources
 from ddpm_jax.data import store
-from ddpm_jax.jobs import compress
-from ddpm_jax.jobs import edit
+from ddpm_jax.data import unresized
 
 
 def everything(source):
@@ -225,10 +224,10 @@ def test_one_image_is_scaled_by_the_same_rule(tmp_path, max_value):
   c = digits.get_config()
   c.data.update(image_size=(4, 2), max_value=max_value)
   reads = [
-    lambda: compress.read(file, c)[0],
-    lambda: compress.read(tmp_path, c)[0],
-    lambda: edit.fitted(file, decode.upright(file), (4, 2, 1), max_value),
-    lambda: everything(given.load(tmp_path, max_value)[0])['image'][0],
+    lambda: inputs.read(file, c)[0],
+    lambda: inputs.read(tmp_path, c)[0],
+    lambda: inputs.fitted(file, decode.upright(file), (4, 2, 1), max_value),
+    lambda: everything(unresized.load(tmp_path, max_value)[0])['image'][0],
   ]
   for read in reads:
     if max_value == 2047:
@@ -400,7 +399,7 @@ def test_numbers_in_names_of_classes_are_compared_as_numbers(tmp_path):
     *('0', '1', '2', '3', '4', '5', '6', '007', '7', '8', '9', '10', '11'),
     *('a', 'img2', 'img10'),
   )
-  names = [name.split('/')[0] for name in listing.find(str(tmp_path))]
+  names = [name.split('/')[0] for name in image_folder.find(str(tmp_path))]
   labels = everything(source)['label']
   assert [source.class_names[label] for label in labels] == names
 

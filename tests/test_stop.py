@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from ddpm_jax.runtime import stop
+from ddpm_jax.parallel import stop
 
 
 def heard(asked, seconds):

@@ -14,7 +14,7 @@ import time
 import conftest
 import pytest
 
-from ddpm_jax.runtime import checkpoint
+from ddpm_jax.storage import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TALK = """
 import logging, sys, warnings
 from ddpm_jax import errors
-from ddpm_jax.runtime import streams
+from ddpm_jax import streams
 
 streams.secure()
 logging.basicConfig()
@@ -112,7 +112,7 @@ def test_a_pipe_that_is_full_is_waited_for(tmp_path):
   """Also where another program has made it non-blocking."""
   program = tmp_path / 'program.py'
   program.write_text(
-    'import os\nfrom ddpm_jax.runtime import streams\n'
+    'import os\nfrom ddpm_jax import streams\n'
     'os.set_blocking(1, False)\nstreams.secure()\n'
     'print("x" * 1_000_000)\nstreams.check()\n'
   )

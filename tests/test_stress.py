@@ -32,8 +32,8 @@ def weights(workdir):
   """The arrays of the newest checkpoint, by name, without a recipe."""
   from orbax.checkpoint import v1 as ocp
 
-  from ddpm_jax.runtime import checkpoint
-  from ddpm_jax.runtime import fingerprint
+  from ddpm_jax.storage import checkpoint
+  from ddpm_jax.storage import fingerprint
 
   step = checkpoint.steps(workdir / 'checkpoints')[-1]
   folder = workdir / 'checkpoints' / str(step)

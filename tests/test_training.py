@@ -16,7 +16,7 @@ from ddpm_jax import build
 from ddpm_jax import dataset
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import training
-from ddpm_jax.runtime import parallel
+from ddpm_jax.parallel import engines
 
 pytestmark = pytest.mark.eight_devices
 
@@ -115,7 +115,7 @@ def test_gradients_are_clipped_to_a_global_norm_of_1(norm, seen):
 def test_what_is_clipped_is_the_gradient_of_the_whole_batch(axes, clip):
   """g min(1, c/‖g‖) of the mean g over all devices, and not of each one's."""
   how = axes.get('how', 'jit')
-  mesh = parallel.make_mesh(axes['data'], axes.get('fsdp', 1))
+  mesh = engines.make_mesh(axes['data'], axes.get('fsdp', 1))
   c = base.get_config()
   # Adam's first step is lr g / (|g| + eps): here g, but for rounding.
   c.optimizer.update(warmup=0, learning_rate=1e8, eps=1e8, clip=clip)
@@ -138,9 +138,9 @@ def test_what_is_clipped_is_the_gradient_of_the_whole_batch(axes, clip):
   step = functools.partial(
     training.train_step, loss_fn=linear, key=jax.random.key(0), ema=0.9
   )
-  before = parallel.init_state(init, mesh)
-  compiled = parallel.compile_step(step, mesh, how, before)
-  after, metrics = compiled(before, parallel.put(rows, mesh, how))
+  before = engines.init_state(init, mesh)
+  compiled = engines.compile_step(step, mesh, how, before)
+  after, metrics = compiled(before, engines.put(rows, mesh, how))
 
   def clipped(rows):
     g = np.append(rows['w'].mean(0), rows['b'].mean())

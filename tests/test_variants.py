@@ -1,4 +1,4 @@
-"""Every function of `diffusion`, plain, under jit, on a device, under pmap.
+"""Every function of mathematics, plain, under jit, on a device, under pmap.
 
 `TRACED` has a row for each: small arrays to call it with, and the shapes and
 types that it returns. `HOST` has those that make Python's numbers and NumPy's
@@ -23,7 +23,7 @@ import pytest
 from absl.testing import parameterized
 
 from ddpm_jax import diffusion
-from ddpm_jax.diffusion import codec
+from ddpm_jax.compression import codec
 from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import editing
 from ddpm_jax.diffusion import guidance
@@ -37,8 +37,8 @@ from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import spacings
 from ddpm_jax.diffusion import timesteps
 from ddpm_jax.diffusion import training
-from ddpm_jax.diffusion import two_term
 from ddpm_jax.diffusion import variances
+from ddpm_jax.study import two_term
 
 # chex tries pmap where there are several.
 pytestmark = pytest.mark.eight_devices
@@ -455,18 +455,21 @@ HOST = TABLES | NUMBERS
 
 
 def public() -> Iterator[str]:
-  """All public functions of `diffusion`, those of a prediction too."""
+  """All public functions of mathematics, those of a prediction too."""
+  modules = [codec, two_term]
   for info in pkgutil.iter_modules(diffusion.__path__):
-    module = importlib.import_module(f'{diffusion.__name__}.{info.name}')
+    modules += [importlib.import_module(f'{diffusion.__name__}.{info.name}')]
+  for module in modules:
+    file = module.__name__.rpartition('.')[2]
     for name, value in vars(module).items():
       if name.startswith('_') or inspect.isclass(value):
         continue
       if isinstance(value, predictions.Prediction):
         for field, part in value._asdict().items():
           if callable(part):
-            yield f'{info.name}.{name}.{field}'
+            yield f'{file}.{name}.{field}'
       elif getattr(value, '__module__', '') == module.__name__:
-        yield f'{info.name}.{name}'
+        yield f'{file}.{name}'
 
 
 def test_every_public_function_has_a_row():

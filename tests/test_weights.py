@@ -11,10 +11,11 @@ from ddpm_jax import errors
 from ddpm_jax import flags as command
 from ddpm_jax import main
 from ddpm_jax import recipe
+from ddpm_jax import run as runs
+from ddpm_jax import samples
 from ddpm_jax import validate
-from ddpm_jax.jobs import sample
-from ddpm_jax.jobs.evaluate import record
-from ddpm_jax.runtime import workdir
+from ddpm_jax.evaluation import record
+from ddpm_jax.storage import workdir
 
 
 def config_of(**changes):
@@ -37,9 +38,9 @@ def test_an_average_of_mostly_random_weights_is_warned_of(
   ema, step, told, tmp_path, capsys
 ):
   config = config_of(optimizer__ema=ema)
-  sample.warn_of_ema(config, tmp_path, step)
+  runs.warn_of_ema(config, tmp_path, step)
   config.steps = step
-  sample.warn_before_training(config, tmp_path)
+  runs.warn_before_training(config, tmp_path)
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == (2 if told else 0)
   for line in lines:
@@ -53,15 +54,15 @@ def test_an_average_that_is_not_used_is_not_warned_of_before_training(
 ):
   config = config_of(steps='600', optimizer__ema='0.9999')
   config.sampler.weights = 'raw'
-  sample.warn_before_training(config, tmp_path)
+  runs.warn_before_training(config, tmp_path)
   assert not capsys.readouterr().err
 
 
 def test_an_average_of_imported_weights_is_good(tmp_path, capsys):
   config = config_of(steps='600', optimizer__ema='0.9999')
   workdir.mark_imported(tmp_path, 'google/ddpm-cifar10-32')
-  sample.warn_of_ema(config, tmp_path, 600)
-  sample.warn_before_training(config, tmp_path)
+  runs.warn_of_ema(config, tmp_path, 600)
+  runs.warn_before_training(config, tmp_path)
   assert not capsys.readouterr().err
 
 
@@ -71,7 +72,7 @@ def test_the_key_chooses_the_weights(tiny_run, capsys):
   found = {}
   for weights in ('ema', 'raw'):
     config.sampler.weights = weights
-    found[weights] = sample.restore(config, mesh, tiny_run[0])
+    found[weights] = runs.restore(config, mesh, tiny_run[0])
   assert [name for name, *_ in found.values()] == ['EMA', 'raw']
   ema, raw = (jax.tree.leaves(params) for *_, params in found.values())
   gaps = [float(np.abs(a - b).max()) for a, b in zip(ema, raw, strict=True)]
@@ -125,10 +126,10 @@ def test_the_order_of_prompts_and_labels_is_told(tmp_path):
   args = command.parse(
     ['--mode=sample', f'--workdir={tmp_path}', '--num_samples=4']
   )
-  told = sample.description(config, args, 'EMA', 9, ['3', '5'])
+  told = samples.description(config, args, 'EMA', 9, ['3', '5'])
   assert told['labels'] == ['3', '5']
   assert told['order'] == 'image i is of labels[i // 4]'
-  told = sample.description(config, args, 'EMA', 9, [])
+  told = samples.description(config, args, 'EMA', 9, [])
   assert told['order'] == 'image i is of class i % 10'
 
 
@@ -154,8 +155,8 @@ def test_the_order_of_prompts_and_labels_is_told(tmp_path):
   ],
 )
 def test_folders_are_named_by_their_settings(changes, wanted, name):
-  assert sample.settings(config_of(**changes), 'EMA', 9, 1, wanted) == name
+  assert samples.settings(config_of(**changes), 'EMA', 9, 1, wanted) == name
 
 
 def test_raw_weights_are_in_the_name():
-  assert sample.settings(config_of(), 'raw', 9, 1, []).endswith('_raw')
+  assert samples.settings(config_of(), 'raw', 9, 1, []).endswith('_raw')

@@ -8,7 +8,7 @@ import numpy as np
 from ddpm_jax import errors
 from ddpm_jax import expand
 from ddpm_jax import npz
-from ddpm_jax.data import listing
+from ddpm_jax.data import image_folder
 
 
 def load(path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -37,13 +37,13 @@ def load(path: str) -> tuple[np.ndarray, np.ndarray]:
     np.issubdtype(labels.dtype, np.integer)
     and labels.shape == images.shape[:1]
     and labels.min() >= -1
-    and labels.max() < listing.MOST_CLASSES
+    and labels.max() < image_folder.MOST_CLASSES
   )
   if not right:
     raise errors.UserError(
       f'{path}: labels are {labels.dtype} of shape {labels.shape}; save an '
-      f'integer from 0 to {listing.MOST_CLASSES - 1} (-1: none) for each of '
-      f'the {len(images)} images'
+      f'integer from 0 to {image_folder.MOST_CLASSES - 1} (-1: none) for each '
+      f'of the {len(images)} images'
     )
   return images, labels.astype(np.int32)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ddpm_jax import errors
 from ddpm_jax import regular
-from ddpm_jax.data import listing
+from ddpm_jax.data import image_folder
 from ddpm_jax.data import store
 
 KEYS = ('text', 'caption')  # what a caption is called in files
@@ -85,7 +85,7 @@ def of_folder(folder: str, names: Sequence[str]) -> list[tuple[str, ...]]:
     UserError: if there are none, or a line is not like that.
   """
   given: dict[str, list[str]] = {name: [] for name in names}
-  match = listing.matcher(names)
+  match = image_folder.matcher(names)
   for where, entry in _entries(folder):
     name = match(entry.get('file_name'))
     if name is None:
@@ -112,7 +112,7 @@ def _entries(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
   """(where it stands, entry) of each line of the files of captions."""
   path = os.path.join(folder, 'metadata.jsonl')
   if os.path.exists(path):
-    yield from listing.lines(path)
+    yield from image_folder.lines(path)
   path = os.path.join(folder, 'captions.csv')
   if os.path.exists(path):
     yield from _rows(path)
@@ -139,36 +139,37 @@ def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         continue
       for row in rows:
         if any(map(str.strip, row)):
-          where = f'{listing.shown(path)}:{rows.line_num + start}'
+          where = f'{image_folder.shown(path)}:{rows.line_num + start}'
           yield where, dict(zip(titles[delimiter], row, strict=False))
       return
     except csv.Error as error:
       raise errors.UserError(
-        f'{listing.shown(path)}:{rows.line_num + start}: not CSV ({error})'
+        f'{image_folder.shown(path)}:{rows.line_num + start}: not CSV ({error})'
       ) from None
   there = max(titles.values(), key=len)
   raise errors.UserError(
-    f'{listing.shown(path)}: its columns are {", ".join(map(repr, there))}; '
-    f'captions need file_name, and {" or ".join(KEYS)}'
+    f'{image_folder.shown(path)}: its columns are '
+    f'{", ".join(map(repr, there))}; captions need file_name, and '
+    f'{" or ".join(KEYS)}'
   )
 
 
 def _text(path: str) -> str:
   """A text file in UTF-8, or in what its first bytes say: UTF-16."""
-  with listing.opened(path) as file:
+  with image_folder.opened(path) as file:
     size = regular.length(file)
     if size > MOST:
       raise errors.UserError(
-        f'{listing.shown(path)} has {size} bytes, of at most {MOST}: write '
-        'the captions as metadata.jsonl'
+        f'{image_folder.shown(path)} has {size} bytes, of at most {MOST}: '
+        'write the captions as metadata.jsonl'
       )
     data = file.read()
-  utf_16 = data.startswith(listing.UTF_16)
+  utf_16 = data.startswith(image_folder.UTF_16)
   try:
     return data.decode('utf-16' if utf_16 else 'utf-8-sig')
   except UnicodeDecodeError as error:
     raise errors.UserError(
-      f'{listing.shown(path)}: not UTF-8 ({error.reason} at byte '
+      f'{image_folder.shown(path)}: not UTF-8 ({error.reason} at byte '
       f'{error.start}); save it as "CSV UTF-8"'
     ) from None
 

@@ -20,7 +20,7 @@ from ddpm_jax.data import arrayfile
 from ddpm_jax.data import captions as caption_files
 from ddpm_jax.data import contents
 from ddpm_jax.data import decode
-from ddpm_jax.data import listing
+from ddpm_jax.data import image_folder
 from ddpm_jax.data import points as point_sets
 from ddpm_jax.data import store
 
@@ -53,7 +53,7 @@ def arrays(
   labels: integers (n,), -1 for none. A .npy is mapped, not read.
   """
   images, labels = arrayfile.load(path)
-  names = listing.class_names(labels)
+  names = image_folder.class_names(labels)
   shape = (*image_size, channels)
   if images.shape[1:] == shape:
     return store.from_arrays(images, labels, names)
@@ -76,7 +76,7 @@ def folder(
   max_unreadable: int,
   max_value: int = 0,
   captions: str = '',
-  class_order: Callable[[str], Any] = listing.natural,
+  class_order: Callable[[str], Any] = image_folder.natural,
   needs_labels: bool = True,
 ) -> store.Source:
   """Image files under `path`, of any size and mode.
@@ -87,8 +87,8 @@ def folder(
   `metadata.jsonl` that gives none is passed over with a warning.
   """
   path = expand.expanded(path)
-  names = listing.find(path)
-  labels, class_names = listing.label(
+  names = image_folder.find(path)
+  labels, class_names = image_folder.label(
     path, names, class_order, needed=needs_labels
   )
   texts = caption_files.of_folder(path, names) if captions == 'file' else []
@@ -108,7 +108,7 @@ def folder(
     )
 
   found = store.Files(
-    len(names), read, lambda i: listing.shown(names[i]), class_names
+    len(names), read, lambda i: image_folder.shown(names[i]), class_names
   )
   made = store.from_files(found, shape, max_unreadable)
   return dataclasses.replace(

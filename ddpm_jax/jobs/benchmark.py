@@ -24,18 +24,18 @@ from ddpm_jax import errors
 from ddpm_jax import flags as command
 from ddpm_jax import jsonfile
 from ddpm_jax import recipe
+from ddpm_jax import run as runs
 from ddpm_jax import sampling
 from ddpm_jax.data import pipeline
 from ddpm_jax.data import store
-from ddpm_jax.jobs import sample
-from ddpm_jax.runtime import account
-from ddpm_jax.runtime import checkpoint
-from ddpm_jax.runtime import logs
-from ddpm_jax.runtime import parallel
-from ddpm_jax.runtime import processes
-from ddpm_jax.runtime import profile
-from ddpm_jax.runtime import timing
-from ddpm_jax.runtime import workdir
+from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import processes
+from ddpm_jax.planning import hlo
+from ddpm_jax.planning import profile
+from ddpm_jax.planning import timing
+from ddpm_jax.storage import checkpoint
+from ddpm_jax.storage import logs
+from ddpm_jax.storage import workdir
 
 SECONDS = 4.0  # that each thing is timed for
 STEPS = 10  # of the sampler, that are timed
@@ -75,7 +75,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     workdir.create(args.profile)
   mesh = build.mesh(config)
   # Refuses what cannot be.
-  build.train_step(recipe.provisional(config), parallel.parts(mesh))
+  build.train_step(recipe.provisional(config), engines.num_shards(mesh))
   source = data(config)
   config = dataset.settled(config, source)
   with scratch(args.workdir) as folder:
@@ -115,7 +115,7 @@ def scratch(folder: pathlib.Path | None) -> Iterator[pathlib.Path]:
   try:
     yield made
   finally:
-    if processes.leads():
+    if processes.is_primary():
       shutil.rmtree(made, ignore_errors=True)
 
 
@@ -182,9 +182,9 @@ class Bench:
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
-    self.put = lambda: parallel.put(next(self.batches), mesh, self.engine)
+    self.put = lambda: engines.put(next(self.batches), mesh, self.engine)
     init = functools.partial(build.init_state, config)
-    self.state = parallel.init_state(init, mesh)
+    self.state = engines.init_state(init, mesh)
     self.parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
     self.rows = self.put()
 
@@ -209,8 +209,8 @@ class Bench:
     compilation_cache.reset_cache()
     for name in ('cold', 'from the cache'):
       jax.clear_caches()
-      step: Any = parallel.compile_step(
-        build.train_step(self.config, parallel.parts(self.mesh)),
+      step: Any = engines.compile_step(
+        build.train_step(self.config, engines.num_shards(self.mesh)),
         *(self.mesh, self.engine, self.state),
       )
       begun = time.perf_counter()
@@ -232,7 +232,7 @@ class Bench:
     self.took = timing.clock(self.one_step, seconds=2 * SECONDS)
     yield 'train step', seconds(self.took)
     yield 'train step, speed', rate(self.batch, self.took)
-    said = account.of(self.compiled)
+    said = hlo.of(self.compiled)
     if said.flops is not None:
       # The compiler counts the body of the loop over parts of a batch once.
       self.flops = said.flops * self.config.accumulate * self.mesh.size
@@ -324,22 +324,22 @@ class Bench:
     """A few steps in one scan, and as many with a dispatch each."""
     config, mesh, steps = self.config, self.mesh, self.config.sampler.steps
     few = min(STEPS, steps)
-    size = sample.at_a_time(config, mesh, self.batch)
+    size = runs.at_a_time(config, mesh, self.batch)
     params = self.state.ema_params
     index = np.arange(size, dtype=np.int32)
-    rows = parallel.put_whole(index, mesh, self.engine)
+    rows = engines.put_whole(index, mesh, self.engine)
     if self.engine == 'jit':
-      cut = functools.partial(parallel.cut_rows, mesh=mesh)
+      cut = functools.partial(engines.cut_rows, mesh=mesh)
       draw = sampling.sampler(config, 0, cut=cut)
-      whole = parallel.jit_map(draw, mesh, params)
+      whole = engines.jit_map(draw, mesh, params)
       took, compiled = timing.compile_seconds(whole.lower(params, rows))
       yield 'sampler, compilation', result(took, 's')
-      said = account.of(compiled)
+      said = hlo.of(compiled)
       yield 'sampler, memory a device, peak', result(said.peak, 'bytes')
 
     def steps_in_one(count: int) -> timing.Spread:
       chain = sampling.chain(config, 0, (steps, steps - count))
-      draw = parallel.compile_map(chain, mesh, self.engine, params)
+      draw = engines.compile_map(chain, mesh, self.engine, params)
       return timing.clock(lambda: draw(params, rows), seconds=SECONDS)
 
     scan, one = steps_in_one(few), steps_in_one(1)

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import errors
 from ddpm_jax import flags as command
-from ddpm_jax.jobs import score
-from ddpm_jax.jobs.evaluate import record
-from ddpm_jax.runtime import results
+from ddpm_jax.evaluation import record
+from ddpm_jax.evaluation import small_data
+from ddpm_jax.storage import results
 
 
 class Row(NamedTuple):
@@ -189,6 +189,6 @@ def sampler(entry: results.Entry) -> str:
 
 KINDS: dict[str, tuple[Callable[..., Any], Callable[..., Row]]] = {
   'Bound on the likelihood': (bounds, bound),
-  'Small-data score': (score.read, small_data_score),
+  'Small-data score': (small_data.read, small_data_score),
   'Scores of Inception': (scores_of_samples, inception_score),
 }

@@ -15,18 +15,18 @@ from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import flags as command
 from ddpm_jax import recipe
+from ddpm_jax import run as runs
 from ddpm_jax import validate
 from ddpm_jax.data import pipeline
 from ddpm_jax.interop import diffusers
 from ddpm_jax.interop import fields
 from ddpm_jax.interop import files
-from ddpm_jax.jobs import sample
-from ddpm_jax.runtime import checkpoint
-from ddpm_jax.runtime import lock
-from ddpm_jax.runtime import logs
-from ddpm_jax.runtime import parallel
-from ddpm_jax.runtime import paths
-from ddpm_jax.runtime import workdir
+from ddpm_jax.parallel import engines
+from ddpm_jax.storage import checkpoint
+from ddpm_jax.storage import lock
+from ddpm_jax.storage import logs
+from ddpm_jax.storage import paths
+from ddpm_jax.storage import workdir
 
 # The recipe of an imported model makes itself.
 # What a model comes with and may yet be trained or sampled without.
@@ -197,7 +197,7 @@ def save(
 ) -> None:
   """A run that has not made a step; `config.json`, which makes it one, last."""
   begin = functools.partial(build.begin, config)
-  state = parallel.init_state(begin, mesh, params)
+  state = engines.init_state(begin, mesh, params)
   checkpoints = checkpoint.open(folder / 'checkpoints')
   try:
     checkpoint.save(
@@ -220,7 +220,6 @@ def give_out(args: argparse.Namespace) -> None:
       f'--output={args.output}: safetensors writes to this machine alone: '
       'name a folder of it, and copy that'
     )
-  sample.check_workdir(args.workdir)
   config = recipe.resolve(args.config, args.workdir, args.changes)
   if not args.config and not any(
     k.startswith('parallel') for k in args.changes
@@ -231,7 +230,7 @@ def give_out(args: argparse.Namespace) -> None:
   unet, scheduler = fields.from_recipe(recipe.flatten(config), beta)
   mesh = build.mesh(config)
   workdir.create(args.output)
-  kind, step, params = sample.restore(config, mesh, args.workdir)
+  kind, step, params = runs.restore(config, mesh, args.workdir)
   tensors = diffusers.from_params(jax.device_get(params), diffusers.DIFFUSERS)
   rows = unet['num_class_embeds']
   if rows:

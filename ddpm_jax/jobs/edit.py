@@ -5,7 +5,6 @@ another image, and with neither it is varied (SDEdit).
 """
 
 import argparse
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import flags as command
+from ddpm_jax import inputs
 from ddpm_jax import recipe
+from ddpm_jax import run as runs
+from ddpm_jax import samples
 from ddpm_jax import sampling
 from ddpm_jax.data import decode
 from ddpm_jax.diffusion import editing
@@ -26,9 +27,8 @@ from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
-from ddpm_jax.jobs import sample
-from ddpm_jax.runtime import logs
-from ddpm_jax.runtime import outputs
+from ddpm_jax.storage import logs
+from ddpm_jax.storage import outputs
 
 JOB = command.Job('makes images of an image', processes=True)
 
@@ -39,7 +39,7 @@ def flags(p: Any) -> None:
   command.output(
     p, 'where images go, as for --mode=sample; default: a folder in --workdir'
   )
-  sample.condition_flags(p)
+  samples.condition_flags(p)
   p.add_argument(
     '--image',
     type=command.local_path,
@@ -74,12 +74,11 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   Raises:
     UserError: if there is no run in `--workdir`, or flags or files do not fit.
   """
-  sample.settle(args)
+  samples.settle(args)
   check_flags(args)
-  sample.check_workdir(args.workdir)
   if not recipe.image_size(config):
     raise errors.UserError('--mode=edit is of images, and this run of points')
-  wanted, told = sample.asked(config, args)
+  wanted, told = samples.asked(config, args)
   if len(wanted) > 1:
     raise errors.UserError('--mode=edit takes one --prompt or --label')
   if args.output:
@@ -87,11 +86,11 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   seed = config.seed if args.seed is None else args.seed
   draw, what = editor(config, args, seed)
   mesh = build.mesh(config)
-  drawn = sample.in_batches(config, mesh, args.num_samples, draw, 'the edit')
-  kind, step, params = sample.restore(config, mesh, args.workdir)
+  drawn = runs.in_batches(config, mesh, args.num_samples, draw, 'the edit')
+  kind, step, params = runs.restore(config, mesh, args.workdir)
   about = description(config, args, kind, step, wanted)
   name = (
-    f'{edit_name(args)}_{sample.settings(config, kind, step, seed, wanted)}'
+    f'{edit_name(args)}_{samples.settings(config, kind, step, seed, wanted)}'
   )
   output = args.output or args.workdir / f'edited_{name}'
   outputs.check(output, args.num_samples, about)
@@ -109,7 +108,7 @@ def description(
   wanted: list[str],
 ) -> outputs.About:
   """How images are made, to be kept beside them."""
-  about = sample.description(config, args, kind, step, wanted)
+  about = samples.description(config, args, kind, step, wanted)
   about.pop('order', None)  # All are of one prompt or label.
   for flag in ('image', 'mask', 'to'):
     if path := getattr(args, flag):
@@ -156,15 +155,16 @@ def editor(
   """
   height, width, channels = recipe.shape(config)
   shape = height, width, channels
-  image = opened('image', args.image)
+  image = inputs.opened('image', args.image)
   most = config.data.max_value
-  x0 = pixels.to_float(fitted(args.image, image, shape, most))
+  x0 = pixels.to_float(inputs.fitted(args.image, image, shape, most))
   if args.mask:
-    mask = opened('mask', args.mask)
+    mask = inputs.opened('mask', args.mask)
     if mask.size != image.size:
       raise errors.UserError(
-        f'--mask={args.mask} is {written(mask)}, and --image={args.image} '
-        f'{written(image)}: they must be of one size'
+        f'--mask={args.mask} is {inputs.written(mask)}, and '
+        f'--image={args.image} {inputs.written(image)}: they must be of one '
+        'size'
       )
     # Of a mask the larger half is white, whatever the model's images are.
     white = decode.probe_image(mask)
@@ -177,45 +177,10 @@ def editor(
     return inpainted(config, seed, x0, anew)
   strength = strength_of(args)
   if args.to:
-    other = fitted(args.to, opened('to', args.to), shape, most)
+    other = inputs.fitted(args.to, inputs.opened('to', args.to), shape, most)
     other = pixels.to_float(other)
     return between(config, seed, x0, other, strength, args.num_samples)
   return varied(config, seed, x0, strength)
-
-
-def opened(flag: str, path: pathlib.Path) -> Image.Image:
-  try:
-    return decode.upright(str(path))
-  except Exception as e:  # Pillow raises whatever it likes.
-    reason = ' '.join(str(e).split())
-    raise errors.UserError(
-      f'--{flag}={path} cannot be read as an image ({reason})'
-    ) from e
-
-
-def fitted(
-  path: pathlib.Path, image: Image.Image, shape: decode.Shape, max_value: int
-) -> jax.Array:
-  height, width, _ = shape
-  if image.size != (width, height):
-    say_resized(f'{path} is {written(image)}', shape)
-  try:
-    max_value = max_value or decode.probe_image(image)
-    return jnp.asarray(decode.fit(image, shape, max_value))
-  except ValueError as e:
-    raise errors.UserError(f'{path}: {e}') from e
-
-
-def say_resized(what: str, shape: decode.Shape) -> None:
-  height, width, _ = shape
-  logs.say(
-    f'{what}: resized (shorter side, bicubic) and cut to {width}x{height}, in '
-    'the middle'
-  )
-
-
-def written(image: Image.Image) -> str:
-  return f'{image.width}x{image.height}'
 
 
 def inpainted(

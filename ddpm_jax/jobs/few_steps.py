@@ -11,15 +11,17 @@ from ml_collections import ConfigDict
 from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import flags as command
+from ddpm_jax import plots
+from ddpm_jax import run as runs
+from ddpm_jax import samples
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import variances
-from ddpm_jax.jobs import sample
-from ddpm_jax.jobs import score
+from ddpm_jax.evaluation import small_data
 from ddpm_jax.metrics import classifier as classifiers
-from ddpm_jax.metrics import small
-from ddpm_jax.runtime import images
-from ddpm_jax.runtime import logs
-from ddpm_jax.runtime import results
+from ddpm_jax.metrics import classifier_score
+from ddpm_jax.storage import images
+from ddpm_jax.storage import logs
+from ddpm_jax.storage import results
 
 EVALUATIONS = (5, 10, 20, 50, 100)  # of the network, an image
 # All T as well: there the others are as good as ddim, and take long.
@@ -62,28 +64,27 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   Raises:
     UserError: if there is no run in `--workdir`, or its data have no labels.
   """
-  sample.check_workdir(args.workdir)
-  if args.num_samples < small.LEAST:
+  if args.num_samples < classifier_score.LEAST:
     raise errors.UserError(
-      f'--num_samples={args.num_samples}: a score needs {small.LEAST}, and '
-      'says little below 1000'
+      f'--num_samples={args.num_samples}: a score needs '
+      f'{classifier_score.LEAST}, and says little below 1000'
     )
   mesh = build.mesh(config)
   seed = config.seed if args.seed is None else args.seed
-  kind, step, params = sample.restore(config, mesh, args.workdir)
-  data, classifier = score.judge(config, args.workdir)
+  kind, step, params = runs.restore(config, mesh, args.workdir)
+  data, classifier = small_data.judge(config, args.workdir)
   learnt, held_out = classifiers.split(len(data['image']))
   real = data['image'][learnt], data['label'][learnt]
 
   others = 'spacing', 'eta', 'variance'  # which the samplers here set
-  options = sample.options(config)
+  options = samples.options(config)
   result: dict[str, Any] = {
     'step': step,
     'weights': kind,
     'seed': seed,
     'sampler_options': {k: options[k] for k in options if k not in others},
   }
-  yardstick = small.score(*real, data['image'][held_out], classifier)
+  yardstick = classifier_score.score(*real, data['image'][held_out], classifier)
   result['held_out'] = {key: yardstick[key] for key in COLUMNS[1:3]}
   result['images'] = args.num_samples
   result['samplers'] = {}
@@ -92,7 +93,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     for n in looks(changes, config.schedule.T):
       c = changed(config, changes, n)
       drawn, rate = timed(c, mesh, params, args.num_samples, seed)
-      score_of = small.score(*real, drawn, classifier)
+      score_of = classifier_score.score(*real, drawn, classifier)
       found = dict(errors.finite(score_of, 'score'))
       found['images_per_second'] = rate
       found['evaluations'] = evaluations(c)
@@ -156,7 +157,7 @@ def timed(
   seed: int,
 ) -> tuple[np.ndarray, float]:
   """`count` images, and how many a second; compiling does not count."""
-  draw = sample.sampler(config, mesh, count, seed)
+  draw = runs.sampler(config, mesh, count, seed)
   sizes, ends = [], []
   batches = []
   for batch, _ in draw(params):
@@ -219,6 +220,6 @@ def plot(result: dict[str, Any]) -> np.ndarray:
     }
     low = min(y.min() for _, y in curves.values())
     panels += [
-      images.Panel('evaluations', words, curves, bottom=low / 1.5, log_x=True)
+      plots.Panel('evaluations', words, curves, bottom=low / 1.5, log_x=True)
     ]
-  return images.plot(panels)
+  return plots.plot(panels)

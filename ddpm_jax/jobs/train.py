@@ -23,7 +23,9 @@ from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax import expand
 from ddpm_jax import flags as command
+from ddpm_jax import plots
 from ddpm_jax import recipe
+from ddpm_jax import run as runs
 from ddpm_jax import sampling
 from ddpm_jax.data import pipeline
 from ddpm_jax.data import store
@@ -31,17 +33,16 @@ from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import training
-from ddpm_jax.jobs import sample
 from ddpm_jax.metrics import distances
-from ddpm_jax.runtime import checkpoint
-from ddpm_jax.runtime import fingerprint
-from ddpm_jax.runtime import images
-from ddpm_jax.runtime import lock
-from ddpm_jax.runtime import logs
-from ddpm_jax.runtime import parallel
-from ddpm_jax.runtime import processes
-from ddpm_jax.runtime import stop
-from ddpm_jax.runtime import workdir
+from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import processes
+from ddpm_jax.parallel import stop
+from ddpm_jax.storage import checkpoint
+from ddpm_jax.storage import fingerprint
+from ddpm_jax.storage import images
+from ddpm_jax.storage import lock
+from ddpm_jax.storage import logs
+from ddpm_jax.storage import workdir
 
 # Of a weight. Those of a network that learns are below 100; products of some
 # like this leave the range of float32 within a few layers.
@@ -76,7 +77,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     raise errors.UserError('several processes need one --workdir: name it')
   # What may be refused comes first, then what takes long.
   mesh = build.mesh(config)
-  build.train_step(recipe.provisional(config), parallel.parts(mesh))
+  build.train_step(recipe.provisional(config), engines.num_shards(mesh))
   new = not args.workdir
   folder = args.workdir or workdir.default(pathlib.Path(args.config).stem)
   workdir.check(folder)
@@ -110,7 +111,7 @@ def train_in(
   """Trains in a workdir that is this program's alone."""
   source = dataset.source(config, folder=folder)
   config = dataset.settled(config, source)
-  step_fn = build.train_step(config, parallel.parts(mesh))
+  step_fn = build.train_step(config, engines.num_shards(mesh))
   pictures = picture_maker(config, mesh, folder, args.num_samples)
   told = dataset.of_data(config, source, args.num_samples)
   pictures = functools.partial(pictures, told=told)
@@ -130,7 +131,7 @@ def train_in(
   if source.class_names:
     logs.say(f'classes: {dataset.listed(source.class_names)}')
   warn_of_signal(config)
-  sample.warn_before_training(config, folder)
+  runs.warn_before_training(config, folder)
 
   with contextlib.ExitStack() as stack:
     stop_asked = stack.enter_context(stop.requests())
@@ -182,7 +183,7 @@ def begin(
   """
   # A run keeps its own devices, where it has moved to others.
   saved = recipe.to_json(config) | {'parallel': args.parallel}
-  if processes.leads():
+  if processes.is_primary():
     known = checkpoint.steps(folder / 'checkpoints')
     changed: dict[str, Any] = {}
     if not workdir.has_checkpoint(folder):
@@ -274,12 +275,12 @@ def start(
   `batches` is moved to where that checkpoint was.
   """
   init = functools.partial(build.init_state, config)
-  abstract = parallel.abstract_state(init, mesh)
+  abstract = engines.abstract_state(init, mesh)
   saved = checkpoint.restore(
     checkpoints, checkpoint.trained(abstract), abstract.ema_params
   )
   if saved is None:
-    return parallel.init_state(init, mesh)
+    return engines.init_state(init, mesh)
   begun = recipe.from_json(saved.config)
   recipe.check_same(config, begun, f'checkpoint {saved.step}', allow)
   logs.say(f'going on from step {saved.step}')
@@ -301,7 +302,7 @@ def train(
   """The loop: until `config.steps` or until a stop is asked for; it saves."""
   engine = config.parallel.engine
   train_step = logs.compiling(
-    'the train step', parallel.compile_step(step_fn, mesh, engine, state)
+    'the train step', engines.compile_step(step_fn, mesh, engine, state)
   )
   step = int(state.step)
   unread = None
@@ -330,7 +331,7 @@ def train(
         log.write(step, values, bar.seconds)
 
     while step < config.steps and not stop_asked(step):
-      batch = parallel.put(next(batches), mesh, engine)
+      batch = engines.put(next(batches), mesh, engine)
       state, metrics = train_step(state, batch)
       step += 1
       # Metrics are read a step late, so that the device never waits for us.
@@ -350,7 +351,7 @@ def train(
           read(*unread)
           unread = None
         with bar.paused():
-          pictures(sample.chosen(config, state), f'_{step}')
+          pictures(runs.chosen(config, state), f'_{step}')
           board.pictures(step, drawn(folder, f'_{step}'))
 
     if unread:
@@ -377,11 +378,11 @@ def picture_maker(
   if not recipe.image_size(config):
     return point_pictures(config, mesh, folder)
   snapshots = min(10, config.sampler.steps)
-  draw = sample.sampler(config, mesh, count, config.seed, snapshots)
+  draw = runs.sampler(config, mesh, count, config.seed, snapshots)
 
   def pictures(params: Any, suffix: str, told: Any = None) -> None:
-    tiles, seen = sample.gather(draw(params, told))
-    if not processes.leads():
+    tiles, seen = runs.gather(draw(params, told))
+    if not processes.is_primary():
       return
     rows = seen[:8].reshape(-1, *tiles.shape[1:])
     images.save_png(folder / f'samples{suffix}.png', images.grid(tiles))
@@ -405,11 +406,11 @@ def point_pictures(
   steps, times = picture_times(build.sampler(config).schedule)
   data = source.gather(np.arange(n))['image']
   engine = config.parallel.engine
-  index = parallel.put_whole(np.arange(n, dtype=np.int32), mesh, engine)
+  index = engines.put_whole(np.arange(n, dtype=np.int32), mesh, engine)
   eps = np.random.default_rng(config.seed).normal(size=data.shape)
   forward = [np.asarray(process.q_sample(table, data, t, eps)) for t in times]
   init = functools.partial(build.init_state, config)
-  draw = parallel.compile_map(
+  draw = engines.compile_map(
     sampling.chain(config, config.seed, steps),
     *(mesh, engine, jax.eval_shape(init).ema_params),
     name='the sampler',
@@ -418,16 +419,16 @@ def point_pictures(
   def pictures(params: Any, suffix: str, told: Any = None) -> None:
     del told  # points take no condition
     chains = draw(params, index)
-    sample.check_finite(chains.bad_t)
+    runs.check_finite(chains.bad_t)
     reverse = list(chains.images.swapaxes(0, 1))
-    if not processes.leads():
+    if not processes.is_primary():
       return
     titles = [f't = {t}' for t in times]
     for ending in ('png', 'gif'):
       path = folder / f'progress{suffix}.{ending}'
       sets = {'q': forward, 'p': reverse}
-      images.save_scatter(path, sets, titles, forward)
-    images.save_scatter(
+      plots.save_scatter(path, sets, titles, forward)
+    plots.save_scatter(
       folder / f'samples{suffix}.png',
       {'': [data, reverse[-1]]},
       ['data', 'samples'],
@@ -467,14 +468,14 @@ def finish(
     logs.say(f'  python -m ddpm_jax.main --workdir={again}')
     return
   logs.say(f'drawing samples, {config.sampler.steps} steps each')
-  sample.warn_of_ema(config, folder, step)
-  pictures(sample.chosen(config, state), '')
-  if not processes.leads():
+  runs.warn_of_ema(config, folder, step)
+  pictures(runs.chosen(config, state), '')
+  if not processes.is_primary():
     return
   with logs.tensorboard(folder, step) as board:
     board.pictures(step, drawn(folder, ''))
   steps, losses = logs.curve(folder, 'loss')
-  images.save_curve(folder / 'loss.png', steps, losses, 'step', 'loss')
+  plots.save_curve(folder / 'loss.png', steps, losses, 'step', 'loss')
   logs.say(f'samples              {folder}/samples.png')
   logs.say(f'out of the noise     {folder}/progress.png')
   logs.say(f'loss                 {folder}/loss.png')

@@ -21,11 +21,11 @@ import numpy as np
 from ddpm_jax import build
 from ddpm_jax import dataset
 from ddpm_jax import recipe
+from ddpm_jax import run as runs
 from ddpm_jax.data import pipeline
-from ddpm_jax.jobs import sample
 from ddpm_jax.metrics import classifier as classifiers
-from ddpm_jax.metrics import small
-from ddpm_jax.runtime import parallel
+from ddpm_jax.metrics import classifier_score
+from ddpm_jax.parallel import engines
 
 BAR = 0.3  # Fréchet distance (classifier); that of held-out digits is 0.22
 EVERY, MOST, SAMPLES = 100, 2000, 359
@@ -70,26 +70,26 @@ def main():
 def until_good(c, real, judge):
   """(steps, processor seconds of training, scores every 100 steps)."""
   mesh = build.mesh(c)
-  state = parallel.init_state(functools.partial(build.init_state, c), mesh)
-  step = parallel.compile_step(build.train_step(c, 1), mesh, 'jit', state)
+  state = engines.init_state(functools.partial(build.init_state, c), mesh)
+  step = engines.compile_step(build.train_step(c, 1), mesh, 'jit', state)
   batches = pipeline.batches(
     dataset.source(c), batch_size=c.batch_size, seed=c.seed
   )
   few = c.copy_and_resolve_references()
   few.sampler.update(name='dpm_solver_pp_2m_sde', steps=20)
-  draw = sample.sampler(few, mesh, SAMPLES, c.seed)
+  draw = runs.sampler(few, mesh, SAMPLES, c.seed)
   seen, spent = [], 0.0
   compiled = step.lower(
-    state, parallel.put(next(batches), mesh, 'jit')
+    state, engines.put(next(batches), mesh, 'jit')
   ).compile()
   for _ in range(MOST // EVERY):
     begun = time.process_time()
     for _ in range(EVERY):
-      state, _ = compiled(state, parallel.put(next(batches), mesh, 'jit'))
+      state, _ = compiled(state, engines.put(next(batches), mesh, 'jit'))
     jax.block_until_ready(state)
     spent += time.process_time() - begun
-    drawn, _ = sample.gather(draw(state.ema_params))
-    seen.append(small.score(*real, drawn, judge)['frechet_distance'])
+    drawn, _ = runs.gather(draw(state.ema_params))
+    seen.append(classifier_score.score(*real, drawn, judge)['frechet_distance'])
     if max(seen[-2:]) <= BAR and len(seen) > 1:
       break
   return EVERY * len(seen), spent, seen

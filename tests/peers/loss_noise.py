@@ -20,10 +20,10 @@ import numpy as np
 from ddpm_jax import build
 from ddpm_jax import dataset
 from ddpm_jax import recipe
+from ddpm_jax import run as runs
 from ddpm_jax.diffusion import losses
 from ddpm_jax.diffusion import pixels
-from ddpm_jax.jobs import sample
-from ddpm_jax.runtime import checkpoint
+from ddpm_jax.storage import checkpoint
 
 LOSSES = ('simple', 'one_noise', 'two_noise', 'x_prev')
 BATCHES, SIZE = 256, 64
@@ -35,7 +35,7 @@ def main() -> None:
   step = int(sys.argv[2]) if len(sys.argv) > 2 else known[0]
   config = recipe.resolve(None, folder, {'sampler.weights': 'raw'})
   mesh = build.mesh(config)
-  _, step, params = sample.restore(config, mesh, folder, step)
+  _, step, params = runs.restore(config, mesh, folder, step)
   module, source = build.network(config), dataset.source(config)
   schedule = build.schedule(config)
   T = config.schedule.T

@@ -32,7 +32,7 @@ from ddpm_jax import sampling
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.interop import diffusers as interop
 from ddpm_jax.interop import fields
-from ddpm_jax.runtime import parallel
+from ddpm_jax.parallel import engines
 
 SAMPLING_STEPS = 4  # that are timed, of 1000
 
@@ -103,15 +103,15 @@ def our_work(config, params, batch):
   network = build.network(config)
   n = len(batch)
   begin = functools.partial(build.begin, config)
-  state = parallel.init_state(begin, mesh, params)
-  step = parallel.compile_step(
+  state = engines.init_state(begin, mesh, params)
+  step = engines.compile_step(
     build.train_step(config, mesh.size), mesh, 'jit', state
   )
   rows = {
     'image': ((batch + 1) * 127.5).astype(np.uint8),
     'index': np.arange(n, dtype=np.int32),
   }
-  rows = parallel.put(rows, mesh, 'jit')
+  rows = engines.put(rows, mesh, 'jit')
   apply = jax.jit(lambda x, t: network.apply({'params': params}, x, t))
   x, t = jax.device_put(batch), jax.numpy.full(n, 501)
   p = build.sampler(config)

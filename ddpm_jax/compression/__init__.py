@@ -1,0 +1,1 @@
+"""The codec: images as one file that can be cut off."""

@@ -1,0 +1,1 @@
+"""Measurements of a run: the bound, and scores of samples."""

@@ -1,0 +1,103 @@
+"""Images that a flag names, resized to those of a model."""
+
+import collections
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from ddpm_jax import errors
+from ddpm_jax import recipe
+from ddpm_jax.data import arrayfile
+from ddpm_jax.data import decode
+from ddpm_jax.data import image_folder
+from ddpm_jax.data import sources
+from ddpm_jax.storage import logs
+
+
+def opened(flag: str, path: pathlib.Path) -> Image.Image:
+  try:
+    return decode.upright(str(path))
+  except Exception as e:  # Pillow raises whatever it likes.
+    reason = ' '.join(str(e).split())
+    raise errors.UserError(
+      f'--{flag}={path} cannot be read as an image ({reason})'
+    ) from e
+
+
+def fitted(
+  path: pathlib.Path, image: Image.Image, shape: decode.Shape, max_value: int
+) -> jax.Array:
+  height, width, _ = shape
+  if image.size != (width, height):
+    say_resized(f'{path} is {written(image)}', shape)
+  try:
+    max_value = max_value or decode.probe_image(image)
+    return jnp.asarray(decode.fit(image, shape, max_value))
+  except ValueError as e:
+    raise errors.UserError(f'{path}: {e}') from e
+
+
+def say_resized(what: str, shape: decode.Shape) -> None:
+  height, width, _ = shape
+  logs.say(
+    f'{what}: resized (shorter side, bicubic) and cut to {width}x{height}, in '
+    'the middle'
+  )
+
+
+def written(image: Image.Image) -> str:
+  return f'{image.width}x{image.height}'
+
+
+def read(path: pathlib.Path, config: ConfigDict) -> np.ndarray:
+  """The images of a file, a folder or an array, as the model takes them.
+
+  Raises:
+    UserError: if there are none, or one cannot be read.
+  """
+  if not recipe.image_size(config):
+    raise errors.UserError('the codec is of images, and this run is of points')
+  H, W, C = recipe.shape(config)
+  shape = H, W, C
+  options: dict[str, Any] = {'image_size': (H, W), 'channels': C}
+  if path.suffix.lower() in ('.npz', '.npy'):
+    source = sources.arrays(path=str(path), **options)
+    every, _ = arrayfile.load(str(path))
+    h, w = every.shape[1:3]
+    say_sizes(path, [(w, h)] * len(every), shape)
+  elif path.is_dir():
+    options |= {'max_unreadable': 0, 'max_value': config.data.max_value}
+    source = sources.folder(path=str(path), **options)
+    names = image_folder.find(str(path))
+    say_sizes(path, [size_of(path / name) for name in names], shape)
+  else:
+    image = opened('images', path)
+    fitted = fitted(path, image, shape, config.data.max_value)
+    return np.asarray(fitted)[None]
+  return source.gather(np.arange(len(source)))['image']
+
+
+def size_of(path: pathlib.Path) -> tuple[int, int]:
+  """(width, height) of an upright image file, which is not decoded."""
+  height, width, _ = decode.shape_of(str(path))
+  return width, height
+
+
+def say_sizes(
+  path: pathlib.Path, sizes: list[tuple[int, int]], shape: decode.Shape
+) -> None:
+  """Says how many images of what sizes are resized, if any are."""
+  height, width, _ = shape
+  others = collections.Counter(x for x in sizes if x != (width, height))
+  shown = others.most_common(3 if len(others) > 4 else 4)
+  told = [f'{n} of {w}x{h}' for (w, h), n in shown]
+  if len(others) > len(shown):
+    more = others.total() - sum(n for _, n in shown)
+    told.append(f'{more} of {len(others) - len(shown)} other sizes')
+  if told:
+    say_resized(f'of the images of {path}, {", ".join(told)}', shape)

@@ -1,0 +1,1 @@
+"""What a program costs, here or on devices that are not here."""

@@ -1,0 +1,84 @@
+"""The programs of a recipe, with the shapes of what they take."""
+
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ddpm_jax import build
+from ddpm_jax import recipe
+from ddpm_jax import run as runs
+from ddpm_jax import sampling
+from ddpm_jax.parallel import engines
+
+IMAGES = 50_000  # to draw in all: papers score so many
+
+
+class Program(NamedTuple):
+  """What is compiled, and how it counts."""
+
+  jitted: Any  # by jit, not yet for any devices
+  args: tuple[Any, ...]  # shapes, types and shardings
+  turns: int  # of the loop that holds its work, which the compiler counts once
+  images: int  # made or learned from in a call
+
+
+def train(config: ConfigDict, mesh: jax.sharding.Mesh) -> Program:
+  """As `jobs/train.py` compiles it."""
+  init = functools.partial(build.init_state, config)
+  state = engines.abstract_state(init, mesh)
+  step = engines.compile_step(
+    build.train_step(config, engines.num_shards(mesh)), mesh, 'jit', state
+  )
+  return Program(
+    step, (state, batch(config, mesh)), config.accumulate, config.batch_size
+  )
+
+
+def batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """The shapes of what a source gives."""
+  n = config.batch_size
+  dtype = jnp.uint8 if recipe.image_size(config) else jnp.float32
+  shapes: dict[str, Any] = {
+    'image': jax.ShapeDtypeStruct((n, *recipe.shape(config)), dtype),
+    'index': jax.ShapeDtypeStruct((n,), jnp.int32),
+    'label': jax.ShapeDtypeStruct((n,), jnp.int32),
+  }
+  if config.condition.name not in ('', 'label'):
+    # With one caption an image.
+    shapes['text'] = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((n, 1, *x.shape[1:]), x.dtype),
+      told(config, n),
+    )
+  return placed(shapes, mesh)
+
+
+def told(config: ConfigDict, n: int) -> Any:
+  """The shapes of n conditions of texts."""
+  return jax.eval_shape(lambda: build.encoder(config).nothing(n))
+
+
+def placed(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
+  sharding = engines.over_batch(mesh)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+  )
+
+
+def draw(config: ConfigDict, mesh: jax.sharding.Mesh) -> Program:
+  """As `jobs/sample.py` compiles it."""
+  init = functools.partial(build.init_state, config)
+  params = engines.abstract_state(init, mesh).ema_params
+  n = runs.at_a_time(config, mesh, IMAGES)
+  cut = functools.partial(engines.cut_rows, mesh=mesh)
+  sampler = sampling.sampler(config, config.seed, cut=cut)
+  rows: Any = jax.ShapeDtypeStruct((n,), jnp.int32)
+  if config.condition.name not in ('', 'label'):
+    rows = {'index': rows, 'condition': told(config, n)}
+  compiled = engines.jit_map(sampler, mesh, params)
+  return Program(
+    compiled, (params, placed(rows, mesh)), config.sampler.steps, n
+  )

@@ -1,1 +1,0 @@
-"""The outside world, one part of it a file."""

@@ -1,0 +1,1 @@
+"""What runs write and read: workdirs, checkpoints, logs."""
