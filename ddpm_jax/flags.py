@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from ddpm_jax import errors
 from ddpm_jax import expand
+from ddpm_jax import machine
 from ddpm_jax import ranges
 from ddpm_jax.storage import paths
 
@@ -104,6 +105,7 @@ def load(mode: str) -> Any:
   """
   if mode not in modes():
     raise errors.unknown('mode', mode, modes())
+  machine.start_jax()
   return importlib.import_module(f'ddpm_jax.jobs.{mode}')
 
 

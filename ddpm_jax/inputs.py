@@ -77,8 +77,8 @@ def read(path: pathlib.Path, config: ConfigDict) -> np.ndarray:
     say_sizes(path, [size_of(path / name) for name in names], shape)
   else:
     image = opened('images', path)
-    fitted = fitted(path, image, shape, config.data.max_value)
-    return np.asarray(fitted)[None]
+    one = fitted(path, image, shape, config.data.max_value)
+    return np.asarray(one)[None]
   return source.gather(np.arange(len(source)))['image']
 
 

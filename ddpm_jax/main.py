@@ -14,7 +14,6 @@ from ddpm_jax import streams
 
 def run(argv: list[str]) -> None:
   """Runs the mode that a command line names."""
-  machine.start_jax()
   args = flags.parse(argv)
   from ddpm_jax.parallel import processes
   from ddpm_jax.parallel import stop

@@ -21,6 +21,7 @@ from ddpm_jax import build
 from ddpm_jax import npz
 from ddpm_jax.metrics import fidelity
 from ddpm_jax.metrics import inception
+from ddpm_jax.parallel import engines
 from ddpm_jax.parallel import processes
 from ddpm_jax.storage import logs
 from ddpm_jax.storage import paths
@@ -38,8 +39,8 @@ def extractor(
   """uint8 (b, H, W, 1 or 3), b at most `batch` -> features, as NumPy."""
   size = min(AT_ONCE, math.ceil(batch / mesh.size)) * mesh.size
   engine = config.parallel.engine
-  params = jax.device_put(params, engine.replicated(mesh))
-  compiled = engine.compile_map(
+  params = jax.device_put(params, engines.replicated(mesh))
+  compiled = engines.compile_map(
     features(config), mesh, engine, params, name='Inception'
   )
 
@@ -50,7 +51,7 @@ def extractor(
       # The last part is filled up, for one program serves all.
       full = np.zeros((size, *images.shape[1:]), np.uint8)
       full[: len(part)] = part
-      parts.append(compiled(params, engine.put(full, mesh, engine)))
+      parts.append(compiled(params, engines.put(full, mesh, engine)))
     n = len(images)
     return jax.tree.map(lambda *x: np.concatenate(x)[:n], *parts)
 

@@ -220,6 +220,7 @@ def give_out(args: argparse.Namespace) -> None:
       f'--output={args.output}: safetensors writes to this machine alone: '
       'name a folder of it, and copy that'
     )
+  workdir.check_run(args.workdir)
   config = recipe.resolve(args.config, args.workdir, args.changes)
   if not args.config and not any(
     k.startswith('parallel') for k in args.changes

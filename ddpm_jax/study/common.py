@@ -19,6 +19,7 @@ from ddpm_jax import sampling
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules as tables
+from ddpm_jax.parallel import engines
 from ddpm_jax.storage import logs
 
 
@@ -43,11 +44,11 @@ class Trained(NamedTuple):
     # Filled up with copies of the last row, until all devices have as many.
     index = np.arange(math.ceil(n / self.mesh.size) * self.mesh.size)
     filled = jax.tree.map(lambda x: x[np.minimum(index, n - 1)], rows)
-    compiled = engine.compile_map(
+    compiled = engines.compile_map(
       fn, self.mesh, engine, self.params, name='the figure'
     )
     with logs.Progress('drawing', n) as bar:
-      out = compiled(self.params, engine.put(filled, self.mesh, engine))
+      out = compiled(self.params, engines.put(filled, self.mesh, engine))
       bar.update(n)
     out = jax.tree.map(lambda x: x[:n], out)
     if isinstance(out, sampling.Drawn):
