@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,6 +21,99 @@ from ddpm_jax.parallel import engines
 from ddpm_jax.storage import checkpoint
 from ddpm_jax.storage import logs
 from ddpm_jax.storage import workdir
+
+
+class Run(NamedTuple):
+  """An opened workdir: a recipe, devices, and the weights of a checkpoint.
+
+  Attributes:
+    workdir: its folder.
+    config: the recipe.
+    mesh: the devices.
+    weights: 'EMA' or 'raw'.
+    step: of the checkpoint.
+    params: the weights.
+    seed: of what is drawn.
+  """
+
+  workdir: pathlib.Path
+  config: ConfigDict
+  mesh: jax.sharding.Mesh
+  weights: str
+  step: int
+  params: Any
+  seed: int
+
+  def map(
+    self, fn: Callable[[Any, Any], Any], rows: Any, *, name: str = 'the figure'
+  ) -> Any:
+    """fn(params, rows) of arrays with a row an example, over all devices.
+
+    Args:
+      fn: (params, rows) -> arrays with as many rows, or a `sampling.Drawn`, of
+        which the images are returned.
+      rows: arrays (n, ...).
+      name: of `fn`, for the line that says that it is compiled.
+
+    Raises:
+      RunError: if an image, or a number, is not finite.
+    """
+    engine, n = self.config.parallel.engine, len(jax.tree.leaves(rows)[0])
+    # Filled up with copies of the last row, until all devices have as many.
+    index = np.arange(math.ceil(n / self.mesh.size) * self.mesh.size)
+    filled = jax.tree.map(lambda x: x[np.minimum(index, n - 1)], rows)
+    compiled = engines.compile_map(
+      fn, self.mesh, engine, self.params, name=name
+    )
+    with logs.Progress('drawing', n) as bar:
+      out = compiled(self.params, engines.put(filled, self.mesh, engine))
+      bar.update(n)
+    out = jax.tree.map(lambda x: x[:n], out)
+    if isinstance(out, sampling.Drawn):
+      check_finite(np.asarray(out.bad_t))
+      return out.images
+    if not all(np.all(np.isfinite(x)) for x in jax.tree.leaves(out)):
+      raise errors.RunError(f'{name} would be of numbers that are not finite')
+    return out
+
+  def sample(self, count: int, condition: Any = None) -> np.ndarray:
+    """Uint8 images (count, H, W, C), or points (count, D).
+
+    Args:
+      count: how many.
+      condition: arrays with a row for each, as of `dataset.encode`; None for
+        none, or for classes in turn.
+    """
+    draw = sampler(self.config, self.mesh, count, self.seed)
+    return gather(images for images, _ in draw(self.params, condition))
+
+
+def load(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  *,
+  seed: int | None = None,
+  step: int | None = None,
+  key: str = 'sampler.weights',
+  mesh: jax.sharding.Mesh | None = None,
+) -> Run:
+  """Opens a workdir: the weights of its newest whole checkpoint.
+
+  Args:
+    config: its recipe, as of `recipe.resolve`.
+    workdir: its folder.
+    seed: of what is drawn; None for that of the recipe.
+    step: of another checkpoint than the newest.
+    key: the key of the recipe that says which weights, ema or raw.
+    mesh: other devices than those of the recipe.
+
+  Raises:
+    UserError: if there is no such checkpoint.
+  """
+  mesh = build.mesh(config) if mesh is None else mesh
+  kind, step, params = restore(config, mesh, workdir, step, key=key)
+  seed = config.seed if seed is None else seed
+  return Run(workdir, config, mesh, kind, step, params, seed)
 
 
 def restore(

@@ -65,7 +65,7 @@ def trained(tmp_path):
   def trained(seed=0, **changes):
     config = tiny.config(**changes)
     mesh, params = build.mesh(config), tiny.weights()
-    return common.Trained(config, mesh, params, seed, tmp_path)
+    return runs.Run(tmp_path, config, mesh, 'EMA', 0, params, seed)
 
   return trained
 
@@ -101,7 +101,7 @@ def of_run(workdir):
   config = recipe.resolve(None, workdir, {'parallel.data': '1'})
   mesh = build.mesh(config)
   *_, params = runs.restore(config, mesh, workdir)
-  return common.Trained(config, mesh, params, config.seed, workdir)
+  return runs.Run(workdir, config, mesh, 'EMA', 0, params, config.seed)
 
 
 def test_a_figure_that_moves_is_written_as_it_was_drawn(tiny_run, tmp_path):

@@ -16,7 +16,6 @@ from ddpm_jax.evaluation import bound
 from ddpm_jax.jobs import train
 from ddpm_jax.storage import checkpoint
 from ddpm_jax.storage import outputs
-from ddpm_jax.study import common
 
 
 @pytest.fixture(scope='module')
@@ -79,7 +78,7 @@ def test_the_bound_names_the_image_and_the_time(broken):
 
 def test_figures_are_not_drawn(broken, tmp_path):
   config, mesh, params = broken
-  run = common.Trained(config, mesh, params, 0, tmp_path)
+  run = runs.Run(tmp_path, config, mesh, 'EMA', 0, params, 0)
   rows = {'x': np.ones(3, np.float32)}
   with pytest.raises(errors.RunError, match='not finite'):
     run.map(lambda params, rows: jnp.log(rows['x'] - 1), rows)

@@ -11,11 +11,11 @@ from configs import swiss_roll
 from ddpm_jax import build
 from ddpm_jax import dataset
 from ddpm_jax import recipe
+from ddpm_jax import run as runs
 from ddpm_jax import sampling
 from ddpm_jax.data import captions
 from ddpm_jax.evaluation import bound
 from ddpm_jax.parallel import engines
-from ddpm_jax.study import common
 from ddpm_jax.study import pictures
 
 pytestmark = pytest.mark.eight_devices
@@ -90,7 +90,7 @@ def test_a_step_that_looks_back():
 
 def figure(**changes):
   config = tiny.config(**changes)
-  return common.Trained(config, build.mesh(config), tiny.weights(), 0, None)
+  return runs.Run(None, config, build.mesh(config), 'EMA', 0, tiny.weights(), 0)
 
 
 def test_what_a_figure_maps():

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import build
 from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax import plots
@@ -34,32 +33,32 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     raise errors.UserError('--output is for images: evaluate has --workdir')
   if not recipe.image_size(config):
     raise errors.UserError('bits/dim are of images: points have no grays')
-  mesh = build.mesh(config)
-  seed = config.seed if args.seed is None else args.seed
-  key = record.weights_key(config)
-  kind, step, params = runs.restore(
-    config, mesh, args.workdir, args.step, key=key
+  run = runs.load(
+    *(config, args.workdir),
+    seed=args.seed,
+    step=args.step,
+    key=record.weights_key(config),
   )
   source, split = dataset.source_to_evaluate(config, args.workdir)
   count = min(len(source), config.evaluate.images or len(source))
   draws, T = config.evaluate.draws, config.schedule.T
   times = f't = 1 and {draws} drawn' if draws else f'all {T}'
   logs.say(
-    f'evaluating the {kind} weights of step {step} on {count} images (split: '
-    f'{split}), {times} times each'
+    f'evaluating the {run.weights} weights of step {run.step} on {count} '
+    f'images (split: {split}), {times} times each'
   )
-  bound = bound_of(config, mesh, params, source, count, seed)
+  bound = bound_of(config, run.mesh, run.params, source, count, run.seed)
   result = {
     **summary(bound, T),
-    'step': step,
-    'weights': kind,
+    'step': run.step,
+    'weights': run.weights,
     'data': reference.data_name(config),
     'split': split,
     'images': count,
     'times_an_image': bound.t.shape[1],
     'exact_in_t': draws == 0,
     'variance': config.sampler.variance,
-    'seed': seed,
+    'seed': run.seed,
   }
   if not processes.is_primary():
     return

@@ -85,17 +85,15 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     outputs.prepare(args.output)
   seed = config.seed if args.seed is None else args.seed
   draw, what = editor(config, args, seed)
-  mesh = build.mesh(config)
-  drawn = runs.in_batches(config, mesh, args.num_samples, draw, 'the edit')
-  kind, step, params = runs.restore(config, mesh, args.workdir)
-  about = description(config, args, kind, step, wanted)
-  name = (
-    f'{edit_name(args)}_{samples.settings(config, kind, step, seed, wanted)}'
-  )
+  run = runs.load(config, args.workdir, seed=seed)
+  drawn = runs.in_batches(config, run.mesh, args.num_samples, draw, 'the edit')
+  about = description(config, args, run.weights, run.step, wanted)
+  settings = samples.settings(config, run.weights, run.step, seed, wanted)
+  name = f'{edit_name(args)}_{settings}'
   output = args.output or args.workdir / f'edited_{name}'
   outputs.check(output, args.num_samples, about)
-  logs.say(f'{what}, with the {kind} weights of step {step}')
-  batches = (batch.images for batch in drawn(params, told))
+  logs.say(f'{what}, with the {run.weights} weights of step {run.step}')
+  batches = (batch.images for batch in drawn(run.params, told))
   outputs.save(output, batches, args.num_samples, about)
   logs.say(f'{args.num_samples} images: {output}')
 

@@ -4,11 +4,9 @@ import argparse
 import time
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import flags as command
 from ddpm_jax import plots
@@ -69,9 +67,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
       f'--num_samples={args.num_samples}: a score needs '
       f'{classifier_score.LEAST}, and says little below 1000'
     )
-  mesh = build.mesh(config)
-  seed = config.seed if args.seed is None else args.seed
-  kind, step, params = runs.restore(config, mesh, args.workdir)
+  run = runs.load(config, args.workdir, seed=args.seed)
   data, classifier = small_data.judge(config, args.workdir)
   learnt, held_out = classifiers.split(len(data['image']))
   real = data['image'][learnt], data['label'][learnt]
@@ -79,9 +75,9 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   others = 'spacing', 'eta', 'variance'  # which the samplers here set
   options = samples.options(config)
   result: dict[str, Any] = {
-    'step': step,
-    'weights': kind,
-    'seed': seed,
+    'step': run.step,
+    'weights': run.weights,
+    'seed': run.seed,
     'sampler_options': {k: options[k] for k in options if k not in others},
   }
   yardstick = classifier_score.score(*real, data['image'][held_out], classifier)
@@ -92,7 +88,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     result['samplers'][title] = {key: [] for key in COLUMNS}
     for n in looks(changes, config.schedule.T):
       c = changed(config, changes, n)
-      drawn, rate = timed(c, mesh, params, args.num_samples, seed)
+      drawn, rate = timed(run._replace(config=c), args.num_samples)
       score_of = classifier_score.score(*real, drawn, classifier)
       found = dict(errors.finite(score_of, 'score'))
       found['images_per_second'] = rate
@@ -149,23 +145,17 @@ def evaluations(config: ConfigDict) -> int:
   return samplers.nfe(config.sampler.name, config.sampler.steps)
 
 
-def timed(
-  config: ConfigDict,
-  mesh: jax.sharding.Mesh,
-  params: Any,
-  count: int,
-  seed: int,
-) -> tuple[np.ndarray, float]:
+def timed(run: runs.Run, count: int) -> tuple[np.ndarray, float]:
   """`count` images, and how many a second; compiling does not count."""
-  draw = runs.sampler(config, mesh, count, seed)
+  draw = runs.sampler(run.config, run.mesh, count, run.seed)
   sizes, ends = [], []
   batches = []
-  for batch, _ in draw(params):
+  for batch, _ in draw(run.params):
     batches.append(batch)
     sizes.append(len(batch))
     ends.append(time.perf_counter())
   if len(sizes) == 1:  # Once more, for the program is compiled now.
-    for _ in draw(params):
+    for _ in draw(run.params):
       sizes.append(sizes[0])
       ends.append(time.perf_counter())
   # The last batch may have been cut, but was drawn whole.

@@ -14,7 +14,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import flags as command
 from ddpm_jax import plots
@@ -68,12 +67,11 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   outputs.prepare(path)
   if not recipe.image_size(config):
     raise errors.UserError('figures are of images, and this run is of points')
-  seed = config.seed if args.seed is None else args.seed
-  mesh = build.mesh(config)
-  kind, step, params = runs.restore(config, mesh, args.workdir)
-  logs.say(f'figure {args.figure}: the {kind} weights of step {step}')
-  trained = common.Trained(config, mesh, params, seed, args.workdir)
-  save(path, figure(trained, **options))
+  run = runs.load(config, args.workdir, seed=args.seed)
+  logs.say(
+    f'figure {args.figure}: the {run.weights} weights of step {run.step}'
+  )
+  save(path, figure(run, **options))
 
 
 def save(path: pathlib.Path, drawn: common.Drawn) -> None:

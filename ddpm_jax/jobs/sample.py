@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import flags as command
 from ddpm_jax import plots
@@ -39,7 +38,6 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     UserError: if there is no run in `--workdir`, or `--output` is taken.
   """
   samples.settle(args)
-  seed = config.seed if args.seed is None else args.seed
   ending = '' if recipe.image_size(config) else '.npz'
   if args.output:
     if ending and outputs.kind(args.output) != ending:
@@ -47,16 +45,16 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     outputs.prepare(args.output)
   wanted, told = samples.asked(config, args)
   count = args.num_samples * max(len(wanted), 1)
-  mesh = build.mesh(config)
-  draw = runs.sampler(config, mesh, count, seed)
-  kind, step, params = runs.restore(config, mesh, args.workdir)
-  about = samples.description(config, args, kind, step, wanted)
-  name = f'samples_{samples.settings(config, kind, step, seed, wanted)}{ending}'
+  run = runs.load(config, args.workdir, seed=args.seed)
+  draw = runs.sampler(config, run.mesh, count, run.seed)
+  about = samples.description(config, args, run.weights, run.step, wanted)
+  settings = samples.settings(config, run.weights, run.step, run.seed, wanted)
+  name = f'samples_{settings}{ending}'
   output = args.output or args.workdir / name
   outputs.check(output, count, about)
   logs.say(
-    f'drawing {count} images with the {kind} weights of step {step}, '
-    f'{config.sampler.steps} steps of {config.sampler.name} each'
+    f'drawing {count} images with the {run.weights} weights of step '
+    f'{run.step}, {config.sampler.steps} steps of {config.sampler.name} each'
   )
 
   def picture(drawn: np.ndarray) -> np.ndarray:
@@ -65,7 +63,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     tiles = drawn.reshape(len(wanted), -1, *recipe.shape(config))
     return plots.labelled(tiles, labels=wanted)
 
-  drawn = (image for image, _ in draw(params, told))
+  drawn = (image for image, _ in draw(run.params, told))
   outputs.save(output, drawn, count, about, picture=picture)
   if len(wanted) > 1:
     logs.say(

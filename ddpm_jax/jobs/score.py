@@ -6,10 +6,8 @@ See `metrics/classifier_score.py`.
 import argparse
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import flags as command
 from ddpm_jax import run as runs
@@ -43,29 +41,27 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
       f'--num_samples={args.num_samples}: a score needs '
       f'{classifier_score.LEAST}, and says little below 1000'
     )
-  mesh = build.mesh(config)
-  seed = config.seed if args.seed is None else args.seed
-  kind, step, params = runs.restore(config, mesh, args.workdir)
+  run = runs.load(config, args.workdir, seed=args.seed)
   data, classifier = small_data.judge(config, args.workdir)
-  draw = runs.sampler(config, mesh, args.num_samples, seed)
   logs.say(
-    f'drawing {args.num_samples} images with the {kind} weights of step {step}'
+    f'drawing {args.num_samples} images with the {run.weights} weights of step '
+    f'{run.step}'
   )
-  drawn = [batch for batch, _ in draw(params)]
+  drawn = run.sample(args.num_samples)
   learnt, held_out = classifiers.split(len(data['image']))
   found = classifier_score.score(
     data['image'][learnt],
     data['label'][learnt],
-    np.concatenate(drawn),
+    drawn,
     classifier,
     held_out=data['image'][held_out],
   )
   errors.finite(found, 'score')
   made = {
     'class_names': workdirs.read_classes(args.workdir) or [],
-    'step': step,
-    'weights': kind,
-    'seed': seed,
+    'step': run.step,
+    'weights': run.weights,
+    'seed': run.seed,
     'sampler': config.sampler.name,
     'sampler_steps': config.sampler.steps,
     'sampler_options': samples.options(config),

@@ -209,28 +209,6 @@ def energy(a: np.ndarray, b: np.ndarray, *, block: int = 1024) -> float:
   return 2 * mean(a, b) - mean(a, a) - mean(b, b)
 
 
-def permutation_p_value(
-  statistic: Callable[[np.ndarray, np.ndarray], float],
-  rng: np.random.Generator,
-  a: np.ndarray,
-  b: np.ndarray,
-  *,
-  permutations: int = 999,
-) -> float:
-  """Probability of a statistic this large if a and b are of one distribution.
-
-  (1 + those as large among the permutations) / (1 + permutations), which holds
-  exactly at any n  (Phipson & Smyth 2010). For `energy` see `energy_p_value`.
-  """
-  pool = np.concatenate([a, b])
-  observed = statistic(a, b)
-  null = np.empty(permutations)
-  for i in range(permutations):
-    order = rng.permutation(len(pool))
-    null[i] = statistic(pool[order[: len(a)]], pool[order[len(a) :]])
-  return _p_value(observed, null)
-
-
 def energy_p_value(
   rng: np.random.Generator,
   a: np.ndarray,
@@ -239,7 +217,7 @@ def energy_p_value(
   permutations: int = 999,
   block: int = 1024,
 ) -> float:
-  """`permutation_p_value` of `energy`, with each distance computed once.
+  """How often two halves of one set would be as far apart, by `energy`.
 
   The energy distance is -wᵀDw of the pool's distances D, w = 1/n for the points
   of a and -1/m for those of b; a permutation shuffles w.

@@ -1,8 +1,5 @@
 """What figures share: a run that has been trained, and how they come back."""
 
-import math
-import pathlib
-from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
@@ -15,50 +12,11 @@ from ml_collections import ConfigDict
 from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax import run as runs
-from ddpm_jax import sampling
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules as tables
-from ddpm_jax.parallel import engines
-from ddpm_jax.storage import logs
 
-
-class Trained(NamedTuple):
-  """A run that has been trained."""
-
-  config: ConfigDict
-  mesh: jax.sharding.Mesh
-  params: Any  # the weights that sample
-  seed: int
-  workdir: pathlib.Path
-
-  def map(self, fn: Callable[[Any, Any], Any], rows: Any) -> Any:
-    """fn(params, rows) of arrays with a row an example, over all devices.
-
-    Of a `sampling.Drawn` it gives the images.
-
-    Raises:
-      RunError: if one of them, or a number, is not finite.
-    """
-    engine, n = self.config.parallel.engine, len(jax.tree.leaves(rows)[0])
-    # Filled up with copies of the last row, until all devices have as many.
-    index = np.arange(math.ceil(n / self.mesh.size) * self.mesh.size)
-    filled = jax.tree.map(lambda x: x[np.minimum(index, n - 1)], rows)
-    compiled = engines.compile_map(
-      fn, self.mesh, engine, self.params, name='the figure'
-    )
-    with logs.Progress('drawing', n) as bar:
-      out = compiled(self.params, engines.put(filled, self.mesh, engine))
-      bar.update(n)
-    out = jax.tree.map(lambda x: x[:n], out)
-    if isinstance(out, sampling.Drawn):
-      runs.check_finite(np.asarray(out.bad_t))
-      return out.images
-    if not all(np.all(np.isfinite(x)) for x in jax.tree.leaves(out)):
-      raise errors.RunError(
-        'the figure would be of numbers that are not finite'
-      )
-    return out
+Run = runs.Run
 
 
 class Drawn(NamedTuple):

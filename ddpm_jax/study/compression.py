@@ -21,7 +21,7 @@ __all__ = ['codec']
 
 
 def codec(
-  trained: common.Trained, count: int = 32, path: pathlib.Path | None = None
+  trained: common.Run, count: int = 32, path: pathlib.Path | None = None
 ) -> common.Drawn:
   """What the codec sends of real images, and what comes of every part of it.
 

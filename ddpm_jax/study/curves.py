@@ -31,7 +31,7 @@ from ddpm_jax.study import two_term as two_term_form
 __all__ = ['gradients', 'quality', 'rate_distortion', 'two_term']
 
 
-def quality(trained: common.Trained, count: int = 500) -> common.Drawn:
+def quality(trained: common.Run, count: int = 500) -> common.Drawn:
   """Sample quality by reverse step: figure 10, with the small-data score.
 
   Of x̂_0 at twenty times on the way, in the features of a classifier of the
@@ -67,7 +67,7 @@ def quality(trained: common.Trained, count: int = 500) -> common.Drawn:
   return common.Drawn(plot=plots.plot(panels))
 
 
-def rate_distortion(trained: common.Trained, count: int = 64) -> common.Drawn:
+def rate_distortion(trained: common.Run, count: int = 64) -> common.Drawn:
   """Progressive lossy compression: figure 5, and the appendix's table of it.
 
   The rate at t is what tells x_t to one who has the model (Algorithms 3 and 4),
@@ -113,7 +113,7 @@ def table(rate: np.ndarray, rmse: np.ndarray, of: str) -> str:
   return '\n'.join([*lines, f'means over {of}, one x_t each at every t'])
 
 
-def gradients(trained: common.Trained, count: int = 256) -> common.Drawn:
+def gradients(trained: common.Run, count: int = 256) -> common.Drawn:
   """How much the gradients of two losses with one minimum vary, by t.
 
   `losses.two_noise` and `losses.one_noise`, on the trained network. The
@@ -175,7 +175,7 @@ def gradient_table(times: np.ndarray, two: np.ndarray, one: np.ndarray) -> str:
   return '\n'.join(lines)
 
 
-def two_term(trained: common.Trained, count: int = 8) -> common.Drawn:
+def two_term(trained: common.Run, count: int = 8) -> common.Drawn:
   """How noisy the bound's form in two terms is, beside that in three.
 
   Each is drawn 16 times for each of `count` images, and noise is the standard

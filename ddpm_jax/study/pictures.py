@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-def forward(trained: common.Trained, count: int = 6) -> common.Drawn:
+def forward(trained: common.Run, count: int = 6) -> common.Drawn:
   """Images becoming noise under q: the chain of figure 2, from right to left.
 
   An image keeps one ε for all t, so that the film is of one thing.
@@ -71,7 +71,7 @@ def every_schedule(config: ConfigDict) -> dict[str, tables.Schedule]:
   return {', '.join(names[same]): table for same, table in known.items()}
 
 
-def schedules(trained: common.Trained) -> common.Drawn:
+def schedules(trained: common.Run) -> common.Drawn:
   """ᾱ_t and SNR of all schedules, and one image under each; not in the paper.
 
   The schedule of the run itself is the thick line, and the marked row.
@@ -114,7 +114,7 @@ def schedule_table(every: dict[str, tables.Schedule]) -> str:
   return '\n'.join(lines)
 
 
-def progressive(trained: common.Trained, count: int = 8) -> common.Drawn:
+def progressive(trained: common.Run, count: int = 8) -> common.Drawn:
   """x̂_0 of samples at ten times on the way: figure 6."""
   config, N = trained.config, trained.config.sampler.steps
   K = min(50, N)
@@ -147,7 +147,7 @@ def snapshot_times(config: ConfigDict, K: int) -> list[int]:
   return np.asarray(seen)[:, 0].astype(int).tolist()
 
 
-def shared(trained: common.Trained, count: int = 7) -> common.Drawn:
+def shared(trained: common.Run, count: int = 7) -> common.Drawn:
   """Samples that share x_t, at several t: figure 7.
 
   One chain runs to x_t, and `count` others go on from there, with noise of
@@ -180,7 +180,7 @@ def shared(trained: common.Trained, count: int = 7) -> common.Drawn:
   return common.Drawn(tiles, titles, [f't = {t}' for t in told])
 
 
-def interpolation(trained: common.Trained, count: int = 1) -> common.Drawn:
+def interpolation(trained: common.Run, count: int = 1) -> common.Drawn:
   """Two images mixed at x_t and denoised, for several t: figures 8 and 9.
 
   Each of `count` pairs of images has one ε for both, which is our choice (see
@@ -243,7 +243,7 @@ def unlike(x0: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
   return np.stack(a), np.stack(b)
 
 
-def nearest(trained: common.Trained, count: int = 8) -> common.Drawn:
+def nearest(trained: common.Run, count: int = 8) -> common.Drawn:
   """Samples beside the nearest images trained on, as in the appendix.
 
   By squared distance in pixels, which sees copies and little else.
@@ -285,7 +285,7 @@ def neighbours(
   return best, squares
 
 
-def generation(trained: common.Trained, count: int = 10) -> common.Drawn:
+def generation(trained: common.Run, count: int = 10) -> common.Drawn:
   """Greedy generation (σ = 0 at every step) and random, of the same x_T.
 
   After Su's articles on DDPM; not in the paper. A column is of one x_T.
