@@ -31,7 +31,7 @@ def called(work: Callable[[], object]) -> dict[types.CodeType, str]:
   found: dict[types.CodeType, str] = {}
 
   def profile(frame: types.FrameType, event: str, _: object) -> None:
-    path = pathlib.Path(frame.f_code.co_filename)
+    path = pathlib.Path(frame.f_code.co_filename).resolve()
     if event == 'call' and any(path.is_relative_to(x) for x in OURS):
       found[frame.f_code] = str(path.relative_to(ROOT))
 
