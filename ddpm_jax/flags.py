@@ -73,7 +73,7 @@ def path(text: str) -> pathlib.Path:
 
 
 def local_path(text: str) -> pathlib.Path:
-  """The same, on this machine only."""
+  """The type of a flag that names a file or folder of this machine."""
   return _path(text, paths.local)
 
 

@@ -252,7 +252,7 @@ def check(flat: Mapping[str, Any]) -> None:
 def check_fields(
   fields: Mapping[str, Any], allowed: Mapping[str, Range]
 ) -> None:
-  """The same of fields that a file holds: all of them, and no others.
+  """Like `check`, for the fields of a file: all of them, and no others.
 
   Raises:
     UserError: naming the first field that is missing, unknown or wrong.
@@ -266,7 +266,7 @@ def check_fields(
 
 
 def check_flags(flags: Mapping[str, Any]) -> None:
-  """The same of the flags of the command line; None is one not given.
+  """Like `check`, for the flags of the command line; None is not given.
 
   Raises:
     UserError: naming the first such flag.

@@ -182,7 +182,7 @@ def warn_of_ema(
 
 
 def warn_before_training(config: ConfigDict, folder: pathlib.Path) -> None:
-  """The same of the weights that there will be at the end."""
+  """Warns if the EMA weights will be mostly untrained at the end."""
   share = initial_share(config, folder, config.steps)
   if share > MOST_INITIAL and config.sampler.weights == 'ema':
     logs.say(
@@ -227,13 +227,13 @@ def drawer(
     draw, mesh, engine, jax.eval_shape(init).ema_params, name=name
   )
 
-  def batch(params: Any, start: int, told: Any = None) -> Any:
+  def batch(params: Any, start: int, condition: Any = None) -> Any:
     rows: Any = np.arange(start, start + size, dtype=np.int32)
-    if told is not None:
+    if condition is not None:
       at = np.minimum(rows, count - 1)
       rows = {
         'index': rows,
-        'condition': jax.tree.map(lambda x: x[at], told),
+        'condition': jax.tree.map(lambda x: x[at], condition),
       }
     drawn = compiled(params, engines.put_whole(rows, mesh, engine))
     check_finite(drawn.bad_t[: count - start], start)
@@ -271,10 +271,10 @@ def in_batches(
   """`drawer` of `count` images in all, batch by batch, with a bar."""
   size, batch = drawer(config, mesh, count, draw, name)
 
-  def drawn(params: Any, told: Any = None) -> Iterator[Any]:
+  def drawn(params: Any, condition: Any = None) -> Iterator[Any]:
     for start in range(0, count, size):
       # The last batch is drawn whole, for one program serves all, and cut.
-      full = batch(params, start, told)
+      full = batch(params, start, condition)
       yield jax.tree.map(lambda x, real=count - start: x[:real], full)
 
   return lambda *args: logs.watched(drawn(*args), 'drawing', count)
@@ -292,8 +292,8 @@ def sampler(
   draw = sampling.sampler(config, seed, snapshots, cut)
   batches = in_batches(config, mesh, count, draw)
 
-  def pairs(params: Any, told: Any = None) -> Iterator[Any]:
-    for drawn in batches(params, told):
+  def pairs(params: Any, condition: Any = None) -> Iterator[Any]:
+    for drawn in batches(params, condition):
       yield drawn.images, drawn.x0_hats
 
   return pairs

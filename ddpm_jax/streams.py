@@ -47,7 +47,7 @@ class _Raw(io.FileIO):
 
 
 class _Results(_Raw):
-  """The same for stdout, where a full disk is an error: at the end."""
+  """Like stderr, for stdout, where a full disk is an error: at the end."""
 
   def failed(self, error: OSError) -> None:
     if error.errno not in _GONE:

@@ -54,7 +54,7 @@ class Schedule(NamedTuple):
   alpha_bar: Table  # ᾱ_t = Π_{s≤t} (1 - β_s); ᾱ_0 = 1
   one_minus_alpha_bar: Table  # 1 - ᾱ_t
   beta_tilde: Table  # β̃_t, variance of q(x_{t-1} | x_t, x_0); β̃_1 = 0
-  time: Int32[Array, 'T+1']  # what the network is told: t, or more (`stride`)
+  time: Int32[Array, 'T+1']  # t of the network: t, or more (`stride`)
   log_alpha_bar: Table  # log ᾱ_t; -∞ where nothing is left of x_0
   sqrt_alpha_bar: Table  # √ᾱ_t, at least LEAST_SIGNAL, or 0
 

@@ -78,7 +78,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   check_flags(args)
   if not recipe.image_size(config):
     raise errors.UserError('--mode=edit is of images, and this run of points')
-  wanted, told = samples.asked(config, args)
+  wanted, condition = samples.asked(config, args)
   if len(wanted) > 1:
     raise errors.UserError('--mode=edit takes one --prompt or --label')
   if args.output:
@@ -93,7 +93,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   output = args.output or args.workdir / f'edited_{name}'
   outputs.check(output, args.num_samples, about)
   logs.say(f'{what}, with the {run.weights} weights of step {run.step}')
-  batches = (batch.images for batch in drawn(run.params, told))
+  batches = (batch.images for batch in drawn(run.params, condition))
   outputs.save(output, batches, args.num_samples, about)
   logs.say(f'{args.num_samples} images: {output}')
 
@@ -211,7 +211,7 @@ def varied(
 ) -> tuple[Callable, str]:
   """x_t of the image, and from there another way down (Meng et al. 2022)."""
   p = build.sampler(config)
-  t, told = level(config, p.schedule, strength)
+  t, time = level(config, p.schedule, strength)
 
   def draw(params: Any, rows: Any) -> sampling.Drawn:
     index, condition = sampling.index_and_condition(rows)
@@ -224,7 +224,7 @@ def varied(
     sampled = samplers.sample(p.step, denoiser, keys, x_t, times=times)
     return sampling.drawn(config, sampled)
 
-  return draw, f'varying the image from t = {told} down, in {t} steps'
+  return draw, f'varying the image from t = {time} down, in {t} steps'
 
 
 def between(
@@ -241,7 +241,7 @@ def between(
   `editing.interpolate`.
   """
   p = build.sampler(config)
-  t, told = level(config, p.schedule, strength)
+  t, time = level(config, p.schedule, strength)
   mix = jax.vmap(editing.interpolate, (None, None, None, None, 0, 0))
 
   def draw(params: Any, rows: Any) -> sampling.Drawn:
@@ -254,7 +254,7 @@ def between(
     sampled = samplers.sample(p.step, denoiser, keys, x_t, times=times)
     return sampling.drawn(config, sampled)
 
-  return draw, f'mixing the images at t = {told}, {t} steps each'
+  return draw, f'mixing the images at t = {time}, {t} steps each'
 
 
 def level(

@@ -43,7 +43,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     if ending and outputs.kind(args.output) != ending:
       raise errors.UserError(f'--output={args.output}: points go into an .npz')
     outputs.prepare(args.output)
-  wanted, told = samples.asked(config, args)
+  wanted, condition = samples.asked(config, args)
   count = args.num_samples * max(len(wanted), 1)
   run = runs.load(config, args.workdir, seed=args.seed)
   draw = runs.sampler(config, run.mesh, count, run.seed)
@@ -63,7 +63,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     tiles = drawn.reshape(len(wanted), -1, *recipe.shape(config))
     return plots.labelled(tiles, labels=wanted)
 
-  drawn = (image for image, _ in draw(run.params, told))
+  drawn = (image for image, _ in draw(run.params, condition))
   outputs.save(output, drawn, count, about, picture=picture)
   if len(wanted) > 1:
     logs.say(

@@ -113,8 +113,8 @@ def train_in(
   config = dataset.settled(config, source)
   step_fn = build.train_step(config, engines.num_shards(mesh))
   pictures = picture_maker(config, mesh, folder, args.num_samples)
-  told = dataset.of_data(config, source, args.num_samples)
-  pictures = functools.partial(pictures, told=told)
+  condition = dataset.of_data(config, source, args.num_samples)
+  pictures = functools.partial(pictures, condition=condition)
   batches = pipeline.batches(
     source,
     batch_size=config.batch_size,
@@ -373,15 +373,15 @@ def picture_maker(
   folder: pathlib.Path,
   count: int,
 ) -> Callable[..., None]:
-  """(weights, suffix, told) -> samples.png, and progress.png: x̂_0 on the
-  way, ten times; `told` has a condition for each sample, or is None."""
+  """(weights, suffix, condition) -> samples.png, and progress.png: x̂_0 on the
+  way, ten times; `condition` has a condition for each sample, or is None."""
   if not recipe.image_size(config):
     return point_pictures(config, mesh, folder)
   snapshots = min(10, config.sampler.steps)
   draw = runs.sampler(config, mesh, count, config.seed, snapshots)
 
-  def pictures(params: Any, suffix: str, told: Any = None) -> None:
-    tiles, seen = runs.gather(draw(params, told))
+  def pictures(params: Any, suffix: str, condition: Any = None) -> None:
+    tiles, seen = runs.gather(draw(params, condition))
     if not processes.is_primary():
       return
     rows = seen[:8].reshape(-1, *tiles.shape[1:])
@@ -396,7 +396,7 @@ def picture_maker(
 def point_pictures(
   config: ConfigDict, mesh: jax.sharding.Mesh, folder: pathlib.Path
 ) -> Callable[..., None]:
-  """The same for points: the forward and the reverse process at ten times.
+  """`picture_maker` for points: forward and reverse process at ten times.
 
   A two-sample test is printed: the energy distance of samples and data, and how
   often it would be as large between two halves of one set.
@@ -416,8 +416,8 @@ def point_pictures(
     name='the sampler',
   )
 
-  def pictures(params: Any, suffix: str, told: Any = None) -> None:
-    del told  # points take no condition
+  def pictures(params: Any, suffix: str, condition: Any = None) -> None:
+    del condition  # points take no condition
     chains = draw(params, index)
     runs.check_finite(chains.bad_t)
     reverse = list(chains.images.swapaxes(0, 1))

@@ -131,7 +131,7 @@ def mean(
 
 
 class Conditional(nn.Module):
-  """A network and the encoder of what it is told."""
+  """A network and the encoder of its condition."""
 
   network: nn.Module
   encoder: nn.Module
@@ -143,7 +143,7 @@ class Conditional(nn.Module):
     condition: Any = None,
     **options: Any,
   ) -> Float32[Array, 'B ...']:
-    """The network's answer; without a condition it is told nothing."""
+    """The output; without a condition it is that of `nothing`."""
     if condition is None:
       condition = self.encoder.nothing(len(x_t))
     return self.network(x_t, t, self.encoder(condition), **options)

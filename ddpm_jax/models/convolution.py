@@ -41,7 +41,7 @@ def convolve(x: Image, kernel: Kernel) -> Float32[Array, 'B H W K']:
 
 
 def convolve_doubled(x: Image, kernel: Kernel) -> Float32[Array, 'B 2*H 2*W K']:
-  """The same of x at twice its size (nearest neighbour)."""
+  """`convolve` of x at twice its size (nearest neighbour)."""
   return _by_platform(x, kernel, 2, _winograd_doubled, _plain_doubled)
 
 

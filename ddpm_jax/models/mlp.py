@@ -16,7 +16,7 @@ class MLP(nn.Module):
   Attributes:
     out_channels: coordinates of the output.
     channels: of every hidden layer.
-    blocks: hidden layers, each told the time.
+    blocks: hidden layers, each given the time.
   """
 
   out_channels: int

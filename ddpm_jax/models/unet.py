@@ -106,7 +106,7 @@ class UNet(nn.Module):
         h.shape[-1], kernel_init=layers.init(), product=product, name=name
       )(h)
 
-    # The network was published with times from 0: it is told t - 1.
+    # The network was published with times from 0: it gets t - 1.
     temb = layers.time_embedding(t - 1, self.channels)
     dense = functools.partial(
       layers.Dense,

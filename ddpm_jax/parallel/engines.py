@@ -182,7 +182,7 @@ def put(tree: Any, mesh: Mesh, how: str) -> Any:
 
 
 def put_whole(tree: Any, mesh: Mesh, how: str) -> Any:
-  """The same, of a batch that every process has whole."""
+  """Like `put`, for a batch that every process has whole."""
   if how == 'pmap':
     return put(tree, mesh, how)
   rows = over_batch(mesh)
@@ -296,7 +296,7 @@ def compile_map(
 
 
 def jit_map(fn: Callable, mesh: Mesh, params: Any) -> Any:
-  """The same under jit alone, and leaving the arrays where they are.
+  """Like `compile_map` under jit, but the results stay on the devices.
 
   Of several processes each gets all rows.
   """

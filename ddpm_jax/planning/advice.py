@@ -39,7 +39,7 @@ def of_sampling(
   mesh: jax.sharding.Mesh,
   draw: dict[str, Any],
 ) -> dict[str, Any] | None:
-  """The same of the sampler: fewer images at a time."""
+  """What would make the sampler fit: fewer images at a time."""
   return _first(
     *(config, target, mesh, draw),
     programs.draw,

@@ -51,12 +51,12 @@ def batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     # With one caption an image.
     shapes['text'] = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((n, 1, *x.shape[1:]), x.dtype),
-      told(config, n),
+      conditions(config, n),
     )
   return placed(shapes, mesh)
 
 
-def told(config: ConfigDict, n: int) -> Any:
+def conditions(config: ConfigDict, n: int) -> Any:
   """The shapes of n conditions of texts."""
   return jax.eval_shape(lambda: build.encoder(config).nothing(n))
 
@@ -77,7 +77,7 @@ def draw(config: ConfigDict, mesh: jax.sharding.Mesh) -> Program:
   sampler = sampling.sampler(config, config.seed, cut=cut)
   rows: Any = jax.ShapeDtypeStruct((n,), jnp.int32)
   if config.condition.name not in ('', 'label'):
-    rows = {'index': rows, 'condition': told(config, n)}
+    rows = {'index': rows, 'condition': conditions(config, n)}
   compiled = engines.jit_map(sampler, mesh, params)
   return Program(
     compiled, (params, placed(rows, mesh)), config.sampler.steps, n

@@ -7,7 +7,7 @@ from ddpm_jax.planning import programs
 
 
 def markdown(found: dict[str, Any]) -> str:
-  """The same for people, in Markdown."""
+  """A plan as a table for people, in Markdown."""
   draw = found['sampler']
   mesh = ' x '.join(f'{k} {n}' for k, n in found['mesh'].items())
   memory = found['memory_bytes']

@@ -54,7 +54,7 @@ def path(text: str) -> pathlib.Path:
 
 
 def local(text: str) -> pathlib.Path:
-  """The same where only files of this machine can be read.
+  """Like `path`, where only files of this machine can be read.
 
   Raises:
     UserError: it is a URL, of gs:// too.
