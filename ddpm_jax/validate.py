@@ -264,10 +264,6 @@ def devices(config: ConfigDict) -> None:
       'pmap keeps the whole state on every device: set parallel.fsdp=1, or '
       'parallel.engine=jit'
     )
-  if wanted.engine == 'pmap' and jax.process_count() > 1:
-    raise errors.UserError(
-      'pmap is for one process: set parallel.engine=jit, which does the same'
-    )
   if wanted.spatial > 1:
     _spatial(config)
 
@@ -374,6 +370,4 @@ def fit_devices(config: ConfigDict, *, trains: bool) -> ConfigDict:
   )
   fitted = config.copy_and_resolve_references()
   fitted.parallel.update(data=-1 if used == here else used, fsdp=1, spatial=1)
-  if several:
-    fitted.parallel.engine = 'jit'  # pmap is for one process
   return fitted.lock()

@@ -146,6 +146,7 @@ def train_in(
     state = start(config, mesh, checkpoints, batches, args.allow)
 
     def save(state: training.TrainState, step: int) -> None:
+      state = engines.to_global(state, mesh)
       check_weights(state, step)
       checkpoint.save(
         checkpoints,

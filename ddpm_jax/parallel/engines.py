@@ -1,7 +1,8 @@
 """Devices: the mesh, how arrays lie on it, and the two compilers, jit and pmap.
 
-A state is one ordinary (global) array a leaf under both. With jit the compiler
-finds the collectives from the shardings; with pmap they are written out.
+A state is one ordinary array a leaf under both. With jit the compiler finds the
+collectives from the shardings; with pmap they are written out, and its results
+are on the devices of their own process; `to_global` makes them everyone's.
 """
 
 import collections
@@ -184,16 +185,50 @@ def put(tree: Any, mesh: Mesh, how: str) -> Any:
 def put_whole(tree: Any, mesh: Mesh, how: str) -> Any:
   """Like `put`, for a batch that every process has whole."""
   if how == 'pmap':
-    return put(tree, mesh, how)
+    devices = _by_process(mesh)
+    first, n = devices.index(mesh.local_devices[0]), len(mesh.local_devices)
+
+    def own(x: np.ndarray) -> np.ndarray:
+      rows = len(x) // len(devices)
+      return x[first * rows : (first + n) * rows]
+
+    return put(jax.tree.map(own, tree), mesh, how)
   rows = over_batch(mesh)
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(rows, x, x.shape), tree
   )
 
 
+def _by_process(mesh: Mesh) -> list[Any]:
+  """The devices in the order of pmap: those of a process stand together."""
+  return sorted(mesh.devices.flat, key=lambda d: (d.process_index, d.id))
+
+
 def _pmap_sharding(mesh: Mesh, spec: P) -> NamedSharding:
-  """`spec` on the mesh of one axis that pmap builds of the same devices."""
-  return NamedSharding(Mesh(mesh.devices.ravel(), ('batch',)), spec)
+  """`spec` on the mesh that pmap builds of the devices of this process."""
+  here = [
+    d for d in _by_process(mesh) if d.process_index == jax.process_index()
+  ]
+  return NamedSharding(Mesh(np.array(here), ('batch',)), spec)
+
+
+def to_global(tree: Any, mesh: Mesh) -> Any:
+  """Arrays that pmap has returned, as arrays on the devices of all processes.
+
+  With jit, and in one process, they are what they were.
+  """
+  if jax.process_count() == 1:
+    return tree
+  whole = replicated(mesh)
+  everywhere = whole.device_set
+
+  def spread(x: Any) -> Any:
+    if not isinstance(x, jax.Array) or x.sharding.device_set == everywhere:
+      return x
+    parts = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, whole, parts)
+
+  return jax.tree.map(spread, tree)
 
 
 def _relabel(tree: Any, sharding: NamedSharding) -> Any:
@@ -239,7 +274,7 @@ def compile_step(step: Callable, mesh: Mesh, how: str, state: Any) -> Callable:
       in_axes=(None, 0),
       out_axes=(None, None),
       donate_argnums=0,
-      devices=list(mesh.devices.flat),
+      devices=_by_process(mesh),
     )
     own = _pmap_sharding(mesh, P())
 
@@ -285,14 +320,29 @@ def compile_map(
   """
   said = functools.partial(logs.compiling, name) if name else lambda f: f
   if how == 'pmap':
-    mapped = said(
-      jax.pmap(fn, in_axes=(None, 0), devices=list(mesh.devices.flat))
-    )
+    mapped = said(_pmap_map(fn, mesh))
+    # The results have a leading axis, of devices.
     return lambda params, batch: jax.tree.map(
       np.concatenate, jax.device_get(mapped(params, batch))
     )
   mapped = said(jit_map(fn, mesh, params))
   return lambda params, batch: jax.device_get(mapped(params, batch))
+
+
+def _pmap_map(fn: Callable, mesh: Mesh) -> Callable:
+  """pmap of a function; of several processes each gets all rows."""
+  devices = _by_process(mesh)
+  if len({d.process_index for d in devices}) == 1:
+    return jax.pmap(fn, in_axes=(None, 0), devices=devices)
+  mapped = jax.pmap(
+    lambda params, batch: jax.lax.all_gather(fn(params, batch), 'batch'),
+    axis_name='batch',
+    in_axes=(None, 0),
+    out_axes=None,
+    devices=devices,
+  )
+  own = _pmap_sharding(mesh, P())
+  return lambda params, batch: mapped(_relabel(params, own), batch)
 
 
 def jit_map(fn: Callable, mesh: Mesh, params: Any) -> Any:
