@@ -209,7 +209,7 @@ def drawer(
   config: ConfigDict,
   mesh: jax.sharding.Mesh,
   count: int,
-  draw: Callable,
+  draw: sampling.Draw,
   name: str = 'the sampler',
 ) -> tuple[int, Callable[..., Any]]:
   """Compiles (params, index (B,)) -> `sampling.Drawn`.
@@ -265,7 +265,7 @@ def in_batches(
   config: ConfigDict,
   mesh: jax.sharding.Mesh,
   count: int,
-  draw: Callable,
+  draw: sampling.Draw,
   name: str = 'the sampler',
 ) -> Callable[..., Iterator[Any]]:
   """`drawer` of `count` images in all, batch by batch, with a bar."""

@@ -1,5 +1,7 @@
-"""The U-Net's linear maps, to float32: 3x3 convolutions of images, with kernels
-(3, 3, C, C'), and products of channels.
+"""The linear maps of the U-Net, to float32.
+
+They are 3x3 convolutions of images, with kernels (3, 3, C, C'), and products of
+channels.
 
 A CPU does large convolutions by F(2x2, 3x3) of Winograd 1980 (Lavin & Gray
 2016, "Fast algorithms for convolutional neural networks"): every 2x2 pixels
@@ -86,7 +88,11 @@ def _in_float32(product: Product, x: Array, kernel: Array) -> Array:
 
 
 def _by_platform(
-  x: Image, kernel: Kernel, times: int, cpu: Callable, default: Product
+  x: Image,
+  kernel: Kernel,
+  times: int,
+  cpu: Callable[[Array, Array], Array],
+  default: Product,
 ) -> Float32[Array, 'B {times}*H {times}*W K']:
   if not _is_large(x, kernel, times):
     return _in_float32(default, x, kernel)

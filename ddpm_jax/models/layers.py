@@ -20,9 +20,13 @@ from jaxtyping import Key
 from ddpm_jax.models import convolution
 
 Dtype = jnp.dtype | type
+# (key, shape) -> the initial values of a parameter.
+Initializer = Callable[..., Array]
+# (x, kernel) -> their product, such as `convolution.convolve`.
+Product = Callable[[Array, Array], Array]
 
 
-def init(scale: float = 1.0) -> Callable:
+def init(scale: float = 1.0) -> Initializer:
   """Uniform of variance scale / mean(fan_in, fan_out)."""
   # The authors' code says 0 and means 1e-10.
   return nn.initializers.variance_scaling(
@@ -86,6 +90,7 @@ class GroupNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, 'B H W C']) -> Float[Array, 'B H W C']:
+    """Normalises the channels of each group of each image."""
     C = x.shape[-1]
     scale = self.param('scale', nn.initializers.ones, (C,))
     bias = self.param('bias', nn.initializers.zeros, (C,))
@@ -109,13 +114,14 @@ class Dense(nn.Module):
   """A linear map of channels."""
 
   channels: int
-  kernel_init: Callable
+  kernel_init: Initializer
   dtype: Dtype
 
   @nn.compact
   def __call__(
     self, x: Float[Array, '*shape C']
   ) -> Float[Array, '*shape {self.channels}']:
+    """x times the kernel, plus the bias."""
     shape = (x.shape[-1], self.channels)
     return _with_bias(self, convolution.multiply, x, shape)
 
@@ -124,21 +130,22 @@ class Conv(nn.Module):
   """A 3x3 convolution, at another size where `product` is of one."""
 
   channels: int
-  kernel_init: Callable
+  kernel_init: Initializer
   dtype: Dtype
-  product: Callable = convolution.convolve
+  product: Product = convolution.convolve
 
   @nn.compact
   def __call__(
     self, x: Float[Array, 'B H W C']
   ) -> Float[Array, 'B h w {self.channels}']:
+    """The convolution of x, plus the bias."""
     shape = (3, 3, x.shape[-1], self.channels)
     return _with_bias(self, self.product, x, shape)
 
 
 def _with_bias(
   module: Dense | Conv,
-  product: Callable,
+  product: Product,
   x: Float[Array, '... C'],
   shape: tuple[int, ...],
 ) -> Float[Array, '... K']:
@@ -164,6 +171,7 @@ class ResBlock(nn.Module):
     temb: Float[Array, 'B D'],
     keys: Key[Array, 'B'] | None,
   ) -> Float[Array, 'B H W {self.channels}']:
+    """One block; `keys` (B,) are for dropout, None in sampling."""
     norm = functools.partial(GroupNorm, self.groups, self.dtype)
     conv = functools.partial(Conv, self.channels, dtype=self.dtype)
     dense = functools.partial(
@@ -190,6 +198,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, 'B H W C']) -> Float[Array, 'B H W C']:
+    """x, plus what its pixels attend to."""
     B, H, W, C = x.shape
     dense = functools.partial(Dense, C, dtype=self.dtype)
     h = GroupNorm(self.groups, self.dtype, name='norm')(x)
@@ -216,6 +225,7 @@ class CrossAttention(nn.Module):
     states: Float[Array, 'B L D'],
     mask: Bool[Array, 'B L'],
   ) -> Float[Array, 'B H W C']:
+    """x, plus what its pixels attend to among the states."""
     B, H, W, C = x.shape
     dense = functools.partial(Dense, C, dtype=self.dtype)
     h = GroupNorm(self.groups, self.dtype, name='norm')(x)

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,7 +99,7 @@ class UNet(nn.Module):
       return h
 
     def resize(
-      h: Float[Array, 'B H W C'], product: Callable, name: str
+      h: Float[Array, 'B H W C'], product: layers.Product, name: str
     ) -> Float[Array, 'B h w C']:
       return conv(
         h.shape[-1], kernel_init=layers.init(), product=product, name=name
