@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.models import convolution
+from ddpm_jax.models import layers
+from ddpm_jax.models import winograd
 from ddpm_jax.parallel import engines
 from ddpm_jax.planning import hlo
 
 pytestmark = pytest.mark.eight_devices
 
-C = convolution.LEAST_CHANNELS
+C = winograd.LEAST_CHANNELS
 
 
 def doubled(x):
@@ -39,7 +40,7 @@ def by_definition(x, kernel):
 def with_tangents(x, kernel):
   """As in training, which does it by products."""
   zeros = jnp.zeros_like(x), jnp.zeros_like(kernel)
-  return jax.jvp(convolution.convolve, (x, kernel), zeros)[0]
+  return jax.jvp(layers.convolve, (x, kernel), zeros)[0]
 
 
 def exactly_doubled(x, kernel):
@@ -52,9 +53,9 @@ def exactly_halved(x, kernel):
 
 
 FORMS = [
-  (convolution.convolve, by_definition),
+  (layers.convolve, by_definition),
   (with_tangents, by_definition),
-  (convolution.convolve_doubled, exactly_doubled),
+  (layers.convolve_doubled, exactly_doubled),
 ]
 BY_PRODUCTS = FORMS[1:]
 
@@ -106,10 +107,10 @@ def test_without_gradients_the_products_are_of_some_images_at_once(
 ):
   """In a loop; where they are few, the convolution is as it is."""
   x, kernel = operands((16, 16), dtype=np.float32, images=images)
-  jaxpr = str(jax.make_jaxpr(convolution.convolve)(x, kernel))
+  jaxpr = str(jax.make_jaxpr(layers.convolve)(x, kernel))
   assert ('dot_general' in jaxpr) == (at_once > 0)
   assert (f'f32[{at_once},16,16,{C}]' in jaxpr) == (at_once > 0)
-  y = jax.jit(convolution.convolve)(x, kernel)
+  y = jax.jit(layers.convolve)(x, kernel)
   exact = by_definition(np.float64(x), np.float64(kernel))
   np.testing.assert_allclose(y, exact, atol=1e-5)
 
@@ -118,13 +119,13 @@ def test_they_are_the_same_on_several_devices():
   mesh = engines.make_mesh()
   x, kernel = operands((16, 16), dtype=np.float32, images=32)
   f = jax.jit(
-    convolution.convolve,
+    layers.convolve,
     in_shardings=(engines.over_batch(mesh), engines.replicated(mesh)),
     out_shardings=engines.over_batch(mesh),
   )
   compiled = f.lower(x, kernel).compile()
   assert not hlo.of(compiled).collectives
-  one = jax.jit(convolution.convolve)(x, kernel)
+  one = jax.jit(layers.convolve)(x, kernel)
   np.testing.assert_allclose(f(x, kernel), one, atol=1e-5)
 
 
@@ -141,23 +142,23 @@ def test_accelerators_keep_their_own_convolutions(platform):
 
 def test_at_half_the_size():
   x, kernel = operands()
-  y = convolution.convolve_halved(jnp.float32(x), jnp.float32(kernel))
+  y = layers.convolve_halved(jnp.float32(x), jnp.float32(kernel))
   np.testing.assert_allclose(y, exactly_halved(x, kernel), atol=1e-5)
 
 
 @pytest.mark.parametrize(
   'f',
   [
-    convolution.convolve,
-    convolution.convolve_doubled,
-    convolution.convolve_halved,
-    convolution.multiply,
+    layers.convolve,
+    layers.convolve_doubled,
+    layers.convolve_halved,
+    layers.multiply,
   ],
 )
 def test_gradients_of_bfloat16_are_float32_on_a_tpu_before_they_are_added(f):
   x, kernel = operands()
   x, kernel = jnp.bfloat16(x), jnp.float32(kernel)
-  if f is convolution.multiply:
+  if f is layers.multiply:
     kernel = kernel[0, 0]
   assert jax.eval_shape(f, x, kernel).dtype == jnp.float32
   gradient = jax.grad(lambda k: jnp.sum(jnp.sin(f(x, k))))
@@ -211,7 +212,7 @@ def test_tangents_and_batches_of_batches(f, exact):
 
 
 @pytest.mark.parametrize(
-  ('f', 'times'), [(convolution.convolve, 1), (convolution.convolve_doubled, 4)]
+  ('f', 'times'), [(layers.convolve, 1), (layers.convolve_doubled, 4)]
 )
 def test_gradients_keep_no_more_than_the_operands(f, times):
   """What the products are of, 4 or 9 times x, is made again."""

@@ -67,7 +67,8 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['networks'],
     ['condition', 'mlp', 'unet'],
     ['layers'],
-    ['convolution'],
+    ['winograd'],
+    ['precision'],
   ],
 }
 FILES = sorted(ROOT.rglob('*.py'))

@@ -14,7 +14,6 @@ from configs import base
 from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import recipe
-from ddpm_jax.models import convolution
 from ddpm_jax.models import layers
 from ddpm_jax.models import unet
 
@@ -290,9 +289,7 @@ def test_a_patch_must_divide_the_image():
 def test_upsampling_is_nearest_neighbour_and_a_convolution():
   x = images(size=(6, 4), channels=8)
   plain = nn.Conv(8, (3, 3), padding=1)
-  ours = layers.Conv(
-    8, layers.init(), jnp.float32, convolution.convolve_doubled
-  )
+  ours = layers.Conv(8, layers.init(), jnp.float32, layers.convolve_doubled)
   v = variables(plain, x.repeat(2, axis=1).repeat(2, axis=2))
   chex.assert_trees_all_equal_shapes_and_dtypes(
     v, jax.eval_shape(ours.init, jax.random.key(0), x)

@@ -17,12 +17,13 @@ from jaxtyping import Float32
 from jaxtyping import Int
 from jaxtyping import Key
 
-from ddpm_jax.models import convolution
+from ddpm_jax.models import precision
+from ddpm_jax.models import winograd
 
 Dtype = jnp.dtype | type
 # (key, shape) -> the initial values of a parameter.
 Initializer = Callable[..., Array]
-# (x, kernel) -> their product, such as `convolution.convolve`.
+# (x, kernel) -> their product, such as `convolve`.
 Product = Callable[[Array, Array], Array]
 
 
@@ -32,6 +33,44 @@ def init(scale: float = 1.0) -> Initializer:
   return nn.initializers.variance_scaling(
     max(scale, 1e-10), 'fan_avg', 'uniform'
   )
+
+
+def multiply(
+  x: Float[Array, '*shape C'], kernel: Float[Array, 'C K']
+) -> Float32[Array, '*shape K']:
+  """x @ kernel."""
+  return precision.in_float32(precision.matmul, x, kernel)
+
+
+def convolve(
+  x: Float[Array, 'B H W C'], kernel: Float[Array, '3 3 C K']
+) -> Float32[Array, 'B H W K']:
+  """A convolution of x with zeros around."""
+  if not winograd.is_large(x, kernel, 1):
+    return precision.in_float32(precision.convolution, x, kernel)
+  return jax.lax.platform_dependent(
+    x, kernel, cpu=winograd.convolve, default=precision.convolution
+  )
+
+
+def convolve_doubled(
+  x: Float[Array, 'B H W C'], kernel: Float[Array, '3 3 C K']
+) -> Float32[Array, 'B 2*H 2*W K']:
+  """`convolve` of x at twice its size (nearest neighbour)."""
+  if not winograd.is_large(x, kernel, 2):
+    return precision.in_float32(precision.convolution_doubled, x, kernel)
+  return jax.lax.platform_dependent(
+    *(x, kernel),
+    cpu=winograd.convolve_doubled,
+    default=precision.convolution_doubled,
+  )
+
+
+def convolve_halved(
+  x: Float[Array, 'B H W C'], kernel: Float[Array, '3 3 C K']
+) -> Float32[Array, 'B H//2 W//2 K']:
+  """A convolution at every other pixel, with zeros below and right."""
+  return precision.in_float32(precision.convolution_halved, x, kernel)
 
 
 def time_embedding(
@@ -123,16 +162,16 @@ class Dense(nn.Module):
   ) -> Float[Array, '*shape {self.channels}']:
     """x times the kernel, plus the bias."""
     shape = (x.shape[-1], self.channels)
-    return _with_bias(self, convolution.multiply, x, shape)
+    return _with_bias(self, multiply, x, shape)
 
 
 class Conv(nn.Module):
-  """A 3x3 convolution, at another size where `product` is of one."""
+  """A 3x3 convolution, by `product`."""
 
   channels: int
   kernel_init: Initializer
   dtype: Dtype
-  product: Product = convolution.convolve
+  product: Product = convolve
 
   @nn.compact
   def __call__(
@@ -141,6 +180,18 @@ class Conv(nn.Module):
     """The convolution of x, plus the bias."""
     shape = (3, 3, x.shape[-1], self.channels)
     return _with_bias(self, self.product, x, shape)
+
+
+class Downsample(Conv):
+  """A 3x3 convolution at every other pixel."""
+
+  product: Product = convolve_halved
+
+
+class Upsample(Conv):
+  """A 3x3 convolution of the image at twice its size."""
+
+  product: Product = convolve_doubled
 
 
 def _with_bias(

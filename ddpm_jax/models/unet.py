@@ -14,7 +14,6 @@ from jaxtyping import Float32
 from jaxtyping import Int
 from jaxtyping import Key
 
-from ddpm_jax.models import convolution
 from ddpm_jax.models import layers
 
 
@@ -98,13 +97,6 @@ class UNet(nn.Module):
         )(h, context.states, context.mask)
       return h
 
-    def resize(
-      h: Float[Array, 'B H W C'], product: layers.Product, name: str
-    ) -> Float[Array, 'B h w C']:
-      return conv(
-        h.shape[-1], kernel_init=layers.init(), product=product, name=name
-      )(h)
-
     # The network was published with times from 0: it gets t - 1.
     temb = layers.time_embedding(t - 1, self.channels)
     dense = functools.partial(
@@ -125,7 +117,9 @@ class UNet(nn.Module):
         h = res(h, level, f'down_{level}_{i}', level in self.attention)
         skips.append(h)
       if level != levels[-1]:
-        h = resize(h, convolution.convolve_halved, f'downsample_{level}')
+        h = layers.Downsample(
+          h.shape[-1], layers.init(), self.dtype, name=f'downsample_{level}'
+        )(h)
         skips.append(h)
 
     h = res(h, levels[-1], 'middle_0', attend=True)
@@ -136,7 +130,9 @@ class UNet(nn.Module):
         h = jnp.concatenate([h, skips.pop()], axis=-1)
         h = res(h, level, f'up_{level}_{i}', level in self.attention)
       if level != 0:
-        h = resize(h, convolution.convolve_doubled, f'upsample_{level}')
+        h = layers.Upsample(
+          h.shape[-1], layers.init(), self.dtype, name=f'upsample_{level}'
+        )(h)
 
     h = layers.GroupNorm(self.groups, self.dtype, name='norm')(h)
     outputs = self.out_channels * self.patch**2

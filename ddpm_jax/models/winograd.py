@@ -1,7 +1,4 @@
-"""The linear maps of the U-Net, to float32.
-
-They are 3x3 convolutions of images, with kernels (3, 3, C, C'), and products of
-channels.
+"""Winograd's convolutions, for CPUs.
 
 A CPU does large convolutions by F(2x2, 3x3) of Winograd 1980 (Lavin & Gray
 2016, "Fast algorithms for convolutional neural networks"): every 2x2 pixels
@@ -25,10 +22,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
-from jaxtyping import Float32
 
-Image = Float[Array, 'B H W C']
-Kernel = Float[Array, '3 3 C K']
+from ddpm_jax.models import precision
+
+Image = precision.Image
+Kernel = precision.Kernel
 
 # Smaller outputs and fewer channels are too little work to come out ahead.
 LEAST_SIDE, LEAST_CHANNELS = 8, 64
@@ -37,99 +35,7 @@ LEAST_SIDE, LEAST_CHANNELS = 8, 64
 LEAST_PAIRS, MOST_PAIRS = 256, 1024
 
 
-def convolve(x: Image, kernel: Kernel) -> Float32[Array, 'B H W K']:
-  """A convolution of x with zeros around."""
-  return _by_platform(x, kernel, 1, _winograd_with_gradients, _plain)
-
-
-def convolve_doubled(x: Image, kernel: Kernel) -> Float32[Array, 'B 2*H 2*W K']:
-  """`convolve` of x at twice its size (nearest neighbour)."""
-  return _by_platform(x, kernel, 2, _winograd_doubled, _plain_doubled)
-
-
-def convolve_halved(
-  x: Image, kernel: Kernel
-) -> Float32[Array, 'B H//2 W//2 K']:
-  """At every other pixel, with zeros below and right."""
-  return _in_float32(_plain_halved, x, kernel)
-
-
-def multiply(
-  x: Float[Array, '*shape C'], kernel: Float[Array, 'C K']
-) -> Float32[Array, '*shape K']:
-  """x @ kernel."""
-  return _in_float32(_matmul, x, kernel)
-
-
-Product = Callable[[Array, Array, Any], Array]
-
-
-def _in_float32(product: Product, x: Array, kernel: Array) -> Array:
-  """product(x, kernel, dtype of the result), of factors in x's dtype.
-
-  With gradients, on a TPU, that dtype is float32. So are then the gradients of
-  kernels before devices add them up, with those of norms and biases, in one sum
-  and not in one for each type. A GPU's convolutions would have to convert their
-  factors; and what needs no gradients would write more.
-  """
-  kernel = kernel.astype(x.dtype)
-  if x.dtype != jnp.bfloat16:
-    return product(x, kernel, None)
-
-  def default(x: Array, kernel: Array) -> Array:
-    return product(x, kernel, None).astype(jnp.float32)
-
-  def wide(x: Array, kernel: Array) -> Array:
-    return product(x, kernel, jnp.float32)
-
-  tpu = jax.custom_jvp(default)
-  tpu.defjvp(lambda primals, tangents: jax.jvp(wide, primals, tangents))
-  return jax.lax.platform_dependent(x, kernel, tpu=tpu, default=default)
-
-
-def _by_platform(
-  x: Image,
-  kernel: Kernel,
-  times: int,
-  cpu: Callable[[Array, Array], Array],
-  default: Product,
-) -> Float32[Array, 'B {times}*H {times}*W K']:
-  if not _is_large(x, kernel, times):
-    return _in_float32(default, x, kernel)
-  return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
-
-
-def _plain(
-  x: Image,
-  kernel: Kernel,
-  dtype: Any = None,
-  stride: int = 1,
-  zeros: tuple[int, int] = (1, 1),
-) -> Float[Array, 'B H//{stride} W//{stride} K']:
-  return jax.lax.conv_general_dilated(
-    *(x, kernel, (stride, stride), (zeros, zeros)),
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    preferred_element_type=dtype,
-  )
-
-
-def _plain_doubled(
-  x: Image, kernel: Kernel, dtype: Any = None
-) -> Float[Array, 'B 2*H 2*W K']:
-  return _plain(x.repeat(2, axis=1).repeat(2, axis=2), kernel, dtype)
-
-
-def _plain_halved(
-  x: Image, kernel: Kernel, dtype: Any = None
-) -> Float[Array, 'B H//2 W//2 K']:
-  return _plain(x, kernel, dtype, 2, (0, 1))
-
-
-def _matmul(x: Array, kernel: Array, dtype: Any = None) -> Array:
-  return jnp.matmul(x, kernel, preferred_element_type=dtype)
-
-
-def _is_large(x: Image, kernel: Kernel, times: int) -> bool:
+def is_large(x: Image, kernel: Kernel, times: int) -> bool:
   """Whether it is worth while; in bfloat16 the sums would round too early."""
   sides = times * x.shape[1], times * x.shape[2]
   return (
@@ -213,7 +119,8 @@ def _winograd(x: Image, kernel: Kernel) -> Float[Array, 'B H W K']:
   return _by_products(x, kernel, _of_pixels, _of_taps, _to_pixels)
 
 
-def _winograd_doubled(x: Image, kernel: Kernel) -> Float[Array, 'B 2*H 2*W K']:
+def convolve_doubled(x: Image, kernel: Kernel) -> Float[Array, 'B 2*H 2*W K']:
+  """A convolution of x at twice its size (nearest neighbour)."""
   return _by_products(x, kernel, _of_doubled, _of_taps_for_doubled, _to_doubled)
 
 
@@ -224,7 +131,7 @@ def _winograd_in_parts(x: Image, kernel: Kernel) -> Float[Array, 'B H W K']:
   sizes = (n for n in range(1, B // 2 + 1) if B % n == 0)
   n = max((n for n in sizes if n == 1 or n * pairs <= MOST_PAIRS), default=0)
   if n * pairs < LEAST_PAIRS:
-    return _plain(x, kernel)
+    return precision.convolution(x, kernel)
   # Image 0 with image B/n, 2B/n...: with those of one device, if it can be.
   parts = x.reshape(n, B // n, H, W, C).swapaxes(0, 1)
   y = jax.lax.map(lambda x: _winograd(x, kernel), parts)
@@ -233,9 +140,9 @@ def _winograd_in_parts(x: Image, kernel: Kernel) -> Float[Array, 'B H W K']:
 
 # Where x is kept for no gradient, XLA computes it inside of the pairs, four
 # times over, and that takes what the products save; but not inside of a loop.
-_winograd_with_gradients = jax.custom_jvp(_winograd_in_parts)
+convolve = jax.custom_jvp(_winograd_in_parts)
 
 
-@_winograd_with_gradients.defjvp
+@convolve.defjvp
 def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
   return jax.jvp(_winograd, primals, tangents)

@@ -1,0 +1,71 @@
+"""Products of channels and convolutions, to float32 whatever they are of."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+Image = Float[Array, 'B H W C']
+Kernel = Float[Array, '3 3 C K']
+# (x, kernel, dtype of the result) -> their product.
+Product = Callable[[Array, Array, Any], Array]
+
+
+def in_float32(product: Product, x: Array, kernel: Array) -> Array:
+  """product(x, kernel), of factors in x's dtype, in float32 where it is free.
+
+  With gradients, on a TPU, that dtype is float32. So are then the gradients of
+  kernels before devices add them up, with those of norms and biases, in one sum
+  and not in one for each type. A GPU's convolutions would have to convert their
+  factors; and what needs no gradients would write more.
+  """
+  kernel = kernel.astype(x.dtype)
+  if x.dtype != jnp.bfloat16:
+    return product(x, kernel, None)
+
+  def default(x: Array, kernel: Array) -> Array:
+    return product(x, kernel, None).astype(jnp.float32)
+
+  def wide(x: Array, kernel: Array) -> Array:
+    return product(x, kernel, jnp.float32)
+
+  tpu = jax.custom_jvp(default)
+  tpu.defjvp(lambda primals, tangents: jax.jvp(wide, primals, tangents))
+  return jax.lax.platform_dependent(x, kernel, tpu=tpu, default=default)
+
+
+def convolution(
+  x: Image,
+  kernel: Kernel,
+  dtype: Any = None,
+  stride: int = 1,
+  zeros: tuple[int, int] = (1, 1),
+) -> Float[Array, 'B H//{stride} W//{stride} K']:
+  """A convolution of x, with so many `zeros` before and after."""
+  return jax.lax.conv_general_dilated(
+    *(x, kernel, (stride, stride), (zeros, zeros)),
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    preferred_element_type=dtype,
+  )
+
+
+def convolution_doubled(
+  x: Image, kernel: Kernel, dtype: Any = None
+) -> Float[Array, 'B 2*H 2*W K']:
+  """Of x at twice its size (nearest neighbour), with zeros around."""
+  return convolution(x.repeat(2, axis=1).repeat(2, axis=2), kernel, dtype)
+
+
+def convolution_halved(
+  x: Image, kernel: Kernel, dtype: Any = None
+) -> Float[Array, 'B H//2 W//2 K']:
+  """At every other pixel, with zeros below and right."""
+  return convolution(x, kernel, dtype, 2, (0, 1))
+
+
+def matmul(x: Array, kernel: Array, dtype: Any = None) -> Array:
+  """x @ kernel."""
+  return jnp.matmul(x, kernel, preferred_element_type=dtype)
