@@ -397,11 +397,13 @@ _links: _Links | None = None
 def leave(code: int, message: str) -> NoReturn:
   """At once: what Python does at its end would wait for the others."""
   try:
-    with tqdm.tqdm.external_write_mode(sys.stderr):  # in the place of a bar
+    # In the place of a bar, which would be drawn again at the end of this.
+    with tqdm.tqdm.external_write_mode(sys.stderr):
       if message:
         print(message, file=sys.stderr)
       sys.stdout.flush()
       sys.stderr.flush()
+      os._exit(code)
   finally:
     os._exit(code)
 
