@@ -143,36 +143,28 @@ def test_a_story_of_two_processes_and_one(start, tmp_path, capfd):
     )
 
 
-def test_two_under_pmap_are_two_under_jit(run, tmp_path):
-  """The same losses, weights and samples; and a run goes on with the other."""
-  args = [*TINY, '--config.log.pictures_every=10']
-  folders = {name: tmp_path / name for name in ('jit', 'pmap')}
-  for name, folder in folders.items():
-    how = f'--config.parallel.engine={name}'
-    run(2, *args, how, '--config.steps=20', f'--workdir={folder}', devices=2)
-  one, two = (lines(folder) for folder in folders.values())
-  assert [x['step'] for x in two] == list(range(1, 21))
+def test_two_under_pmap_are_one_under_jit(run, tmp_path):
+  """The same losses, weights and samples."""
+  args = [*TINY, '--config.log.pictures_every=10', '--config.steps=20']
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  main.run([*args, f'--workdir={one}'])
+  pmap = '--config.parallel.engine=pmap'
+  run(2, *args, pmap, f'--workdir={two}', devices=2)
+  assert [x['step'] for x in lines(two)] == list(range(1, 21))
   for key in ('loss', 'grad_norm'):
-    # float32 sums in another order.
+    # Sums in another order, which training magnifies.
     np.testing.assert_allclose(
-      [x[key] for x in two], [x[key] for x in one], rtol=1e-4
+      *([x[key] for x in lines(folder)] for folder in (two, one)), rtol=2e-3
     )
-  a, b = (test_main.weights(folder) for folder in folders.values())
+  a, b = (test_main.weights(folder) for folder in (one, two))
   assert a.data == b.data
-  chex.assert_trees_all_close((a.state, a.ema), (b.state, b.ema), atol=1e-4)
+  chex.assert_trees_all_close((a.state, a.ema), (b.state, b.ema), atol=2e-3)
   for name in ('samples_10.png', 'samples.png'):
     a, b = (
-      np.asarray(Image.open(folder / name)).astype(int)
-      for folder in folders.values()
+      np.asarray(Image.open(folder / name)).astype(int) for folder in (one, two)
     )
     # A rounding may carry a value over the edge between two grays.
     assert np.mean(np.abs(a - b) > 2) < 0.01
-  err = run(
-    *(2, *args, '--config.parallel.engine=jit', '--config.steps=22'),
-    f'--workdir={folders["pmap"]}',
-    devices=2,
-  )
-  assert 'going on from step 20' in err
 
 
 def test_two_draw_what_one_draws(tiny_run, run, tmp_path):
