@@ -112,11 +112,11 @@ def encode(config: ConfigDict, texts: Sequence[str]) -> Any:
   if c.name != 'minilm':
     return captions.tokens(texts, c.length)
   # What a frozen encoder says never changes.
-  told = repr((c.name, c.length, *texts)).encode()
+  identity = repr((c.name, c.length, *texts)).encode()
   cache = workdir.cache()
   if cache is None:
     return minilm.encode(texts, c.length)
-  path = cache / f'{hashlib.sha256(told).hexdigest()[:32]}.npz'
+  path = cache / f'{hashlib.sha256(identity).hexdigest()[:32]}.npz'
   if not path.exists():
     made: Any = minilm.encode(texts, c.length)
     with paths.atomic_write(path) as part, part.open('wb') as file:

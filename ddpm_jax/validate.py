@@ -72,7 +72,7 @@ def check(config: ConfigDict) -> None:
   sampler(config, ends_in_noise=ends_in_noise)
   codec(config)
   devices(config)
-  # Sizes that do not fit each other are refused by who builds of them.
+  # Building, below, refuses sizes that do not fit each other.
   build.network(recipe.provisional(config))
   build.sampler(recipe.provisional(config))
 

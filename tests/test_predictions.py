@@ -85,13 +85,13 @@ def test_the_closed_form_answer_minimises_every_loss(kind, name):
   predict = KINDS[kind]
 
   def answer(scale, shift):
-    def model_fn(x_t, t):
+    def network(x_t, t):
       eps = gaussian.network(S, mean, variance)(x_t, t)
       x0 = jax.vmap(predictions.eps.to_x0, (None, 0, 0, 0))(S, x_t, eps, t)
       out = jax.vmap(predict.target, (None, 0, 0, 0))(S, x0, eps, t)
       return scale * out + shift
 
-    return model_fn
+    return network
 
   def loss(scale, shift):
     f = getattr(losses, name)

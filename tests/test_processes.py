@@ -936,3 +936,21 @@ def test_a_run_killed_at_twenty_random_moments_ends_bit_for_bit(
   assert err.count('restart ') >= 15  # some were killed while ending
   print('killed at steps', at)
   assert_same_run(calm, stormy)
+
+
+def test_the_last_line_is_not_followed_by_a_bar():
+  # A bar that is drawn again would hide why the process ended.
+  script = (
+    'import tqdm\n'
+    'from ddpm_jax.parallel import processes\n'
+    'bar = tqdm.tqdm(total=4, mininterval=0)\n'
+    'bar.update(1)\n'
+    "processes.leave(3, 'stopped: by another process')\n"
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', script], capture_output=True, text=True, cwd=ROOT
+  )
+  assert done.returncode == 3
+  lines = [line for line in done.stderr.splitlines() if line.strip()]
+  assert '1/4' in done.stderr  # the bar was drawn
+  assert lines[-1] == 'stopped: by another process', done.stderr

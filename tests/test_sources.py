@@ -59,7 +59,7 @@ def when(request, monkeypatch):
   return request.param
 
 
-# The registry.
+# Names of datasets, and what importing them costs.
 
 
 def test_importing_sources_imports_nothing_heavy():

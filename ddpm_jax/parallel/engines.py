@@ -213,9 +213,9 @@ def _pmap_sharding(mesh: Mesh, spec: P) -> NamedSharding:
 
 
 def to_global(tree: Any, mesh: Mesh) -> Any:
-  """Arrays that pmap has returned, as arrays on the devices of all processes.
+  """Arrays returned by pmap, as arrays on the devices of all processes.
 
-  With jit, and in one process, they are what they were.
+  Under jit, and in a single process, the arrays are returned unchanged.
   """
   if jax.process_count() == 1:
     return tree

@@ -395,9 +395,9 @@ _links: _Links | None = None
 
 
 def leave(code: int, message: str) -> NoReturn:
-  """At once: what Python does at its end would wait for the others."""
+  """Ends at once. Python's usual end would wait for the other processes."""
   try:
-    # In the place of a bar, which would be drawn again at the end of this.
+    # Clears a progress bar. It is not drawn again, as this block never ends.
     with tqdm.tqdm.external_write_mode(sys.stderr):
       if message:
         print(message, file=sys.stderr)
