@@ -4,7 +4,7 @@
 #   bash launch/cpu.sh python -m ddpm_jax.main --config=configs/cifar.py
 #
 # On CPUs, XLA takes the memory of every step from the system and gives it back,
-# and the system clears it each time. README, "Speed", says what this saves. The
+# and the system clears it each time. docs/performance.md says what this saves. The
 # C library (glibc, on Linux) reads the setting when a program starts, so that a
 # program cannot set it for itself.
 set -euo pipefail

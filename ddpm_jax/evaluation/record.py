@@ -44,7 +44,7 @@ def write_scores(
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-  """Rows of the README's table of scores."""
+  """Rows of the table of scores in docs/evaluation.md."""
   rows = [
     '| step | weights | sampler | samples | against | published | here |',
     '|---|---|---|---|---|---|---|',
