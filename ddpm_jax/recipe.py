@@ -354,7 +354,7 @@ def provisional(config: ConfigDict) -> ConfigDict:
 
 
 def filled(config: ConfigDict, found: dict[str, int]) -> ConfigDict:
-  """Returns a copy of the recipe with its zeros replaced by those of `found`."""
+  """Returns a copy of the recipe, with its zeros set from `found`."""
   config = config.copy_and_resolve_references()
   flat = flatten(config)
   config.update_from_flattened_dict(

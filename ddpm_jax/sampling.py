@@ -1,7 +1,7 @@
-"""From a recipe to functions of weights, which jobs compile for their devices.
+"""Sampling and likelihood as functions of the weights, made from a recipe.
 
-Row i of their results depends on a seed and on `index[i]` alone, not on the
-other rows of the batch.
+Jobs compile these functions for their devices. Row i of a result depends on the
+seed and on `index[i]` alone, not on the other rows of the batch.
 """
 
 import functools
@@ -30,8 +30,8 @@ class Drawn(NamedTuple):
   """B samples.
 
   Attributes:
-    images: uint8 (B, H, W, C); or points, float32 (B, D).
-    x0_hats: (B, K, ...), the same of predictions on the way, or None.
+    images: uint8 (B, H, W, C), images; or float32 (B, D), points.
+    x0_hats: (B, K, ...), K intermediate predictions of x_0, or None.
     bad_t: (B,), see `samplers.Sampled`.
   """
 
@@ -43,23 +43,23 @@ class Drawn(NamedTuple):
 def noise(
   config: ConfigDict, seed: int, index: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """(keys, x_T) of the samples `index` of a seed."""
+  """Returns (keys, x_T) of the samples `index` of a seed."""
   fold = jax.vmap(jax.random.fold_in, (None, 0))
   keys = fold(build.key(seed, 'sample'), index)
-  # Steps fold in their t ≥ 1, so 0 is left for x_T.
+  # Sampler steps fold in their t ≥ 1, so 0 is free for x_T.
   first = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
   return keys, process.normal(first, recipe.shape(config))
 
 
 def index_and_condition(rows: Any) -> tuple[jax.Array, Any]:
-  """The index and the condition (or None) of rows; see `sampler`."""
+  """Returns (index, condition or None) of rows; see `sampler`."""
   if isinstance(rows, dict):
     return rows['index'], rows.get('condition')
   return rows, None
 
 
 def drawn(config: ConfigDict, sampled: samplers.Sampled) -> Drawn:
-  """The samples as they are shown and written."""
+  """Converts the sampler's result: [-1, 1] -> uint8 for images."""
   x_0, x0_hats = sampled.x_0, sampled.x0_hats.swapaxes(0, 1)
   if recipe.image_size(config):
     x_0, x0_hats = pixels.to_uint8(x_0), pixels.to_uint8(x0_hats)
@@ -72,18 +72,18 @@ def sampler(
   snapshots: int = 0,
   cut: Callable[[jax.Array], jax.Array] = lambda images: images,
 ) -> Draw:
-  """(params, rows) -> `Drawn`, by the recipe's sampler.
+  """Returns the recipe's sampler.
 
   Args:
-    config: the recipe.
-    seed: of all samples.
-    snapshots: how many predictions on the way are returned.
-    cut: images (B, H, W, C) -> the same, split over devices.
+    config: The recipe.
+    seed: Seed of the samples.
+    snapshots: Number of intermediate predictions of x_0 to return.
+    cut: Splits images (B, H, W, C) over devices.
 
   Returns:
-    A function of the weights and of rows: a dict of `index` (B,) and, if the
-    recipe has one, a `condition`; or the index alone, and then classes take
-    turns, or there is no condition.
+    (params, rows) -> `Drawn`. `rows` is {'index': (B,), 'condition': ...}, or
+    the index alone; without a condition, sample i of a model of classes has the
+    class i % classes.
   """
   made = build.sampler(config)
 
@@ -104,9 +104,15 @@ def sampler(
 
 
 def chain(config: ConfigDict, seed: int, times: Sequence[int]) -> Draw:
-  """(params, index (B,)) -> `Drawn` of x_t (B, K, ...), not rounded.
+  """Returns the recipe's sampler, with x_t on the way in place of the samples.
 
-  At K falling times of the sampler's schedule, from the last one on.
+  Args:
+    config: The recipe.
+    seed: Seed of the samples.
+    times: K falling times of the sampler's schedule; the first is its last.
+
+  Returns:
+    (params, index (B,)) -> `Drawn`, whose images are x_t (B, K, ...), float32.
   """
   made = build.sampler(config)
 
@@ -134,13 +140,13 @@ def bound(
   seed: int,
   estimate: Callable[..., likelihood.Bound] | None = None,
 ) -> Callable[[Any, dict[str, jax.Array]], likelihood.Bound]:
-  """(params, batch) -> `likelihood.Bound` of the images of a batch.
+  """Returns (params, batch) -> `likelihood.Bound` of the images of a batch.
 
   Args:
-    config: the recipe.
-    seed: of times and noise.
-    estimate: (denoiser, keys, x0) -> the bound; by default
-      `likelihood.bound`, at as many times as the recipe says.
+    config: The recipe.
+    seed: Seed of the times and the noise.
+    estimate: (denoiser, keys, x0) -> the bound; by default `likelihood.bound`
+      at `evaluate.draws` times.
   """
   module, schedule = build.network(config), build.schedule(config)
   draws = config.evaluate.draws
