@@ -343,7 +343,7 @@ def mistake(*args):
     (['--mode=decompress', '--bytes=-1'], '--bytes=-1 must be at least 0'),
     (['--mode=edit', '--strength=nan'], '--strength=nan must be above 0'),
     (['--mode=edit', '--strength=much'], 'much'),
-    ([], 'holds no run: name one'),
+    ([], 'holds no run: choose a recipe'),
     ([f'--config={DIGITS}', '--config.modle.channels=8'], 'model.channels'),
     ([f'--config={DIGITS}', '--config.steps=many'], 'not of type int'),
     ([f'--config={DIGITS}', '--config.steps=1.5'], 'not of type int'),
