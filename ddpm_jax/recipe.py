@@ -14,6 +14,7 @@ import traceback
 import types
 from collections.abc import Collection
 from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -50,19 +51,21 @@ FROM_DATA = ('condition.classes', 'data.max_value')
 
 
 def resolve(
-  spec: str | None,
+  spec: str | ConfigDict | None,
   folder: pathlib.Path | None,
   changes: dict[str, str],
   *,
+  values: Mapping[str, Any] | None = None,
   allow: Collection[str] = (),
   recover: bool = False,
 ) -> ConfigDict:
   """Returns the recipe of --config, or else of --workdir, with `changes` made.
 
   Args:
-    spec: The value of --config.
+    spec: The value of --config, or a recipe.
     folder: The value of --workdir.
     changes: {key: text}, the overrides on the command line.
+    values: {key: value}, overrides from Python.
     allow: See `check_same`.
     recover: Whether to replace a damaged or missing config.json by that of the
       newest checkpoint, with a warning, instead of raising.
@@ -72,7 +75,9 @@ def resolve(
       checkpoint of a run with another recipe.
   """
   begun = saved(folder, recover=recover) if folder else None
-  if spec:
+  if isinstance(spec, ConfigDict):
+    config = spec
+  elif spec:
     config = load(spec)
   elif begun:
     config = begun.copy_and_resolve_references().lock()
@@ -82,7 +87,7 @@ def resolve(
       f'{where}: choose a recipe, such as --config=configs/digits.py'
     )
   override(config, changes)
-  ranges.check(flatten(config))
+  set_keys(config, values or {})
   if folder and begun and workdir.has_checkpoint(folder):
     keep_found(config, begun)
     check_same(config, begun, folder, allow)
@@ -262,29 +267,57 @@ def _one_line(name: str, path: pathlib.Path) -> Iterator[None]:
     ) from e
 
 
-def override(config: ConfigDict, changes: dict[str, str]) -> None:
+def override(config: ConfigDict, changes: Mapping[str, str]) -> None:
   """Sets keys such as `model.channels` from text, parsed by the key's type.
 
   Raises:
     UserError: If a key is unknown, or a value has another type.
   """
   for key, text in changes.items():
-    flat = flatten(config)
-    if key not in flat:
-      raise errors.unknown(
-        'key',
-        f'config.{key}',
-        [f'config.{k}' for k in flat],
-        others='configs/base.py lists them all',
-      )
-    value = text if isinstance(flat[key], str) else _parse(text)
-    try:
-      config.update_from_flattened_dict({key: value})
-    except (TypeError, ValueError):
-      raise errors.UserError(
-        f'config.{key}={errors.short(text)}: not of type '
-        f'{type(flat[key]).__name__}, like {flat[key]!r}'
-      ) from None
+    was = _value(config, key)
+    _set(config, key, text if isinstance(was, str) else _parse(text), text)
+
+
+def set_keys(config: ConfigDict, changes: Mapping[str, Any]) -> None:
+  """Sets keys such as `model.channels` to Python values.
+
+  Raises:
+    UserError: If a key is unknown, or a value has another type or is out of
+      range.
+  """
+  for key, value in changes.items():
+    _set(config, key, _tuples(value), value)
+  ranges.check(flatten(config))
+
+
+def changed_copy(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+  """Returns a copy of a recipe with some keys changed; see `set_keys`."""
+  config = config.copy_and_resolve_references()
+  set_keys(config, changes)
+  return config.lock()
+
+
+def _value(config: ConfigDict, key: str) -> Any:
+  flat = flatten(config)
+  if key not in flat:
+    raise errors.unknown(
+      'key',
+      f'config.{key}',
+      [f'config.{k}' for k in flat],
+      others='configs/base.py lists them all',
+    )
+  return flat[key]
+
+
+def _set(config: ConfigDict, key: str, value: Any, said: Any) -> None:
+  was = _value(config, key)
+  try:
+    config.update_from_flattened_dict({key: value})
+  except (TypeError, ValueError):
+    raise errors.UserError(
+      f'config.{key}={errors.short(said)}: not of type '
+      f'{type(was).__name__}, like {was!r}'
+    ) from None
 
 
 def _parse(text: str) -> Any:
@@ -297,7 +330,7 @@ def _parse(text: str) -> Any:
 
 
 def _tuples(value: Any) -> Any:
-  """Replaces lists by tuples: JSON has no tuples, and ConfigDict no lists."""
+  """Replaces lists by tuples: JSON has only lists, and recipes only tuples."""
   if isinstance(value, dict):
     return {k: _tuples(v) for k, v in value.items()}
   if isinstance(value, list | tuple):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
@@ -40,22 +41,33 @@ class Drawn(NamedTuple):
   bad_t: jax.Array
 
 
+def rows(seed: int, index: np.ndarray, condition: Any = None) -> dict[str, Any]:
+  """Returns the input `rows` of a `Draw`: arrays with one row per sample.
+
+  The seed is an input, not a constant of the compiled program, so that another
+  seed needs no new compilation.
+
+  Args:
+    seed: Seed of the samples.
+    index: int32 (B,), the numbers of the samples.
+    condition: Arrays with B rows; None for none.
+  """
+  seeds = np.full(len(index), seed, np.uint32)
+  made = {'seed': seeds, 'index': np.asarray(index, np.int32)}
+  return made if condition is None else made | {'condition': condition}
+
+
 def noise(
-  config: ConfigDict, seed: int, index: jax.Array
+  config: ConfigDict, seed: int | jax.Array, index: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns (keys, x_T) of the samples `index` of a seed."""
-  fold = jax.vmap(jax.random.fold_in, (None, 0))
-  keys = fold(build.key(seed, 'sample'), index)
+  """Returns (keys (B,), x_T (B, ...)) of samples; `seed` is () or (B,)."""
+  seeds = jnp.broadcast_to(jnp.asarray(seed, jnp.uint32), index.shape)
+  keys = jax.vmap(
+    lambda seed, i: jax.random.fold_in(build.key(seed, 'sample'), i)
+  )(seeds, index)
   # Sampler steps fold in their t ≥ 1, so 0 is free for x_T.
   first = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
   return keys, process.normal(first, recipe.shape(config))
-
-
-def index_and_condition(rows: Any) -> tuple[jax.Array, Any]:
-  """Returns (index, condition or None) of rows; see `sampler`."""
-  if isinstance(rows, dict):
-    return rows['index'], rows.get('condition')
-  return rows, None
 
 
 def drawn(config: ConfigDict, sampled: samplers.Sampled) -> Drawn:
@@ -68,56 +80,50 @@ def drawn(config: ConfigDict, sampled: samplers.Sampled) -> Drawn:
 
 def sampler(
   config: ConfigDict,
-  seed: int,
+  *,
   snapshots: int = 0,
-  cut: Callable[[jax.Array], jax.Array] = lambda images: images,
+  shard: Callable[[jax.Array], jax.Array] = lambda images: images,
 ) -> Draw:
-  """Returns the recipe's sampler.
+  """Returns the recipe's sampler, a function to compile.
 
   Args:
     config: The recipe.
-    seed: Seed of the samples.
     snapshots: Number of intermediate predictions of x_0 to return.
-    cut: Splits images (B, H, W, C) over devices.
+    shard: Shards images (B, H, W, C) over devices.
 
   Returns:
-    (params, rows) -> `Drawn`. `rows` is {'index': (B,), 'condition': ...}, or
-    the index alone; without a condition, sample i of a model of classes has the
-    class i % classes.
+    (params, rows) -> `Drawn`; see `rows`. Without a condition, a model of
+    classes draws class index % classes.
   """
   made = build.sampler(config)
 
   def sample(params: Any, rows: Any) -> Drawn:
-    index, condition = index_and_condition(rows)
+    condition = rows.get('condition')
     if condition is None and recipe.condition_kind(config) == 'label':
-      condition = index % config.condition.classes
-    keys, x_T = noise(config, seed, index)
+      condition = rows['index'] % config.condition.classes
+    keys, x_T = noise(config, rows['seed'], rows['index'])
     denoiser = made.denoiser(params, condition)
     return drawn(
       config,
       samplers.sample(
-        *(made.step, denoiser, keys, cut(x_T)), snapshots=snapshots
+        *(made.step, denoiser, keys, shard(x_T)), snapshots=snapshots
       ),
     )
 
   return sample
 
 
-def chain(config: ConfigDict, seed: int, times: Sequence[int]) -> Draw:
-  """Returns the recipe's sampler, with x_t on the way in place of the samples.
+def chain(config: ConfigDict, times: Sequence[int]) -> Draw:
+  """(params, rows) -> `Drawn`, whose images are x_t (B, K, ...), not rounded.
 
   Args:
     config: The recipe.
-    seed: Seed of the samples.
-    times: K falling times of the sampler's schedule; the first is its last.
-
-  Returns:
-    (params, index (B,)) -> `Drawn`, whose images are x_t (B, K, ...), float32.
+    times: K decreasing times of the sampler's schedule, beginning at its last.
   """
   made = build.sampler(config)
 
-  def sample(params: Any, index: jax.Array) -> Drawn:
-    keys, x = noise(config, seed, index)
+  def sample(params: Any, rows: Any) -> Drawn:
+    keys, x = noise(config, rows['seed'], rows['index'])
     kept, previous, bad_t = [x], None, jnp.zeros(len(x), jnp.int32)
     denoiser = made.denoiser(params)
     for first, after in itertools.pairwise(times):
