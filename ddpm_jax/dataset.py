@@ -241,7 +241,7 @@ def conditions(
   *,
   folder: pathlib.Path | None,
 ) -> Any:
-  """Prompts or labels as arrays with a row for each; None without either.
+  """Returns prompts or labels as arrays, one row each; None without either.
 
   Args:
     config: The recipe.
@@ -270,8 +270,8 @@ def conditions(
     return encode(config, prompts)
   if kind not in ('', 'label') and config.condition.drop == 0:
     raise errors.UserError(
-      'name a --prompt: with config.condition.drop=0 the network was never '
-      'trained without one'
+      'set --prompt: with config.condition.drop=0 the network was never '
+      'trained without a text'
     )
   return None
 

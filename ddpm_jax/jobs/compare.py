@@ -17,19 +17,12 @@ from ddpm_jax.storage import results
 
 
 class Row(NamedTuple):
-  """One measurement of one run.
-
-  Attributes:
-    run: The name of its folder.
-    step: The training step, or -1 if it is not known.
-    how: {column: cell}, the settings. Rows with the same ones are comparable.
-    what: {column: cell}, the results.
-  """
+  """One measurement of one run; the dicts are {column: cell}."""
 
   run: str
-  step: int
-  how: dict[str, str]
-  what: dict[str, str]
+  step: int  # -1: not known
+  settings: dict[str, str]  # Rows with the same ones are comparable.
+  found: dict[str, str]
 
 
 JOB = command.Job(
@@ -90,16 +83,16 @@ def _row(
 
 def table(rows: list[Row]) -> str:
   """Formats rows as a table in Markdown."""
-  rows = sorted(rows, key=lambda r: (list(r.how.values()), r.run, r.step))
+  rows = sorted(rows, key=lambda r: (list(r.settings.values()), r.run, r.step))
   first = rows[0]
-  titles = ['run', 'step', *first.how, *first.what]
+  titles = ['run', 'step', *first.settings, *first.found]
   lines = [titles, ['---'] * len(titles)]
   lines += [
     [
       r.run,
       '' if r.step < 0 else str(r.step),
-      *r.how.values(),
-      *r.what.values(),
+      *r.settings.values(),
+      *r.found.values(),
     ]
     for r in rows
   ]
@@ -115,7 +108,7 @@ def scores_of_samples(folder: pathlib.Path) -> list[results.Entry]:
 
 
 def bound(run: str, e: results.Entry) -> Row:
-  how = {
+  settings = {
     **texts(e, 'data', 'weights', 'split', 'images'),
     'draws': 'all t' if e.get('exact_in_t') else draws(e),
     'σ²': str(e.get('variance', '')),
@@ -127,7 +120,7 @@ def bound(run: str, e: results.Entry) -> Row:
     'rate': 'rate',
     'distortion': 'distortion',
   }
-  return Row(run, step(e), how, numbers(e, titles))
+  return Row(run, step(e), settings, numbers(e, titles))
 
 
 def draws(e: results.Entry) -> str:
@@ -135,7 +128,7 @@ def draws(e: results.Entry) -> str:
 
 
 def small_data_score(run: str, e: results.Entry) -> Row:
-  how = {
+  settings = {
     **texts(e, 'weights'),
     'samples': str(e.get('fake_images', '')),
     'sampler': sampler(e),
@@ -147,19 +140,19 @@ def small_data_score(run: str, e: results.Entry) -> Row:
     'recall': 'recall',
     'sure': 'sure_share',
   }
-  return Row(run, step(e), how, numbers(e, titles))
+  return Row(run, step(e), settings, numbers(e, titles))
 
 
 def inception_score(run: str, e: results.Entry) -> Row:
-  how = {
+  settings = {
     **texts(e, 'weights', 'samples'),
     'sampler': sampler(e),
     'against': str(e.get('reference', '')),
     **texts(e, 'seed'),
   }
   name, fid = record.fid(e)
-  what = {'FID': f'{name} {fid:.2f}', 'IS': record.inception_score(e)}
-  return Row(run, step(e), how, what)
+  found = {'FID': f'{name} {fid:.2f}', 'IS': record.inception_score(e)}
+  return Row(run, step(e), settings, found)
 
 
 def step(entry: results.Entry) -> int:

@@ -38,10 +38,8 @@ CONNECT = 20.0
 GREETING = 5.0  # for a new connection to identify itself
 LINGER = 5.0  # for the others to exit, after they are told to
 LATER = 30  # added to `peer_timeout` for the heartbeats of JAX
-
 # Connections that may wait to identify themselves; one more closes the oldest.
 PENDING = 64
-
 # The variable that tells JAX at which HOST:PORT process 0 listens.
 BIND = 'JAX_COORDINATOR_BIND_ADDRESS'
 
@@ -317,7 +315,7 @@ class _Links:
         if kind == 'done':
           self.done[index].set()
         elif is_primary():
-          time.sleep(self.grace)  # This process may fail of the same cause.
+          time.sleep(self.grace)  # This process may fail for the same cause.
           self.end(*rest)
         else:
           leave(rest[0], '')
@@ -352,8 +350,7 @@ class _Links:
 
   def fail(self, error: BaseException) -> NoReturn:
     """Ends all processes because of `error`."""
-    # If a process is lost, the others raise various errors as a consequence:
-    # let `listen` report the cause.
+    # The error may be the consequence of a lost process, which `listen` reports.
     time.sleep(self.grace)
     code, message = errors.verdict(error)
     if not errors.expected(error):
