@@ -350,7 +350,7 @@ class _Links:
 
   def fail(self, error: BaseException) -> NoReturn:
     """Ends all processes because of `error`."""
-    # The error may be the consequence of a lost process, which `listen` reports.
+    # The cause may be a lost process, which `listen` reports in this time.
     time.sleep(self.grace)
     code, message = errors.verdict(error)
     if not errors.expected(error):
