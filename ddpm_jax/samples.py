@@ -23,8 +23,8 @@ def condition_flags(p: Any) -> None:
     '--prompt',
     action='append',
     metavar='TEXT',
-    help='a text to draw, for a model of texts; may be repeated. --num_samples '
-    'images are drawn of each',
+    help='the text to draw images of, for a model of texts; may be repeated, '
+    'with --num_samples images for each',
   )
   p.add_argument(
     '--prompts',
@@ -37,7 +37,7 @@ def condition_flags(p: Any) -> None:
     action='append',
     metavar='CLASS',
     help='the class to draw, for a model of classes: a name in classes.json of '
-    '--workdir, or a number; may be repeated (default: all classes in turn)',
+    '--workdir, or its number; may be repeated (default: all classes in turn)',
   )
 
 

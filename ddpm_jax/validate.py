@@ -247,7 +247,7 @@ def sampler(config: ConfigDict, *, ends_in_noise: bool) -> None:
 
 
 def codec(config: ConfigDict) -> None:
-  """Refuses groups of more bits than the codec has candidates."""
+  """Refuses groups of more bits than the index of a candidate has."""
   c = config.codec
   if c.group_bits > c.log2_candidates:
     raise errors.UserError(

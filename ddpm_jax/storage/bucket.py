@@ -152,7 +152,7 @@ class Path(gpath.PosixGPath):
       raise errors.UserError(
         f'{self}: there is no bucket {name}: create it, or choose another'
       ) from None
-    except Exception as e:  # aiohttp, google.auth and gcsfs have their own.
+    except Exception as e:  # aiohttp, google.auth and gcsfs have own types.
       what = 'written' if write else 'read'
       raise errors.UserError(
         f'{self} cannot be {what} ({_line(e)}); `gcloud auth '

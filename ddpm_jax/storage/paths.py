@@ -135,9 +135,9 @@ def append(path: pathlib.Path) -> TextIO:
 
 @contextlib.contextmanager
 def mirrored(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a local folder to write into: `path`, or a copy of it for gs://.
+  """Yields a local folder to write into: `path`, or a temporary one for gs://.
 
-  The files of a copy are uploaded at the end, and whenever `send` is called.
+  Its files are then uploaded at the end, and whenever `send` is called.
   """
   if not is_remote(path):
     yield path

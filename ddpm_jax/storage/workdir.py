@@ -199,7 +199,7 @@ def read_data(path: pathlib.Path) -> tuple[np.ndarray, ...] | None:
   try:
     with file.open('rb') as whole:
       return tuple(npz.load(whole).values())
-  except Exception as e:  # zipfile, zlib and NumPy have their own.
+  except Exception as e:  # zipfile, zlib and NumPy have own types.
     logging.warning('%s is damaged, not used: %s', file, e)
     return None
 
