@@ -230,8 +230,8 @@ def sampler(config: ConfigDict, *, ends_in_noise: bool) -> None:
   c, T = config.sampler, config.schedule.T
   if ends_in_noise and c.spacing in ('leading', 'quad') and c.steps < T:
     raise errors.UserError(
-      f'config.sampler.spacing={c.spacing} does not begin at T, as a schedule '
-      'with an SNR of 0 there must; set linear or quadratic'
+      f'config.sampler.spacing={c.spacing} does not begin at T, which a '
+      'schedule with an SNR of 0 at T needs; set linear or quadratic'
     )
   # Both are learned for steps from t to t - 1, and do not fit longer ones.
   of_a_step = {
