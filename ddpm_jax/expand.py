@@ -31,7 +31,7 @@ def expanded(text: str) -> str:
   if path.startswith('~') and not os.path.lexists(path):
     user = path.partition('/')[0]
     raise errors.UserError(
-      f'{text}: there is no home folder {user}: write the path in full'
+      f'{text}: {user} is not known here: write the path in full'
     )
   unset = re.search(r'\$(\w*[a-zA-Z_]\w*|\{\w+\})', path)
   if unset:

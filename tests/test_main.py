@@ -485,7 +485,7 @@ def test_a_run_without_a_checkpoint_is_begun_again(begun, stop_at, capfd):
   stop_at(1)
   main.run([f'--workdir={begun}', *changes, '--config.steps=2'])
   err = capfd.readouterr().err
-  assert f'{begun} has no checkpoint: it is begun again' in err
+  assert f'{begun} has no checkpoint: it is started again' in err
   saved = json.loads(file.read_text())
   assert saved['optimizer']['warmup'] == 5
   assert saved['parallel'] == ELSEWHERE  # the run's own
