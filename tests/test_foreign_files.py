@@ -536,10 +536,10 @@ def test_a_zip_is_held_to_what_it_says(tmp_path, monkeypatch):
     archive.writestr('images.npy', zeros)
   assert npz.load(path)['images'].shape == (2**24,)
   monkeypatch.setattr(npz, 'MAX_BYTES', 2**24)
-  with pytest.raises(ValueError, match='16777216 are read at most'):
+  with pytest.raises(ValueError, match='at most 16777216 are read'):
     npz.load(path)
   monkeypatch.undo()
-  # It tells of ten thousand times as much as is there.
+  # Its directory gives ten thousand times the size that it has.
   said = bytearray(path.read_bytes())
   at = said.rindex(b'PK\1\2')
   said[at + 24 : at + 28] = struct.pack('<I', 2**32 - 2)

@@ -277,7 +277,7 @@ def test_images_made_elsewhere_and_statistics_that_do_not_fit(
     (['--inception=none.pth'], 'none.pth is not a file'),
     (['--inception=README.md'], 'README.md cannot be read|torch'),
     (['--config.evaluate.resize=tf'], 'known: pytorch_fid, tensorflow'),
-    (['--images=x'], 'name one of them'),
+    (['--images=x'], 'set one of them'),
     (['--step=3'], 'no checkpoint 3'),
     (['--config.evaluate.weights=best'], "known: '', ema, raw"),
     (['--reference=none.npz'], 'none.npz is not a file'),
