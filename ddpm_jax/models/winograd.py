@@ -36,7 +36,7 @@ LEAST_PAIRS, MOST_PAIRS = 256, 1024
 
 
 def is_large(x: Image, kernel: Kernel, times: int) -> bool:
-  """Whether Winograd pays at `times` x's size; bfloat16 would round its sums."""
+  """Whether Winograd pays at `times` x's size; bfloat16 sums would round."""
   sides = times * x.shape[1], times * x.shape[2]
   return (
     x.dtype == jnp.float32
