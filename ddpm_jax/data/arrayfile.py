@@ -62,7 +62,7 @@ def _open(path: str) -> tuple[np.ndarray, Any]:
     pairs = ('images', 'labels'), ('arr_0', 'arr_1')
     pair = next((x for x in pairs if x[0] in keys), pairs[0])
     arrays = npz.load(path, pair.__contains__)
-  except Exception as error:  # of zipfile, zlib or NumPy
+  except Exception as error:  # from zipfile, zlib or NumPy
     raise errors.UserError(
       f'{path} cannot be read ({" ".join(str(error).split())}); save it again '
       'with numpy.savez or numpy.save'

@@ -53,7 +53,7 @@ def of_classes(
   'a {}' becomes 'an {}' before a vowel.
 
   Raises:
-    UserError: If a template has not exactly one {}, or there are no classes.
+    UserError: If a template does not have one {}, or there are no classes.
   """
   for template in templates:
     if template.count('{}') != 1:

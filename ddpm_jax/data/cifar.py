@@ -47,9 +47,9 @@ def prepare(
 ) -> None:
   """Writes root/cifar10/3.0.2 from the archive in `root`.
 
-  The archive may also be in root/downloads/manual; if it is in neither folder,
-  it is downloaded to there. `timeout` is how long the server may be silent, in
-  seconds.
+  The archive may also be in root/downloads/manual, and is downloaded to there
+  if it is in neither folder. `timeout` is the longest silence of the server, in
+  s.
 
   Raises:
     UserError: If the archive cannot be downloaded, or its hash is not `sha256`.

@@ -1,8 +1,7 @@
 """Decodes an image of any kind to 8-bit pixels of a given size.
 
-16-bit gray images do not say how many of their bits they use. `max_value` is
-the value that becomes 255; `probe` derives it from the largest value of the
-data.
+16-bit gray images do not say how many bits they use. `max_value` is the value
+that becomes 255; `probe` derives it from the largest value of the data.
 
 An image is resized to just cover (H, W), by Pillow's antialiased bicubic filter
 (clean-fid's choice); then its centre is cropped. An image of the right size

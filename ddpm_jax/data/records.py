@@ -14,8 +14,7 @@ from ddpm_jax.data import cifar
 def load(name: str, path: str, split: str) -> tuple[Any, tuple[str, ...]]:
   """Returns the examples of a split, by index, and their class names.
 
-  The names are () if there are no labels. CIFAR-10 is prepared first, if
-  needed.
+  The names are () without labels. CIFAR-10 is prepared first, if needed.
 
   Raises:
     UserError: If the name or split is unknown, or the set is not prepared.

@@ -3,8 +3,7 @@
 A function here receives those of these keywords that are among its parameters:
 path, tfds, split, points, captions, image_size = (H, W), channels (1: gray, 3:
 RGB), max_unreadable and max_value (of 16-bit images; 0: from the data). It
-returns a `store.Source`, and raises UserError if data are missing or do not
-fit.
+returns a `store.Source`, and raises UserError for missing or unsuitable data.
 """
 
 import dataclasses

@@ -238,7 +238,7 @@ def load(path: str | os.PathLike) -> Classifier:
       raise ValueError('its parameters are those of another network')
   except FileNotFoundError:
     raise errors.UserError(f'{path} is not a file') from None
-  except Exception as error:  # of zipfile, zlib or NumPy
+  except Exception as error:  # from zipfile, zlib or NumPy
     raise errors.UserError(
       f'{path} is not a classifier that can be read '
       f'({" ".join(str(error).split())}); delete it, and it is trained again'

@@ -51,9 +51,7 @@ def frechet(
   overlap = np.sqrt(np.maximum(values, 0)).sum()
   difference = mean_a - mean_b
   distance = difference @ difference + np.trace(cov_a + cov_b) - 2 * overlap
-  return float(
-    np.maximum(distance, 0)
-  )  # rounding may be below 0; NaN stays NaN
+  return float(np.maximum(distance, 0))  # against rounding; NaN stays NaN
 
 
 def _factor(cov: np.ndarray) -> np.ndarray:
@@ -76,8 +74,7 @@ def kernel(
   is often a mean over subsets of 1000, which has the same expectation.
 
   The standard error is a jackknife estimate, leaving out one of `groups` random
-  groups of both sets at a time. If a and b are alike, it is too large by up to
-  √2.
+  groups of both sets at a time. If a and b are alike, it is up to √2 too large.
 
   Raises:
     ValueError: If there are fewer than 4 points.

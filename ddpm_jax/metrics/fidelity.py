@@ -183,7 +183,7 @@ def load(path: pathlib.Path) -> tuple[Statistics, dict[str, Any]]:
     with path.open('rb') as file:
       parts = npz.load(file, lambda name: not name.startswith('arr_'))
       names = npz.names(file)
-  except Exception as error:  # of zipfile, zlib or NumPy
+  except Exception as error:  # from zipfile, zlib or NumPy
     raise errors.UserError(
       f'{path} cannot be read ({" ".join(str(error).split())}); statistics '
       'are an .npz with `mu` and `sigma`'

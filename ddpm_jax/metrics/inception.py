@@ -6,11 +6,10 @@ are those of pytorch-fid, whose weights it loads, with batch norms folded in.
 
 There are two ways to resize its input. `tensorflow` is the original, used by
 Heusel et al. 2017 and other papers that evaluate with TensorFlow (DDPM among
-them), ADM, StyleGAN, EDM and torch-fidelity. `pytorch_fid` is that package's:
-it samples the source up to half a pixel away, 4 of 299 pixels for a side of 32.
-So features differ, by 4% of their spread for photographs of that size and
-random weights. Both are published as FID. Compare only statistics of the same
-way.
+them), ADM, StyleGAN, EDM and torch-fidelity. `pytorch_fid` is that package's,
+which samples the source up to half a pixel away (4 of 299 pixels, for a side of
+32). Features differ by 4% of their spread, for photographs of that size and
+random weights. Both are published as FID; never compare one with the other.
 """
 
 from collections.abc import Mapping

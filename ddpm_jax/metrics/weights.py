@@ -54,7 +54,7 @@ def load(path: pathlib.Path) -> Weights:
     state = read(path)
   except errors.UserError:
     raise
-  except Exception as error:  # of torch or safetensors
+  except Exception as error:  # from torch or safetensors
     raise errors.UserError(
       f'{path} cannot be read ({" ".join(str(error).split())[:200]}); name '
       f'{NAME}, or a .safetensors made from it'

@@ -99,9 +99,8 @@ class Text(nn.Module):
 class Frozen(nn.Module):
   """Encodes a text, given as the states of a frozen encoder.
 
-  The condition is a dict of `states` (B, length, features) and `mask` (B,
-  length), all False for no condition. A learned state comes first, as in
-  `Text`.
+  A dict of `states` (B, length, features) and `mask` (B, length), which is all
+  False for no condition. A learned state comes first, as in `Text`.
   """
 
   length: int

@@ -97,17 +97,13 @@ def _to_doubled(m: Array, axis: int) -> Array:
   return jnp.stack([m_0 + m_1, m_1 - m_3], axis)
 
 
-Transform = Callable[[Array, int], Array]
+Map = Callable[[Array, int], Array]  # along an axis
 
 
 # The transformed pixels are larger than x: gradients recompute them.
 @functools.partial(jax.checkpoint, static_argnums=(2, 3, 4))
 def _by_products(
-  x: Image,
-  kernel: Kernel,
-  of_pixels: Transform,
-  of_taps: Transform,
-  back: Transform,
+  x: Image, kernel: Kernel, of_pixels: Map, of_taps: Map, back: Map
 ) -> Float[Array, 'B h w K']:
   """Transforms one axis after the other, with one matrix product for all."""
   C, K = kernel.shape[2:]
