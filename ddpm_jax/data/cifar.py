@@ -127,8 +127,8 @@ def _check(path: pathlib.Path, sha256: str) -> None:
   if found != sha256:
     raise errors.UserError(
       f'{path} is damaged or another file: sha256 {found} '
-      f'({path.stat().st_size} bytes), expected {sha256}; replace it by '
-      f'{URL}'
+      f'({path.stat().st_size} bytes), expected {sha256}; replace it '
+      f'by {URL}'
     )
 
 

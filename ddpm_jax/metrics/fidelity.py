@@ -241,8 +241,8 @@ def _moments(
       raise errors.UserError(f'{path} has no `{name}`, only: {has}')
     if parts[name].shape != shape:
       raise errors.UserError(
-        f'`{name}` of {path} is {parts[name].shape}, not {shape}: it is no '
-        "statistic of the 2015 Inception's features"
+        f'`{name}` of {path} is {parts[name].shape}, not {shape}: it is not '
+        "from the 2015 Inception's features"
       )
     if not np.isfinite(parts[name]).all():
       raise errors.UserError(f'`{name}` of {path} is not finite everywhere')
