@@ -302,7 +302,7 @@ def test_flags_that_do_not_go_together_are_named(tiny_run, tmp_path):
   assert '--step is for' in mistake('--mode=sample', '--step=3')
   assert '--num_samples' in mistake('--mode=evaluate', '--inception=x')
   evaluate = ['--mode=evaluate', '--images']
-  assert 'is not there' in mistake(*evaluate, tmp_path / 'none')
+  assert 'does not exist' in mistake(*evaluate, tmp_path / 'none')
   assert 'holds no image' in mistake(*evaluate, tmp_path)
   assert 'checkpoint' in mistake(*evaluate, tmp_path, '--step=3')
 
