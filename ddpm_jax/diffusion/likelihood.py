@@ -4,10 +4,9 @@ Values are in nats per dimension: means over the dimensions of an example.
 Multiply by `BITS` for bits per dimension.
 """
 
+import functools
 from typing import Any
 from typing import NamedTuple
-
-import functools
 
 import jax
 import jax.numpy as jnp
