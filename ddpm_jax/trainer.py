@@ -289,7 +289,7 @@ def start(
   batches: grain.DatasetIterator,
   allow: Collection[str] = (),
 ) -> training.TrainState:
-  """The state of the newest whole checkpoint, or else of step 0.
+  """The state of the newest intact checkpoint, or else of step 0.
 
   Moves `batches` to the position of that checkpoint.
   """

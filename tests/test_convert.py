@@ -724,7 +724,7 @@ def test_flags_that_do_not_go_together_are_told(tmp_path, converted):
     ),
     (
       [f'--input={model}/{files.SAFE[0]}', '--output=x'],
-      'says nothing of its recipe',
+      'does not contain its recipe',
     ),
     (
       [
