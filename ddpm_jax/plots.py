@@ -91,8 +91,7 @@ def save_scatter(
     path: A .png, or a .gif in which each column is a frame.
     rows: Point sets by name of the row, one for each title.
     titles: Titles of the columns.
-    data: The point sets that determine the scale. Points outside are counted in
-      the label, not drawn.
+    data: The sets that determine the scale. Outside, points are only counted.
   """
   limit = scatter_limit(data)
 
@@ -186,12 +185,7 @@ class Panel(NamedTuple):
 
 
 def plot(panels: Sequence[Panel], bold: str = '') -> np.ndarray:
-  """Draws panels side by side, uint8 (height, width, 3).
-
-  Args:
-    panels: The panels.
-    bold: Name of a curve to emphasize.
-  """
+  """Draws panels side by side, (height, width, 3); emphasizes curve `bold`."""
   fig = new_figure(
     figsize=(12, 8 / len(panels) + 1), dpi=100, layout='constrained'
   )

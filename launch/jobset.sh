@@ -7,7 +7,7 @@
 #
 # --dry-run as the first argument prints the YAML. All other arguments are passed
 # to `python -m ddpm_jax.main` on all hosts. IMAGE contains this repository,
-# installed, as its working directory. CLAIM is a volume that all hosts can write
+# installed, and starts in its folder. CLAIM is a volume that all hosts can write
 # to (ReadWriteMany), and contains WORKDIR. WORKDIR=gs://BUCKET/NAME needs no
 # CLAIM, but gcsfs in IMAGE. When a host is preempted or fails, JobSet restarts
 # all of them, and the run resumes.

@@ -22,7 +22,7 @@ STOPPED = 75  # exit code of a run that was asked to stop (EX_TEMPFAIL)
 MISTAKE = 2  # exit code of a mistake of the user: a restart would not help
 PATIENCE = 20  # seconds from the failure of a process until the rest are killed
 PR_SET_PDEATHSIG = 1  # for prctl(2)
-LONG = 600  # seconds of running after which the backoff starts over
+LONG = 600  # seconds; a run that lasted longer resets the backoff
 
 
 def main() -> int:

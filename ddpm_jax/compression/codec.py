@@ -7,8 +7,8 @@ z_2, ... from p, and the sender transmits the i with the largest
 (q/p)(z_i) / a_i, where a_1 < a_2 < ... are the arrivals of a Poisson process.
 Then z_i is a sample of q, and the mean of log2 i exceeds KL(q ‖ p) by at most
 about a bit. The number of candidates is finite, so a sample is accurate only if
-its KL is well below log2 of that number: the dimensions of an image are coded
-in groups of at most `Rules.group_bits`.
+its KL is well below log2 of that number, and so the dimensions of an image are
+coded in groups of at most `Rules.group_bits`.
 """
 
 from typing import Any
@@ -152,8 +152,8 @@ def run(
   Args:
     denoiser: The result of `jumps`.
     key: Key of the candidates, shared by all images.
-    x_T: (B, ...), N(0, I), drawn by both sides. It is not transmitted, which
-      is wrong by L_T.
+    x_T: (B, ...), N(0, I), drawn by both sides. It is not transmitted, an error
+      of L_T.
     rules: Parameters of the code.
     squares: (S,), the `errors`, averaged over examples.
     code: The received code; unused by the sender.

@@ -150,11 +150,7 @@ def read_header(data: bytes) -> tuple[dict[str, Any], int]:
 
 
 def check_header(header: dict[str, Any], length: int) -> None:
-  """Rejects a header that `write` cannot have written.
-
-  Args:
-    header: The parsed header.
-    length: Bytes of the file.
+  """Rejects a header that is not that of a file of `length` bytes.
 
   Raises:
     UserError: If a field is wrong; the message names the first.
@@ -208,13 +204,13 @@ def read(data: bytes, rules: Rules) -> tuple[Read, bool]:
       raise errors.UserError(damaged(ends))
     coder = range_coder.Decoder(odds, coded)
     for _ in range(steps):
-      row = np.zeros((N, D), np.int32)
+      choices = np.zeros((N, D), np.int32)
       try:
-        before = _code_step(coder, rules, len(size), before, None, row)
+        before = _code_step(coder, rules, len(size), before, None, choices)
       except (ValueError, IndexError, OverflowError):
         raise errors.UserError(damaged(ends)) from None
       size.append(before)
-      chosen.append(row)
+      chosen.append(choices)
     checks[len(size)], ends[len(size)] = check, end
   if len(size) == S and ends[S] != len(data):
     raise errors.UserError('bytes follow the last chunk: the file is damaged')
@@ -226,15 +222,10 @@ def read(data: bytes, rules: Rules) -> tuple[Read, bool]:
 def chunks(
   data: bytes, at: int, total: int
 ) -> Iterator[tuple[int, bytes, int, int]]:
-  """Yields (steps, code, check, end) for each complete chunk.
-
-  Args:
-    data: The file, or its first bytes.
-    at: Where the first chunk begins.
-    total: Bytes of all chunks of the complete file.
+  """Yields (steps, code, check, end) for each complete chunk from `at` on.
 
   Raises:
-    UserError: If a chunk is damaged or exceeds `total`.
+    UserError: If a chunk is damaged, or ends after `total` bytes of chunks.
   """
   crc = int.from_bytes(data[at - 4 : at], 'big')
   ends, last = {0: at}, at + total
@@ -299,10 +290,7 @@ def _leb128(n: int) -> bytes:
 
 
 def _from_leb128(data: bytes, at: int) -> tuple[int, int]:
-  """Returns the number at byte `at` and where it ends.
-
-  Returns (0, len(data)) if the number is truncated.
-  """
+  """The number at `at`, and where it ends; (0, len(data)) if truncated."""
   n = 0
   for i, byte in enumerate(data[at : at + 5]):
     n |= (byte & 127) << 7 * i

@@ -319,8 +319,7 @@ def receive(
     The number of usable steps, the uint8 images after them, and the seconds.
 
   Raises:
-    UserError: If the network's output differs from the sender's in the first
-      chunk.
+    UserError: If the network's output differs from the sender's at once.
   """
   header = read.header
   N, size, S = header['images'], config.codec.batch_size, config.codec.steps

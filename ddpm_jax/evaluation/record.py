@@ -70,10 +70,7 @@ def least(entries: list[dict[str, Any]]) -> tuple[str, float, int]:
 
 
 def best(entries: list[dict[str, Any]], entry: dict[str, Any]) -> str:
-  """The best FID over all checkpoints with the settings of `entry`, as text.
-
-  '' if there is only one.
-  """
+  """Best FID of several checkpoints with `entry`'s settings; '' if one."""
   alike = [e for e in entries if _protocol(e) == _protocol(entry)]
   if len(alike) < 2:
     return ''

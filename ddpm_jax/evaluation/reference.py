@@ -45,8 +45,7 @@ def from_data(
 ) -> tuple[fidelity.Statistics, str]:
   """Computes the statistics of a recipe's data set; returns them and a title.
 
-  They are cached in `config.evaluate.cache`, with the settings that produced
-  them.
+  They are cached in `config.evaluate.cache` together with their settings.
 
   Args:
     config: The recipe.

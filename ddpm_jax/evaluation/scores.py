@@ -112,9 +112,7 @@ def of_images(config: ConfigDict, args: argparse.Namespace) -> None:
     UserError: If something is missing or not valid.
   """
   if args.step is not None:
-    raise errors.UserError(
-      '--step selects a checkpoint, and --images uses none: leave it out'
-    )
+    raise errors.UserError('--images uses no checkpoint: leave --step out')
   source, shape = unresized.load(args.images, config.data.max_value)
   trained = check(config, args, len(source), shape)
   if args.output and args.output.suffix != '.json':

@@ -26,9 +26,7 @@ def read(folder: pathlib.Path) -> list[results.Entry]:
 def judge(
   config: ConfigDict, workdir: pathlib.Path
 ) -> tuple[dict[str, np.ndarray], classifiers.Classifier]:
-  """Returns the training data and the workdir's classifier.
-
-  Trains and saves the classifier if there is none.
+  """Loads the training data and the workdir's classifier, or trains it.
 
   Raises:
     UserError: If the data have no labels.

@@ -3,7 +3,7 @@ pesser/pytorch_diffusion, a PyTorch port of the authors' code.
 
 Both store convolutions as (out, in, height, width) and dense layers as (out,
 in); here they are (height, width, in, out) and (in, out). Only layouts and
-names differ: the skips are concatenated in the same order.
+names differ; the skips are concatenated in the same order.
 """
 
 import re
@@ -109,7 +109,7 @@ OLD_ATTENTION = {
 
 
 def name(path: tuple[str, ...], levels: int, names: Names) -> str:
-  """Their name of our parameter, such as ('up_0_2', 'conv_1', 'kernel')."""
+  """Their name of a parameter such as ('up_0_2', 'conv_1', 'kernel')."""
   *(module, *inner), leaf = path
   leaf = 'bias' if leaf == 'bias' else 'weight'
   if module in names.parts:
@@ -161,7 +161,7 @@ def to_params(
   return traverse_util.unflatten_dict(
     {
       path: _checked(
-        theirs[path], _to_our_layout(tensors[theirs[path]], path), x.shape
+        theirs[path], _from_torch(tensors[theirs[path]], path), x.shape
       )
       for path, x in wanted.items()
     }
@@ -180,7 +180,7 @@ def from_params(params: Any, names: Names) -> dict[str, np.ndarray]:
   levels = count_levels(flat)
   return {
     name(path, levels, names): np.ascontiguousarray(
-      _to_their_layout(np.asarray(x), path)
+      _to_torch(np.asarray(x), path)
     )
     for path, x in flat.items()
   }
@@ -236,7 +236,7 @@ def modern(name: str) -> str:
   )
 
 
-def _to_our_layout(x: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
+def _from_torch(x: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
   if path[-1] != 'kernel':
     return x
   if x.ndim == 4 and x.shape[2:] == (1, 1):  # a dense layer here
@@ -244,7 +244,7 @@ def _to_our_layout(x: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
   return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
 
 
-def _to_their_layout(x: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
+def _to_torch(x: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
   if path[-1] != 'kernel':
     return x
   x = x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T

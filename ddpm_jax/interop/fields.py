@@ -331,11 +331,7 @@ def _attended(types: Sequence[str]) -> list[int]:
 
 
 def _check_kinds(u: Fields, s: Fields) -> None:
-  """Checks the types and ranges of fields.
-
-  Raises:
-    UserError: If one is wrong; the message names it.
-  """
+  """Raises UserError if a field has a wrong type or is out of range."""
   classes = u['num_class_embeds']
   found = {
     **{field: s[field] if field in s else u[field] for field in KINDS},

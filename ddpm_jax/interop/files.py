@@ -79,8 +79,7 @@ def _one_of(folder: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
     if (folder / name).is_file():
       return folder / name
   raise errors.UserError(
-    f'{folder} is not a complete diffusers folder: it has no '
-    f'{" or ".join(names)}'
+    f'{folder} is not a diffusers folder: it has no {" or ".join(names)}'
   )
 
 

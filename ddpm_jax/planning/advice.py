@@ -24,10 +24,7 @@ def of_training(
   mesh: jax.sharding.Mesh,
   train: dict[str, Any],
 ) -> dict[str, Any] | None:
-  """Returns a change that should make the training step fit.
-
-  None if it fits, or if its memory is not known.
-  """
+  """A change that should make the training step fit; None if it does."""
   return _first(
     *(config, target, mesh, train),
     programs.train,
@@ -105,9 +102,9 @@ def smaller(
   yield change | {'model.remat': True}
 
 
-def fewer(images: int, parts: int) -> Iterator[dict[str, Any]]:
-  """Yields batch sizes: halves of `images`, while each of `parts` has one."""
-  while images // 2 >= parts:
+def fewer(images: int, num_shards: int) -> Iterator[dict[str, Any]]:
+  """Yields halved batch sizes, as long as each shard has an image."""
+  while images // 2 >= num_shards:
     images //= 2
     yield {'sampler.batch_size': images}
 

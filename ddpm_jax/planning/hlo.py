@@ -20,8 +20,8 @@ KINDS = (
 )
 HOST = ('infeed', 'outfeed', 'send', 'recv')
 
-# `ROOT %name = type opcode(operands), attributes`. The opcode is the first word
-# before a parenthesis: inside a type, parentheses follow a colon or a bracket.
+# `ROOT %name = type opcode(operands), attributes`. The opcode is the first
+# lowercase word before a parenthesis; a layout like `{0:T(8)(2,1)}` has none.
 INSTRUCTION = re.compile(
   r'^\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$'
 )

@@ -1,4 +1,4 @@
-"""Compiles a program and measures its memory, work and time."""
+"""Compiles a program, and reports its memory, work and time."""
 
 import math
 import re

@@ -34,18 +34,15 @@ def costliest(
   compiled: jax.stages.Compiled,
   most: int = 10,
 ) -> list[Cost]:
-  """Traces a few steps, and adds up the time of their operations by kind.
+  """Traces a few steps; returns the costliest kinds of operation, sorted.
 
-  Only the primary process is traced; other processes get [].
+  Only the primary process is traced; the others return [].
 
   Args:
     step: Runs `compiled` once, and returns arrays.
     folder: Where the trace is written, for TensorBoard and Perfetto.
     compiled: The program; its HLO text gives the kinds of operations.
     most: Number of kinds to return.
-
-  Returns:
-    The costliest kinds, the costliest first.
   """
   jax.block_until_ready(step())
   trace_it = processes.is_primary()

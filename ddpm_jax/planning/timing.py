@@ -31,15 +31,10 @@ def spread(took: list[float]) -> Spread:
 
 
 def clock(call: Callable[[], Any], *, seconds: float, least: int = 3) -> Spread:
-  """Times repeated calls until their results are ready.
+  """Times calls for about `seconds` in total, at least `least` of them.
 
-  A first call, which compiles and allocates memory, is not timed. All processes
-  make the same number of calls.
-
-  Args:
-    call: Returns arrays.
-    seconds: Approximate total time.
-    least: Minimum number of calls.
+  Each is timed until its arrays are ready. A first call, which compiles and
+  allocates memory, is not timed. All processes make as many calls.
   """
   jax.block_until_ready(call())
   took: list[float] = []

@@ -20,10 +20,7 @@ Run = runs.Run
 
 
 class Drawn(NamedTuple):
-  """A figure: a plot above a labelled grid of images, and an animation.
-
-  Each part is optional.
-  """
+  """A figure: any of a plot, a labelled grid below it, and an animation."""
 
   tiles: np.ndarray | None = None  # uint8 (rows, columns, H, W, C)
   titles: Sequence[str] = ()  # of columns

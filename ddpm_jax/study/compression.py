@@ -28,10 +28,7 @@ def codec(
   Plots the code length and ΣKL by steps received; and RMSE by bits/dim for the
   codec, the bound with all T steps, JPEG and WebP, with and without headers.
 
-  Args:
-    trained: The run.
-    count: Number of images.
-    path: Images to use instead of the evaluation split.
+  Uses images of the evaluation split, or those of `path`.
   """
   config = trained.config.copy_and_resolve_references()
   config.evaluate.draws = 0
@@ -45,9 +42,7 @@ def codec(
   table = transmission.table(sent, x0)
   _, shown, seconds = transmission.images_of(config, params, sent.data)
   same = 'equal' if np.array_equal(shown, sent.shown[-1]) else 'NOT equal'
-  print(
-    f"{table}\n{seconds / len(x0):.3f} to decode, {same} to the sender's x̂_0"
-  )
+  print(f'{table}\n{seconds / len(x0):.3f} to decode, {same} to the sender')
   source = store.from_arrays(x0, np.full(len(x0), -1, np.int32))
   bound = bounds.bound_of(
     config, trained.mesh, trained.params, source, len(x0), trained.seed

@@ -176,7 +176,7 @@ def gradient_table(times: np.ndarray, two: np.ndarray, one: np.ndarray) -> str:
 
 
 def two_term(trained: common.Run, count: int = 8) -> common.Drawn:
-  """Noise of the two-term estimator of the bound (eq. 3) and of eq. 5's.
+  """Noise of the bound's estimators with two terms (eq. 3) and three (eq. 5).
 
   Each estimator is drawn 16 times for each of `count` images. Noise is the
   standard deviation over the draws of one image.
@@ -214,11 +214,7 @@ def two_term(trained: common.Run, count: int = 8) -> common.Drawn:
 
 
 def two_term_table(drawn: dict[str, np.ndarray]) -> str:
-  """Formats bounds and noise as text.
-
-  Args:
-    drawn: Terms by estimator, (images, draws, 1 + T) bits/dim, L_T first.
-  """
+  """Formats terms, (images, draws, 1 + T) bits/dim with L_T first, as text."""
   lines = ['                 bound   noise: all t   one t, T times']
   for name, x in drawn.items():
     total, terms = x.sum(2), x[..., 1:]

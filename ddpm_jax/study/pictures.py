@@ -58,10 +58,7 @@ def forward(trained: common.Run, count: int = 6) -> common.Drawn:
 
 
 def every_schedule(config: ConfigDict) -> dict[str, tables.Schedule]:
-  """All schedules, with the other keys of a recipe, by name.
-
-  The names of equal schedules are joined with commas.
-  """
+  """All schedules for a recipe by name; equal ones have one joined name."""
   names: dict[bytes, list[str]] = {}
   known: dict[bytes, tables.Schedule] = {}
   for name in tables.__all__:
@@ -237,9 +234,7 @@ def unlike(x0: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     UserError: If there are fewer than 2n images.
   """
   if len(x0) < 2 * n:
-    raise errors.UserError(
-      f'{n} pairs need {2 * n} images, and there are {len(x0)}'
-    )
+    raise errors.UserError(f'{n} pairs need {2 * n} images, not {len(x0)}')
   pairs = []
   for part in np.array_split(x0, n):
     gap = part.astype(np.float32) - part[0]
