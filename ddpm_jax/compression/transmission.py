@@ -48,7 +48,7 @@ def model_digest(config: ConfigDict, params: Any) -> int:
   """Digest of everything that determines what the network computes."""
   names = ('model', 'schedule')
   about = {name: recipe.to_json(config[name]) for name in names}
-  # Files from before this key existed stay readable.
+  # Keeps files valid that were written before this key existed.
   if about['schedule'].get('s') == recipe.defaults().get('schedule.s'):
     about['schedule'].pop('s', None)
   return fingerprint.crc32({**about, 'arrays': fingerprint.describe(params)})
