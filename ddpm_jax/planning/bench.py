@@ -280,7 +280,7 @@ def table(
       low, high = (shown(now[key], now['unit']) for key in ('low', 'high'))
       line += f'  ({low} to {high})'
     if before := earlier.get(name, {}).get('value'):
-      line = f'{line:95}{now["value"] / before:6.2f} of before'
+      line = f'{line:95}{now["value"] / before:6.2f} x earlier'
     lines.append(line.rstrip())
   return '\n'.join(lines)
 
