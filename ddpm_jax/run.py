@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from ddpm_jax import build
 from ddpm_jax import dataset
 from ddpm_jax import errors
+from ddpm_jax import ranges
 from ddpm_jax import recipe
 from ddpm_jax import sampling
 from ddpm_jax import validate
@@ -104,14 +105,13 @@ class Run:
       raise errors.UserError(f'count={count}: must be 1 or more')
     run = self._with(
       {
-        'seed': seed,
         'sampler.steps': steps,
         'sampler.name': sampler,
         'sampler.guidance': guidance,
       }
     )
     condition = run.condition(count, prompt=prompt, label=label)
-    seed = self.seed if seed is None else seed
+    seed = self._seed(seed)
     with logs.shown(progress):
       return dataclasses.replace(run, seed=seed).draw(count, condition)
 
@@ -154,7 +154,7 @@ class Run:
         f'images are {images.dtype} of shape {images.shape}; bits_per_dim '
         f'takes uint8 of shape (N, {", ".join(map(str, shape))})'
       )
-    run = self._with({'seed': seed, 'evaluate.draws': draws})
+    run = self._with({'evaluate.draws': draws})
     n = len(images)
     rows = {'image': images, 'index': np.arange(n, dtype=np.int32)}
     given = run.condition(n, prompt=prompt, label=label)
@@ -169,7 +169,7 @@ class Run:
         f'this is a model of config.condition.name={self.config.condition.name}'
         ': name the prompt= or label= of the images'
       )
-    seed = self.seed if seed is None else seed
+    seed = self._seed(seed)
     with logs.shown(progress):
       found = run.map(
         sampling.bound(run.config, seed), rows, name='the bound', key=seed
@@ -276,6 +276,10 @@ class Run:
     if not all(np.all(np.isfinite(x)) for x in jax.tree.leaves(out)):
       raise errors.RunError(f'{name} would be of numbers that are not finite')
     return out
+
+  def _seed(self, seed: int | None) -> int:
+    ranges.check({'seed': self.seed if seed is None else seed})
+    return self.seed if seed is None else seed
 
   def _with(self, keys: dict[str, Any]) -> 'Run':
     """The run with other values of some keys; None leaves a key as it is."""

@@ -1,7 +1,7 @@
-"""From a recipe to functions of weights, which jobs compile for their devices.
+"""Sampling and likelihood as functions of the weights, made from a recipe.
 
-Row i of their results depends on a seed and on `index[i]` alone, not on the
-other rows of the batch.
+Jobs compile these functions for their devices. Row i of a result depends on the
+seed and on `index[i]` alone, not on the other rows of the batch.
 """
 
 import functools
@@ -31,8 +31,8 @@ class Drawn(NamedTuple):
   """B samples.
 
   Attributes:
-    images: uint8 (B, H, W, C); or points, float32 (B, D).
-    x0_hats: (B, K, ...), the same of predictions on the way, or None.
+    images: uint8 (B, H, W, C), images; or float32 (B, D), points.
+    x0_hats: (B, K, ...), K intermediate predictions of x_0, or None.
     bad_t: (B,), see `samplers.Sampled`.
   """
 
@@ -42,10 +42,10 @@ class Drawn(NamedTuple):
 
 
 def rows(seed: int, index: np.ndarray, condition: Any = None) -> dict[str, Any]:
-  """The input of a `Draw`: arrays with a row for each sample.
+  """Returns the input `rows` of a `Draw`: arrays with one row per sample.
 
-  The seed is an input, not a constant of the program, so that another seed
-  needs no compilation.
+  The seed is an input, not a constant of the compiled program, so that another
+  seed needs no new compilation.
 
   Args:
     seed: Seed of the samples.
@@ -60,18 +60,18 @@ def rows(seed: int, index: np.ndarray, condition: Any = None) -> dict[str, Any]:
 def noise(
   config: ConfigDict, seed: int | jax.Array, index: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """(keys (B,), x_T (B, ...)) of samples index (B,); seed is () or (B,)."""
+  """Returns (keys (B,), x_T (B, ...)) of samples; `seed` is () or (B,)."""
   seeds = jnp.broadcast_to(jnp.asarray(seed, jnp.uint32), index.shape)
   keys = jax.vmap(
     lambda seed, i: jax.random.fold_in(build.key(seed, 'sample'), i)
   )(seeds, index)
-  # Steps fold in their t ≥ 1, so 0 is left for x_T.
+  # Sampler steps fold in their t ≥ 1, so 0 is free for x_T.
   first = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
   return keys, process.normal(first, recipe.shape(config))
 
 
 def drawn(config: ConfigDict, sampled: samplers.Sampled) -> Drawn:
-  """The samples as they are shown and written."""
+  """Converts the sampler's result: [-1, 1] -> uint8 for images."""
   x_0, x0_hats = sampled.x_0, sampled.x0_hats.swapaxes(0, 1)
   if recipe.image_size(config):
     x_0, x0_hats = pixels.to_uint8(x_0), pixels.to_uint8(x0_hats)
@@ -84,16 +84,16 @@ def sampler(
   snapshots: int = 0,
   shard: Callable[[jax.Array], jax.Array] = lambda images: images,
 ) -> Draw:
-  """The recipe's sampler as a function to compile.
+  """Returns the recipe's sampler, a function to compile.
 
   Args:
     config: The recipe.
-    snapshots: Number of predictions x̂_0 to return on the way.
-    shard: images (B, H, W, C) -> the same, sharded over devices.
+    snapshots: Number of intermediate predictions of x_0 to return.
+    shard: Shards images (B, H, W, C) over devices.
 
   Returns:
-    (params, rows) -> `Drawn`, for rows of `rows`. Without a condition, a model
-    of classes draws class index % classes.
+    (params, rows) -> `Drawn`; see `rows`. Without a condition, a model of
+    classes draws class index % classes.
   """
   made = build.sampler(config)
 
@@ -118,7 +118,7 @@ def chain(config: ConfigDict, times: Sequence[int]) -> Draw:
 
   Args:
     config: The recipe.
-    times: K decreasing times of the sampler's schedule, from the last one on.
+    times: K decreasing times of the sampler's schedule, beginning at its last.
   """
   made = build.sampler(config)
 
@@ -146,13 +146,13 @@ def bound(
   seed: int,
   estimate: Callable[..., likelihood.Bound] | None = None,
 ) -> Callable[[Any, dict[str, jax.Array]], likelihood.Bound]:
-  """(params, batch) -> `likelihood.Bound` of the images of a batch.
+  """Returns (params, batch) -> `likelihood.Bound` of the images of a batch.
 
   Args:
-    config: the recipe.
-    seed: of times and noise.
-    estimate: (denoiser, keys, x0) -> the bound; by default
-      `likelihood.bound`, at as many times as the recipe says.
+    config: The recipe.
+    seed: Seed of the times and the noise.
+    estimate: (denoiser, keys, x0) -> the bound; by default `likelihood.bound`
+      at `evaluate.draws` times.
   """
   module, schedule = build.network(config), build.schedule(config)
   draws = config.evaluate.draws

@@ -232,9 +232,9 @@ def test_images_of_another_shape_are_refused(sent, trained, tmp_path):
 @pytest.mark.parametrize(
   ('flags', 'what'),
   [
-    (['--mode=compress'], 'name what to compress'),
+    (['--mode=compress'], 'set what to compress'),
     (['--mode=compress', '--images=no.png', '--output=a'], 'cannot be read'),
-    (['--mode=decompress'], 'name what to decompress'),
+    (['--mode=decompress'], 'set what to decompress'),
     (['--mode=decompress', '--input=no', '--output=a.npz'], 'No such file'),
     (['--mode=sample', '--images=a'], 'is for --mode=compress'),
     (['--mode=sample', '--bytes=3'], 'is for --mode=decompress'),

@@ -88,7 +88,7 @@ def test_both_rows_of_a_picture_are_of_the_same_times(spacing):
     (['--config.data.points=swissroll'], "did you mean 'swiss_roll'"),
     (['--config.data.image_size=8'], 'channels=2'),
     (['--config.model.name=unet'], 'unet is for images'),
-    (['--config.data.flip=true'], 'no left and right'),
+    (['--config.data.flip=true'], 'cannot be mirrored'),
   ],
 )
 def test_what_does_not_fit_is_refused(changes, message, tmp_path):

@@ -9,6 +9,7 @@ lines of the package, its longest function and its longest file.
 """
 
 import ast
+import functools
 import pathlib
 import sys
 import types
@@ -30,10 +31,15 @@ def called(work: Callable[[], object]) -> dict[types.CodeType, str]:
   """{code: file} of our functions that `work` calls."""
   found: dict[types.CodeType, str] = {}
 
+  @functools.cache
+  def ours(filename: str) -> str | None:
+    path = pathlib.Path(filename).resolve()
+    here = any(path.is_relative_to(x) for x in OURS)
+    return str(path.relative_to(ROOT)) if here else None
+
   def profile(frame: types.FrameType, event: str, _: object) -> None:
-    path = pathlib.Path(frame.f_code.co_filename).resolve()
-    if event == 'call' and any(path.is_relative_to(x) for x in OURS):
-      found[frame.f_code] = str(path.relative_to(ROOT))
+    if event == 'call' and (file := ours(frame.f_code.co_filename)):
+      found[frame.f_code] = file
 
   sys.setprofile(profile)
   try:
