@@ -570,7 +570,7 @@ def test_truncated_weights_are_noticed(tmp_path):
     ),
     (
       lambda t: t.update({'conv_in.bias': np.full(4, np.nan, np.float32)}),
-      'conv_in.bias holds values that are not finite',
+      'conv_in.bias has values that are not finite',
     ),
   ],
 )
