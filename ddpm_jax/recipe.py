@@ -4,6 +4,9 @@ import ast
 import contextlib
 import difflib
 import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import inspect
 import json
 import logging
@@ -11,7 +14,6 @@ import pathlib
 import runpy
 import sys
 import traceback
-import types
 from collections.abc import Collection
 from collections.abc import Iterator
 from typing import Any
@@ -23,17 +25,9 @@ from ddpm_jax import expand
 from ddpm_jax import ranges
 from ddpm_jax.storage import workdir
 
-# Beside this package in a checkout, in it where it was installed.
-CONFIGS = next(
-  (
-    path
-    for path in (
-      pathlib.Path(__file__).parent / 'configs',
-      pathlib.Path(__file__).parents[1] / 'configs',
-    )
-    if path.is_dir()
-  ),
-  pathlib.Path(__file__).parents[1] / 'configs',
+# In this package where it was installed, beside it in a checkout.
+CONFIGS = pathlib.Path(
+  next(iter(importlib.import_module('ddpm_jax.configs').__path__))
 )
 # Sections and keys that may change under a run that has begun: they say how
 # long, where and how it is watched, not what is learned.
@@ -215,24 +209,46 @@ def shipped(name: str) -> ConfigDict:
   return load(str(CONFIGS / f'{name}.py'))
 
 
+class _Finder(importlib.abc.MetaPathFinder):
+  """Finds `configs`: the user's own, and what it lacks in ours.
+
+  The user's is the folder of that name where they work. `configs.base` is
+  always ours, so that a recipe can begin with it wherever it lies.
+  """
+
+  def find_spec(
+    self, name: str, path: Any, target: Any = None
+  ) -> importlib.machinery.ModuleSpec | None:
+    if name == 'configs.base':
+      return importlib.util.spec_from_file_location(name, CONFIGS / 'base.py')
+    if name != 'configs':
+      return None
+    here = pathlib.Path.cwd()
+    spec = importlib.machinery.PathFinder.find_spec(name, [str(here)])
+    if spec is None:
+      spec = importlib.machinery.ModuleSpec(name, loader=None, is_package=True)
+    spec.submodule_search_locations = [str(here / 'configs'), str(CONFIGS)]
+    return spec
+
+
 @contextlib.contextmanager
 def _importing_configs() -> Iterator[None]:
-  """Lets a recipe say `from configs import base`, and get this program's.
+  """Lets a recipe say `from configs import base`; see `_Finder`.
 
-  A folder of the same name may be where a user works: its other files can be
-  imported too.
+  What was imported as `configs` before, such as another package's, is left as
+  it was.
   """
 
   def known() -> list[str]:
     return [x for x in sys.modules if x.partition('.')[0] == 'configs']
 
   others = {name: sys.modules.pop(name) for name in known()}
-  package = types.ModuleType('configs')
-  package.__path__ = [str(CONFIGS), str(pathlib.Path('configs').absolute())]
-  sys.modules['configs'] = package
+  finder = _Finder()
+  sys.meta_path.insert(0, finder)
   try:
     yield
   finally:
+    sys.meta_path.remove(finder)
     for name in known():
       del sys.modules[name]
     sys.modules.update(others)
@@ -362,8 +378,8 @@ def filled(config: ConfigDict, found: dict[str, int]) -> ConfigDict:
 
 def defaults() -> dict[str, Any]:
   """The flattened configs/base.py; {} where configs/ is not here."""
-  with contextlib.suppress(ImportError), _importing_configs():
-    base = importlib.import_module('configs.base')
+  with contextlib.suppress(ImportError):
+    base = importlib.import_module('ddpm_jax.configs.base')
     return flatten(base.get_config())
   return {}
 

@@ -6,11 +6,11 @@
 #     bash launch/jobset.sh --config=configs/cifar.py
 #
 # --dry-run as the first word prints the YAML. What else is given goes to
-# `python -m ddpm_jax.main` on all hosts. IMAGE holds this repository, installed,
-# and is where its commands start. CLAIM is a volume that can be written by many
-# (ReadWriteMany), with WORKDIR in it; WORKDIR=gs://BUCKET/NAME needs none, and an
-# IMAGE with gcsfs. When a host is taken away or fails, JobSet starts all of them
-# again, and the run goes on.
+# `python -m ddpm_jax.main` on all hosts. IMAGE is that of launch/cpu.Dockerfile,
+# built for TPUs, or another with this package. CLAIM is a volume that can be
+# written by many (ReadWriteMany), with WORKDIR in it; WORKDIR=gs://BUCKET/NAME
+# needs none, and an IMAGE with gcsfs. When a host is taken away or fails, JobSet
+# starts all of them again, and the run goes on.
 set -euo pipefail
 
 dry_run=
