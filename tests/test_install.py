@@ -94,7 +94,7 @@ def test_the_source_distribution_has_all_that_is_in_git(sdist):
   with tarfile.open(sdist) as file:
     names = {name.partition('/')[2] for name in file.getnames()}
   missing = {*kept()} - names
-  assert missing <= {'.gitignore', '.pre-commit-config.yaml'}, missing
+  assert missing <= {'.gitignore'}
 
 
 def test_a_wheel_has_every_module_every_recipe_and_the_license(wheel, metadata):
