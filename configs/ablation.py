@@ -13,8 +13,8 @@ score     see the table in README.md
 
 from ml_collections import ConfigDict
 
-from configs import digits
 from ddpm_jax import errors
+from ddpm_jax.configs import digits
 
 ROWS = {
   'mu_learned': ('mu', 'learned', 'vlb'),

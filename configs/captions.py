@@ -19,7 +19,7 @@ score     then a sample for the name of one of 40 emoji is nearest to that
 
 from ml_collections import ConfigDict
 
-from configs import folder
+from ddpm_jax.configs import folder
 
 
 def get_config() -> ConfigDict:

@@ -15,7 +15,7 @@ score     FID 3.17, IS 9.46, ≤ 3.75 bits/dim (published, EMA, 50,000 samples);
 
 from ml_collections import ConfigDict
 
-from configs import base
+from ddpm_jax.configs import base
 
 
 def get_config() -> ConfigDict:

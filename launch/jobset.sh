@@ -6,11 +6,11 @@
 #     bash launch/jobset.sh --config=configs/cifar.py
 #
 # --dry-run as the first argument prints the YAML. All other arguments are passed
-# to `python -m ddpm_jax.main` on all hosts. IMAGE contains this repository,
-# installed, and starts in its folder. CLAIM is a volume that all hosts can write
-# to (ReadWriteMany), and contains WORKDIR. WORKDIR=gs://BUCKET/NAME needs no
-# CLAIM, but gcsfs in IMAGE. When a host is preempted or fails, JobSet restarts
-# all of them, and the run resumes.
+# to `python -m ddpm_jax.main` on all hosts. IMAGE is that of launch/cpu.Dockerfile,
+# built for TPUs, or another with this package. CLAIM is a volume that all hosts
+# can write to (ReadWriteMany), and contains WORKDIR. WORKDIR=gs://BUCKET/NAME
+# needs no CLAIM, but gcsfs in IMAGE. When a host is preempted or fails, JobSet
+# restarts all of them, and the run resumes.
 set -euo pipefail
 
 dry_run=
