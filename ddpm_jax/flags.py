@@ -13,6 +13,7 @@ from typing import Any
 from typing import NamedTuple
 from typing import NoReturn
 
+import ddpm_jax
 from ddpm_jax import errors
 from ddpm_jax import expand
 from ddpm_jax import machine
@@ -130,6 +131,12 @@ def parser(mode: str | None = None) -> Parser:
 
 
 def _common(p: Parser) -> None:
+  p.add_argument(
+    '--version',
+    action='version',
+    version=f'ddpm_jax {ddpm_jax.__version__}',
+    help='print the version, and exit',
+  )
   p.add_argument(
     '--config',
     metavar='FILE',
@@ -252,10 +259,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _mode(words: list[str]) -> str | None:
-  """The mode that is named; None for help on all modes."""
+  """The mode that is named; None for help on all modes, and the version."""
   p = Parser(add_help=False, allow_abbrev=False)
   p.add_argument('--mode')
-  p.add_argument('--help', '-h', action='store_true')
+  p.add_argument('--help', '-h', '--version', action='store_true')
   known, _ = p.parse_known_args(words)
   return known.mode or (None if known.help else 'train')
 

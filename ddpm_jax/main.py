@@ -1,4 +1,4 @@
-"""The command line: `python -m ddpm_jax.main`."""
+"""The command line: `python -m ddpm_jax.main`, or `ddpm-jax`."""
 
 import argparse
 import logging
@@ -75,12 +75,19 @@ def config_of(args: argparse.Namespace, job: flags.Job) -> Any:
   return config
 
 
+def find_own_code() -> None:
+  """Lets the script `ddpm-jax` import from here, as `python -m` does."""
+  if not sys.flags.safe_path and '' not in sys.path:
+    sys.path.insert(0, '')
+
+
 def main() -> NoReturn:
   streams.secure()
   logging.basicConfig(format='%(message)s', level=logging.WARNING)
   code = 0
   try:
     machine.open_many_files()
+    find_own_code()
     try:
       run(sys.argv[1:])
     except SystemExit as e:  # of --help, or with --stopped_code

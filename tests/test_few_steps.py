@@ -29,7 +29,7 @@ from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import spacings
 from ddpm_jax.diffusion import variances
-from ddpm_jax.jobs import few_steps
+from ddpm_jax.study import few_steps
 
 T = 4096
 S = schedules.linear(T, 0.1 / T, 20 / T)
@@ -501,7 +501,7 @@ def test_the_ways_of_the_table_are_samplers_within_their_evaluations():
     recipe.override(config, {'model.variance': variance, 'loss.name': loss})
     found.append(set(few_steps.ways(config)))
     for way in few_steps.ways(config).values():
-      for n in few_steps.looks(way, 1000):
+      for n in few_steps.budgets(way, 1000):
         c = few_steps.changed(config, way, n)
         validate.check(c)
         assert n - 1 <= few_steps.evaluations(c) <= n
@@ -512,7 +512,7 @@ def test_the_ways_of_the_table_are_samplers_within_their_evaluations():
 
 @pytest.mark.parametrize(
   ('args', 'message'),
-  [(['--num_samples=3'], 'needs 10'), (['--output=x'], '--output')],
+  [(['--num_samples=3'], 'needs at least 10'), (['--output=x'], '--output')],
 )
 def test_mistakes_with_the_table_are_a_line(args, message, tiny_run):
   with pytest.raises(errors.UserError, match=message):

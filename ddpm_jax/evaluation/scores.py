@@ -1,4 +1,4 @@
-"""FID and its like, of samples of a run or of images made elsewhere."""
+"""FID and other scores of a run's samples, or of images from elsewhere."""
 
 import argparse
 import functools
@@ -20,7 +20,7 @@ from ddpm_jax.evaluation import record
 from ddpm_jax.evaluation import reference
 from ddpm_jax.metrics import fidelity
 from ddpm_jax.metrics import weights as weights_file
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.parallel import processes
 from ddpm_jax.storage import fingerprint
 from ddpm_jax.storage import logs
@@ -30,31 +30,32 @@ from ddpm_jax.storage import results
 
 
 def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
-  """Draws `--num_samples` images, and scores them, in one pass.
+  """Draws and scores `--num_samples` images.
 
-  Batches that are done stand in the workdir until all are: a run of this that
-  was killed goes on where it was. Writes `evaluation.json`, and images into
-  `--output` if it is named.
+  Finished batches are kept in the workdir until all are done, so that an
+  interrupted evaluation resumes. Writes `evaluation.json`, and the images to
+  `--output` if given.
 
   Raises:
-    UserError: for whatever is missing or does not fit, before any is drawn.
+    UserError: If something is missing or not valid, before anything is drawn.
   """
   count = args.num_samples
   trained = check(config, args, count)
   if args.output:
     outputs.prepare(args.output)
-  mesh = build.mesh(config, local=True)
+  engine = build.engine(config, local=True)
   seed = config.seed if args.seed is None else args.seed
-  cut = functools.partial(engines.cut_rows, mesh=mesh)
-  sampler = sampling.sampler(config, seed, cut=cut)
-  size, draw = runs.drawer(config, mesh, count, sampler)
+  shard = functools.partial(meshes.shard_rows, mesh=engine.mesh)
+  sampler = sampling.sampler(config, shard=shard)
+  size, draw = runs.drawer(config, engine, count, sampler)
   kind, step, params = runs.restore(
-    config, mesh, args.workdir, args.step, key=record.weights_key(config)
+    *(config, engine.mesh, args.workdir, args.step),
+    key=record.weights_key(config),
   )
   about = samples.description(config, args, kind, step, [])
   if args.output:
     outputs.check(args.output, count, about)
-  extract = features.extractor(config, mesh, trained.params, size)
+  extract = features.extractor(config, engine, trained.params, size)
   real, against = reference_of(config, args, extract, trained)
 
   made = {
@@ -77,7 +78,7 @@ def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
   folder = args.workdir / f'evaluation_parts_{digest:08x}'
 
   def batch(start: int, stop: int) -> np.ndarray:
-    return draw(params, start)[0][: stop - start]
+    return np.asarray(draw(params, seed, start).images[: stop - start])
 
   spans = features.spans(count, size)
   features.in_parts(folder, spans, batch, extract, bool(args.output))
@@ -102,24 +103,24 @@ def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
   paths.remove_tree(folder)
   print(record.table(entries) + record.best(entries, entry))
   print(record.details(entry))
-  logs.say(f'all of it            {args.workdir}/{record.NAME}')
+  logs.say(f'all results          {args.workdir}/{record.NAME}')
 
 
 def of_images(config: ConfigDict, args: argparse.Namespace) -> None:
-  """Scores the images of `--images`; writes JSON into `--output`, if named.
+  """Scores the images of `--images`; writes JSON to `--output` if given.
 
   Raises:
-    UserError: for whatever is missing or does not fit.
+    UserError: If something is missing or not valid.
   """
   if args.step is not None:
-    raise errors.UserError('--step is of a checkpoint, and --images has none')
+    raise errors.UserError('--images uses no checkpoint: leave --step out')
   source, shape = unresized.load(args.images, config.data.max_value)
   trained = check(config, args, len(source), shape)
   if args.output and args.output.suffix != '.json':
-    raise errors.UserError(f'--output={args.output}: scores go into a .json')
-  mesh = build.mesh(config, local=True)
+    raise errors.UserError(f'--output={args.output} must end in .json')
+  engine = build.engine(config, local=True)
   size = config.evaluate.batch_size
-  extract = features.extractor(config, mesh, trained.params, size)
+  extract = features.extractor(config, engine, trained.params, size)
   real, against = reference_of(config, args, extract, trained)
   logs.say(f'scoring {len(source)} images of {args.images}')
   kept = fidelity.chosen(len(source), config.evaluate.neighbours)
@@ -152,33 +153,33 @@ def check(
   count: int,
   shape: tuple[int, ...] = (),
 ) -> weights_file.Weights:
-  """Refuses what would come to light late; returns Inception's weights.
+  """Checks early what would fail late; returns Inception's weights.
 
   Args:
-    config: the recipe.
-    args: the flags.
-    count: how many images there will be.
-    shape: of one of them; by default that of the recipe.
+    config: The recipe.
+    args: The flags.
+    count: Number of images to score.
+    shape: (H, W, C), by default that of the recipe.
 
   Raises:
-    UserError: with the reason.
+    UserError: If the scores cannot be computed.
   """
-  features.features(config)  # an unknown resize
+  features.features(config)  # raises if evaluate.resize is unknown
   data = recipe.image_size(config)
   if not data:
-    raise errors.UserError('FID and the like are of images, not of points')
+    raise errors.UserError('FID needs images, and these data are points')
   H, W, C = shape or recipe.shape(config)
   if data != (H, W) and not args.reference:
     raise errors.UserError(
       f'the images are {H}x{W}, those of the recipe {data[0]}x{data[1]}: name '
-      'a --config of the data to compare with, or its --reference'
+      'the --config or the --reference of the data to compare with'
     )
   if count < 2:
-    raise errors.UserError('scores need 2 images, and say little below 10000')
+    raise errors.UserError('scores need 2 images, and mean little below 10000')
   if not args.inception:
     raise weights_file.missing()
   if C == 1:
-    logs.say('gray images: Inception sees them three times, as RGB')
+    logs.say('gray images: Inception receives them as RGB')
   return weights_file.load(args.inception)
 
 
@@ -188,7 +189,7 @@ def reference_of(
   extract: features.Extract,
   trained: weights_file.Weights,
 ) -> tuple[fidelity.Statistics, str]:
-  """The statistics to compare with, and what to call them."""
+  """Returns the statistics to compare with, and their title."""
   if args.reference:
     return reference.from_file(args.reference, config, trained.digest)
   return reference.from_data(config, args.workdir, extract, trained.digest)
