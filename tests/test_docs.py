@@ -40,9 +40,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 every_page = pytest.mark.parametrize('page', NAMES)
-# The functions of the Python API that pages use.
-API = all(hasattr(ddpm_jax, name) for name in ('load', 'train'))
-
 # A comment before a block of code says why it is not run; it is compiled.
 BLOCK = re.compile(r'(<!-- not run: .*? -->\n)?```(\w*)\n(.*?)```', re.S)
 EXTENSIONS = r'\.(png|json|jsonl|npz|npy|py|csv|md|sh|safetensors|bin|ckpt)$'
@@ -123,6 +120,11 @@ def check_command(words):
     case ['pip', 'install', *rest]:
       extras = re.findall(r'\.\[(.*?)\]', ' '.join(rest))
       assert set(extras) <= set(setup_cfg()['options.extras_require'])
+    case ['docker', 'build', *flags]:
+      files = [x.removeprefix('--file=') for x in flags if '--file=' in x]
+      assert all((ROOT / file).exists() for file in files)
+    case ['docker', 'run', *rest]:
+      check_ours(rest[rest.index('ddpm_jax') + 1 :])
     case ['mkdocs' | 'pre-commit', _]:
       pass
     case _:
@@ -176,7 +178,7 @@ def test_commands_are_of_flags_keys_and_recipes_that_exist(
 @functools.cache
 def all_flags():
   flags = {'--dry-run', '--processes'}  # of launch/
-  flags |= {'--cov', '--signal', '--pty'}  # of pytest and Slurm
+  flags |= {'--cov', '--signal', '--pty', '--build-arg'}  # of other programs
   for mode in command.modes():
     flags |= set(command.parser(mode)._option_string_actions)
   return flags
@@ -218,8 +220,6 @@ def test_files_and_names_in_the_text_exist(page):
       assert (ROOT / path).exists() or (ROOT / 'ddpm_jax' / path).exists(), code
     if re.fullmatch(r'ddpm_jax(\.\w+)+', code):
       module, _, name = code.rpartition('.')
-      if module == 'ddpm_jax' and not API:
-        continue
       try:
         importlib.import_module(code)
       except ImportError:
@@ -300,7 +300,9 @@ TINY = {
   'steps': 3,
   'batch_size': 16,
   'model': {'name': 'two_convolutions.network'},
+  'sampler': {'steps': 2},
   'log': {'every': 1},
+  'num_samples': 2,
 }
 LONG = {'2000': '20'}  # steps, and samples
 
@@ -328,11 +330,10 @@ PYTHON = [page for page in NAMES if blocks(page, 'python')]
 @pytest.mark.parametrize('page', PYTHON)
 def test_python_runs(page, here, monkeypatch):
   """The blocks of a page one after the other, with fewer steps."""
-  if API:
-    train = ddpm_jax.train
-    monkeypatch.setattr(
-      ddpm_jax, 'train', lambda *args, **keys: train(*args, **keys | TINY)
-    )
+  train = ddpm_jax.train
+  monkeypatch.setattr(
+    ddpm_jax, 'train', lambda *args, **keys: train(*args, **keys | TINY)
+  )
   run_python(page, LONG)
 
 
@@ -342,8 +343,6 @@ def run_python(page, changes):
     for old, new in changes.items():
       code = re.sub(rf'\b{old}\b', new, code)
     compiled = compile(code, page, 'exec')
-    if 'import ddpm_jax\n' in code and not API:
-      pytest.skip('ddpm_jax.load and train are to come')
     if is_run:
       exec(compiled, scope)
   return scope
