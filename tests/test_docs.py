@@ -416,6 +416,13 @@ ON_DIGITS = re.compile(
   r'--config=configs/(digits|digits_text|ablation)\b|'
   rf'--workdir=runs(/({"|".join(DIGITS)}))?$'
 )
+
+
+def mode_of(words):
+  named = [x.removeprefix('--mode=') for x in words if x.startswith('--mode=')]
+  return named[0] if named else 'train'
+
+
 WORKS = {
   page: found
   for page in NAMES
@@ -425,7 +432,7 @@ WORKS = {
       for words in commands(page)
       if (x := ours(words)) is not None
       and any(ON_DIGITS.match(word) for word in x)
-      and command.parse(x).mode in SMALL
+      and mode_of(x) in SMALL
       and '--inception' not in ' '.join(x)
     ]
   )
