@@ -138,7 +138,7 @@ def check_ours(words):
     config = recipe.resolve(args.config, None, args.changes)
     validate.unread(config, set(recipe.flatten(config)), args.changes)
   else:
-    check_keys(args.changes)
+    validate.unread(check_keys(args.changes), set(), {})
     wanted = (args.workdir, args.mode == 'train', getattr(args, 'input', None))
     assert any(wanted), words
 
@@ -147,6 +147,7 @@ def check_keys(changes):
   config = base.get_config()
   config.data.image_size = 8
   recipe.override(config, changes)
+  return config
 
 
 @pytest.fixture
