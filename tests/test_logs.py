@@ -149,7 +149,7 @@ def test_what_compiles_says_so_once(engine, capsys):
 
 
 def write(folder, start, steps, **values):
-  with logs.metrics(folder, logs.Board(None), start, 64) as log:
+  with logs.metrics(folder, logs.Board(), start, 64) as log:
     for step, seconds in steps:
       log.write(step, {'loss': 1 / step} | values, seconds)
 

@@ -27,6 +27,7 @@ from ddpm_jax import plots
 from ddpm_jax import recipe
 from ddpm_jax import run as runs
 from ddpm_jax import sampling
+from ddpm_jax import validate
 from ddpm_jax.data import pipeline
 from ddpm_jax.data import store
 from ddpm_jax.diffusion import likelihood
@@ -76,6 +77,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   if jax.process_count() > 1 and not args.workdir:
     raise errors.UserError('several processes need one --workdir: name it')
   # What may be refused comes first, then what takes long.
+  validate.wandb(config)
   mesh = build.mesh(config)
   build.train_step(recipe.provisional(config), engines.num_shards(mesh))
   new = not args.workdir
@@ -133,7 +135,7 @@ def train_in(
   warn_of_signal(config)
   runs.warn_before_training(config, folder)
 
-  with contextlib.ExitStack() as stack:
+  with contextlib.ExitStack() as logged, contextlib.ExitStack() as stack:
     stop_asked = stack.enter_context(stop.requests())
     checkpoints = checkpoint.open(
       folder / 'checkpoints',
@@ -144,6 +146,13 @@ def train_in(
     # All raise a RunError, and at the same step: what is under way is saved.
     stack.enter_context(processes.one_fails_all(errors.RunError))
     state = start(config, mesh, checkpoints, batches, args.allow)
+    board = logged.enter_context(
+      logs.boards(
+        *(folder, int(state.step)),
+        project=config.log.wandb,
+        config=recipe.to_json(config),
+      )
+    )
 
     def save(state: training.TrainState, step: int) -> None:
       state = engines.to_global(state, mesh)
@@ -160,12 +169,13 @@ def train_in(
     try:
       state = train(
         *(config, mesh, folder, step_fn, state),
-        *(batches, save, pictures, stop_asked),
+        *(batches, save, pictures, board, stop_asked),
       )
     except errors.Diverged as e:
       checkpoint.wait(checkpoints)  # What is being saved counts.
       raise diverged(str(e), folder) from None
-  finish(config, folder, state, pictures)
+    stack.close()  # A signal ends the drawing, and asks for no checkpoint.
+    finish(config, folder, state, pictures, board)
   return state
 
 
@@ -298,6 +308,7 @@ def train(
   batches: grain.DatasetIterator,
   save: Callable[[training.TrainState, int], None],
   pictures: Callable[[Any, str], None],
+  board: logs.Board,
   stop_asked: Callable[[int], bool],
 ) -> training.TrainState:
   """The loop: until `config.steps` or until a stop is asked for; it saves."""
@@ -314,7 +325,6 @@ def train(
   rates = np.asarray(jax.vmap(build.learning_rate(config))(written - 1))
 
   with (
-    logs.tensorboard(folder, step) as board,
     logs.metrics(folder, board, step, config.batch_size) as log,
     logs.Progress('training', config.steps, 'steps', initial=step) as bar,
   ):
@@ -458,6 +468,7 @@ def finish(
   folder: pathlib.Path,
   state: training.TrainState,
   pictures: Callable[[Any, str], None],
+  board: logs.Board,
 ) -> None:
   """Draws the pictures of a finished run, and says where all is."""
   step, again = int(state.step), shlex.quote(str(folder))
@@ -473,8 +484,7 @@ def finish(
   pictures(runs.chosen(config, state), '')
   if not processes.is_primary():
     return
-  with logs.tensorboard(folder, step) as board:
-    board.pictures(step, drawn(folder, ''))
+  board.pictures(step, drawn(folder, ''))
   steps, losses = logs.curve(folder, 'loss')
   plots.save_curve(folder / 'loss.png', steps, losses, 'step', 'loss')
   logs.say(f'samples              {folder}/samples.png')
