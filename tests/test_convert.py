@@ -681,7 +681,7 @@ def test_a_model_with_classes_becomes_a_run_and_is_itself_again(
     f'--config.condition.classes={classes}',
   )
   assert recipe.resolve(None, run, {}).condition.drop == drop
-  told = 'guidance is not for it'
+  told = 'guidance cannot be used'
   assert (told in capfd.readouterr().err) == (drop == 0)
   convert(f'--workdir={run}', f'--output={again}')
   a, b = (
@@ -715,8 +715,8 @@ def test_flags_that_do_not_go_together_are_told(tmp_path, converted):
     ([f'--input={model}'], 'convert takes'),
     (['--output=x'], 'convert takes'),
     ([f'--input={model}', f'--workdir={run}', '--output=x'], 'convert takes'),
-    ([f'--input={model}', f'--output={run}'], 'is there already'),
-    ([f'--workdir={run}', f'--output={run}'], 'is there already'),
+    ([f'--input={model}', f'--output={run}'], 'exists already'),
+    ([f'--workdir={run}', f'--output={run}'], 'exists already'),
     ([f'--workdir={tmp_path}/no', '--output=x'], 'no run in'),
     (
       [f'--input={model}', '--output=x', '--config.model.channels=8'],
@@ -724,7 +724,7 @@ def test_flags_that_do_not_go_together_are_told(tmp_path, converted):
     ),
     (
       [f'--input={model}/{files.SAFE[0]}', '--output=x'],
-      'says nothing of its recipe',
+      'holds no recipe',
     ),
     (
       [
