@@ -265,7 +265,7 @@ def _start_wandb(
   if run.offline:
     where = pathlib.Path(run.dir).parent
     say(f'W&B                  offline; to upload: wandb sync {where}')
-  else:
+  elif run.url:
     say(f'W&B                  {run.url}')
   return run
 
