@@ -3,11 +3,11 @@
   python -m ddpm_jax.main --config=configs/ablation.py:eps_simple
 
 eps_simple is the paper's choice; the others are eps_fixed, eps_learned,
-mu_simple, mu_fixed and mu_learned: what is predicted, and then L_simple, or the
-true bound L with a fixed or a learned variance.
+mu_simple, mu_fixed and mu_learned. The first word is what is predicted; the
+second is L_simple, or the true bound L with a fixed or a learned variance.
 
 hardware  2 CPU cores (measured)
-hours     3 minutes a row (measured)
+hours     3 minutes per row (measured)
 score     see the table in README.md
 """
 

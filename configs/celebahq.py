@@ -6,7 +6,7 @@
 FOLDER holds the 30,000 images, in any format and size of at least 256 pixels.
 
 hardware  the paper: a TPU v3-8; ours: not measured
-hours     the paper: 63 (0.5M steps at 2.2 a second); ours: not measured
+hours     the paper: 63 (0.5M steps at 2.2 per second); ours: not measured
 score     the paper prints samples only; ours: not measured
 """
 

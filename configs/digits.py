@@ -5,7 +5,7 @@
 The data are the 1,797 digits that scikit-learn ships.
 
 hardware  2 CPU cores (measured)
-hours     3 minutes, with compilation and pictures (measured)
+hours     3 minutes, with compilation and sample images (measured)
 score     a classifier of real digits (98% right) is more than 90% sure of 85%
           of 256 samples, and of 92% of real digits (measured)
 """

@@ -2,9 +2,10 @@
 
   python -m ddpm_jax.main --config=configs/folder.py --config.data.path=FOLDER
 
-They are cut square and made 64x64; --config.data.image_size=128 makes them
-larger (a multiple of 8). One GPU or more; on two CPU cores a step takes seconds
-(make it smaller: --config.model.channels=32 --config.data.image_size=32).
+They are cropped to squares and resized to 64x64; --config.data.image_size=128
+makes them larger (a multiple of 8). For one GPU or more; on two CPU cores a
+step takes seconds (less with --config.model.channels=32
+--config.data.image_size=32).
 
 hardware, hours and score: not measured; they depend on the images
 """

@@ -4,15 +4,16 @@
       --config.data.path=FOLDER
 
 FOLDER holds the images of one category, exported from LSUN's LMDB as files of
-any format; the shorter side is made 256 pixels, and the middle is cut out.
+any format; the shorter side is resized to 256 pixels, and the centre is
+cropped.
 
-bedroom_large is the paper's larger network. Of that it says "approximately 256
-million parameters by increasing filter count"; 192 for 128 filters make
+bedroom_large is the paper's larger network, with "approximately 256 million
+parameters by increasing filter count"; 192 filters instead of 128 give
 255,677,955.
 
 hardware  the paper: a TPU v3-8; ours: not measured
 hours     bedroom 303, church 152, cat 227 (2.4M, 1.2M, 1.8M steps at the
-          paper's 2.2 a second); bedroom_large: not published (1.15M steps);
+          paper's 2.2 per second); bedroom_large: not published (1.15M steps);
           ours: not measured
 score     FID: bedroom 6.36, bedroom_large 4.90, church 7.89, cat 19.75
           (published); ours: not measured

@@ -1,12 +1,12 @@
-"""Points of the plane: a swiss roll, two moons or eight Gaussians.
+"""Points in the plane: a swiss roll, two moons or eight Gaussians.
 
   python -m ddpm_jax.main --config=configs/swiss_roll.py
   python -m ddpm_jax.main --config=configs/swiss_roll.py:two_moons
 
 hardware  2 CPU cores (measured)
-hours     40 seconds, with compilation and pictures (measured)
-score     energy distance to the data 0.0013, p = 0.6: not told apart from
-          them by 2,000 points (measured)
+hours     40 seconds, with compilation and plots (measured)
+score     energy distance to the data 0.0013, p = 0.6: not distinguishable from
+          the data with 2,000 points (measured)
 """
 
 from ml_collections import ConfigDict

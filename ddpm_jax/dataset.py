@@ -1,4 +1,4 @@
-"""From a recipe to data: the source, and the condition of each example."""
+"""The data set of a recipe, and the condition of each of its examples."""
 
 import hashlib
 import logging
@@ -27,16 +27,16 @@ from ddpm_jax.storage import workdir
 def source(
   config: ConfigDict, split: str = '', folder: pathlib.Path | None = None
 ) -> store.Source:
-  """The data set, or another split of it; see `data/sources.py`.
+  """Returns the data set of a recipe; see `data/sources.py`.
 
   Args:
-    config: the recipe.
-    split: '': that of the recipe.
-    folder: of the run whose order of classes it takes over.
+    config: The recipe.
+    split: The split to read; '' for that of the recipe.
+    folder: The workdir of a run whose order of classes is kept, or None.
 
   Raises:
-    UserError: the data are missing or do not fit, or have no splits and one is
-      named.
+    UserError: If the data are missing or do not fit, or a split is set for data
+      without splits.
   """
   paths.of_key('data.path', config.data.get('path') or '.', paths.local)
   function = build.member(sources, config.data.name, 'data set')
@@ -53,7 +53,7 @@ def source(
     and build.reads(function, 'class_order')
     and workdir.keeps_no_classes(folder)
   ):
-    data |= {'class_order': str}  # that of runs which saved no names
+    data |= {'class_order': str}  # as in runs without a classes.json
   made = build.call(function, data, of='data')
   if folder and checkpoint.steps(folder / 'checkpoints'):
     made = _as_saved(config, made, folder)
@@ -61,22 +61,22 @@ def source(
 
 
 def _with_condition(config: ConfigDict, source: store.Source) -> store.Source:
-  """The source, with the texts of a condition if it is of texts.
+  """Returns the source, with encoded texts if the recipe's condition is text.
 
   Raises:
-    UserError: if it has no such labels or captions.
+    UserError: If the data lack the labels or captions of the condition.
   """
   c, data = config.condition, config.data
   kind = recipe.condition_kind(config)
   if kind == 'label' and not source.class_names:
     raise errors.UserError(
-      f'the data set {data.name} has no classes here, and '
-      'config.condition.name=label needs them'
+      f'the data set {data.name} has no classes here, which '
+      'config.condition.name=label needs'
     )
   if kind == 'label' and c.classes not in (0, len(source.class_names)):
     raise errors.UserError(
-      f'the data have {len(source.class_names)} classes: set '
-      f'config.condition.classes to that, not {c.classes}, or leave it out'
+      f'the data have {len(source.class_names)} classes, not '
+      f'config.condition.classes={c.classes}: set that number, or leave it out'
     )
   if kind != 'text':
     return source
@@ -96,22 +96,22 @@ def _with_condition(config: ConfigDict, source: store.Source) -> store.Source:
   if not source.captions:
     raise errors.UserError(
       f'config.condition.name={c.name} needs captions: set '
-      'config.data.captions=classes, or file for a folder that has them, or to '
-      'a feature of texts of a TFDS set'
+      'config.data.captions to classes, to file (for a folder with a captions '
+      'file), or to a text feature of a TFDS data set'
     )
   return captions.attach(source, source.captions, 'id', encoded)
 
 
 def encode(config: ConfigDict, texts: Sequence[str]) -> Any:
-  """Texts as arrays with a row each, as the encoder of the recipe takes them.
+  """Returns texts as arrays, one row per text, for the recipe's encoder.
 
   Raises:
-    UserError: for a text that is too long, or an encoder that is not there.
+    UserError: If a text is too long, or the encoder is not installed.
   """
   c = config.condition
   if c.name != 'minilm':
     return captions.tokens(texts, c.length)
-  # What a frozen encoder says never changes.
+  # The encoder is frozen, so its output can be cached.
   identity = repr((c.name, c.length, *texts)).encode()
   cache = workdir.cache()
   if cache is None:
@@ -125,9 +125,9 @@ def encode(config: ConfigDict, texts: Sequence[str]) -> Any:
 
 
 def changed_data(now: contents.Contents, folder: pathlib.Path) -> str:
-  """How the data differ from those that the run was begun with; or ''.
+  """Describes how the data differ from those the run began with; '' if not.
 
-  Runs of earlier versions did not keep what theirs were.
+  It is '' too for runs of earlier versions, which did not save data.npz.
   """
   saved = workdir.read_data(folder)
   if saved is None:
@@ -138,7 +138,7 @@ def changed_data(now: contents.Contents, folder: pathlib.Path) -> str:
 def _as_saved(
   config: ConfigDict, made: store.Source, folder: pathlib.Path
 ) -> store.Source:
-  """The source with its classes in the order that the run has saved."""
+  """Returns the source with its classes in the order saved with the run."""
   names = workdir.read_classes(folder)
   if names is None or names == made.class_names:
     return made
@@ -154,21 +154,21 @@ def _as_saved(
 def other_classes(
   here: Sequence[str], saved: Sequence[str], folder: pathlib.Path
 ) -> errors.UserError:
-  """The error for data whose classes are not those of the run."""
+  """Returns the error for data whose classes are not those of the run."""
   new = [f'{name!r} is new' for name in here if name not in saved]
   gone = [f'{name!r} is missing' for name in saved if name not in here]
   return errors.UserError(
     f'the classes of the data are not those of {folder}/classes.json '
-    f'({", ".join([*new[:2], *gone[:2]])}): give it the data that it was begun '
-    'with, or name another --workdir'
+    f'({", ".join([*new[:2], *gone[:2]])}): use the data that the run was '
+    'begun with, or choose another --workdir'
   )
 
 
 def split_to_evaluate(config: ConfigDict) -> str:
-  """The name of the split to evaluate on; 'all' for data without splits.
+  """Returns the split to evaluate on; 'all' for data without splits.
 
   Raises:
-    UserError: the data have no splits, and one is named.
+    UserError: If a split is set for data without splits.
   """
   function = build.member(sources, config.data.name, 'data set')
   if build.reads(function, 'split'):
@@ -180,9 +180,9 @@ def split_to_evaluate(config: ConfigDict) -> str:
 def source_to_evaluate(
   config: ConfigDict, folder: pathlib.Path | None = None
 ) -> tuple[store.Source, str]:
-  """The images to evaluate on, and the name of their split; see `source`.
+  """Returns (source, split), the data to evaluate on; see `source`.
 
-  Warns if they are the training data, and those have changed.
+  Warns if they are the training data and have changed since training.
   """
   name = split_to_evaluate(config)
   found = source(config, config.evaluate.split, folder)
@@ -192,7 +192,7 @@ def source_to_evaluate(
 
 
 def warn_of_data(source: store.Source, folder: pathlib.Path) -> None:
-  """Warns if the data are not those that the run was begun with."""
+  """Warns if the data are not those that the run began with."""
   if differ := changed_data(source.held(), folder):
     logging.warning(
       'the data are not those that %s was trained on: %s', folder, differ
@@ -210,7 +210,7 @@ def _refuse_split(
 
 
 def settled(config: ConfigDict, source: store.Source) -> ConfigDict:
-  """The recipe with what it leaves to the data; see `recipe.FROM_DATA`."""
+  """Returns the recipe with `recipe.FROM_DATA` set from the data."""
   found = {'data.max_value': source.max_value}
   if recipe.condition_kind(config) == 'label':
     found['condition.classes'] = len(source.class_names)
@@ -218,28 +218,76 @@ def settled(config: ConfigDict, source: store.Source) -> ConfigDict:
 
 
 def reads_classes(config: ConfigDict) -> bool:
-  """Whether the network is told the classes of the data, or texts of them."""
+  """Whether the condition is the class, or a text made from its name."""
   kind = recipe.condition_kind(config)
   return kind == 'label' or (bool(kind) and config.data.captions == 'classes')
 
 
 def of_data(config: ConfigDict, source: store.Source, count: int) -> Any:
-  """Texts of `count` examples, one after another; None for other conditions."""
+  """Returns the encoded texts of the first `count` examples, or None.
+
+  The data are repeated if they are fewer. None if the condition is not text.
+  """
   if recipe.condition_kind(config) != 'text':
     return None
   batch = source.gather(np.arange(count, dtype=np.int32) % len(source))
   return build.condition(config, {'text': batch['text']})
 
 
+def conditions(
+  config: ConfigDict,
+  prompts: Sequence[str],
+  labels: Sequence[str],
+  *,
+  folder: pathlib.Path | None,
+) -> Any:
+  """Returns prompts or labels as arrays, one row each; None without either.
+
+  Args:
+    config: The recipe.
+    prompts: Texts, for a model of texts.
+    labels: Names or numbers of classes, for a model of classes.
+    folder: The workdir, which holds the names of the classes.
+
+  Raises:
+    UserError: If the model has no such condition, or no such class, or needs
+      a prompt and none is given.
+  """
+  kind = config.condition.name
+  if labels and kind != 'label':
+    raise errors.UserError(
+      '--label is for models of config.condition.name=label'
+    )
+  if prompts and kind in ('', 'label'):
+    raise errors.UserError(
+      '--prompt is for models of config.condition.name=text'
+    )
+  if labels:
+    saved = (folder and workdir.read_classes(folder)) or ()
+    numbers = [class_number(config, x, saved) for x in labels]
+    return np.array(numbers, np.int32)
+  if prompts:
+    return encode(config, prompts)
+  if kind not in ('', 'label') and config.condition.drop == 0:
+    raise errors.UserError(
+      'set --prompt: with config.condition.drop=0 the network was never '
+      'trained without a text'
+    )
+  return None
+
+
 def class_number(
   config: ConfigDict, name: str, saved: Sequence[str] = ()
 ) -> int:
-  """Of a class by its name, or else by its number.
+  """Returns the number of a class.
 
-  Its name is in `config.data.names` or among those `saved` with the run.
+  Args:
+    config: The recipe.
+    name: A name of `config.data.names` or of `saved`, or else the number.
+    saved: The names that were saved with the run.
 
   Raises:
-    UserError: if there is none.
+    UserError: If there is no such class.
   """
   classes = config.condition.classes
   for names in (list(config.data.names)[:classes], list(saved)):
@@ -256,13 +304,13 @@ def class_number(
 def class_title(
   config: ConfigDict, number: int, saved: Sequence[str] = ()
 ) -> str:
-  """What to call a class: its name if it is known, or else its number."""
+  """Returns the name of a class if it is known, or else its number."""
   names = config.data.names or saved
   return names[number] if number < len(names) else str(number)
 
 
 def listed(names: Sequence[str]) -> str:
-  """'0 cat, 1 dog, ...', cut to fit a line."""
+  """Returns '0 cat, 1 dog, ...', shortened to fit a line."""
   if list(names) == [str(i) for i in range(len(names))]:
     return f'0 to {len(names) - 1}'
   every = ', '.join(f'{i} {name}' for i, name in enumerate(names))

@@ -1,4 +1,4 @@
-"""What a user can mend, and the words that help to mend it."""
+"""Errors that are printed in one line, and helpers to write their messages."""
 
 import difflib
 import errno
@@ -10,19 +10,19 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
 
-SHORT = 12  # names that are listed in full
+SHORT = 12  # The longest list of names that is printed in full.
 
 
 class UserError(ValueError):
-  """A mistake that the user can mend: `main` prints it in one line, exits 2.
+  """A mistake that the user can correct.
 
-  Raise it with what was wrong and what to do. Anything else that is raised is
-  our own fault, and keeps its traceback.
+  The message says what was wrong and what to do. `main` prints it in one line
+  and exits with 2. Errors of other types are bugs and print a traceback.
   """
 
 
 def short(value: Any, limit: int = 80) -> str:
-  """A value in a message: text as it is, on one line, and not at length."""
+  """Returns a value on one line for a message, cut after `limit` characters."""
   try:
     text = value if isinstance(value, str) else repr(value)
   except (ValueError, RecursionError):  # 10**5000; lists within lists
@@ -34,10 +34,10 @@ def short(value: Any, limit: int = 80) -> str:
 def unknown(
   kind: str, name: str, known: Iterable[str], *, others: str = ''
 ) -> UserError:
-  """The error for a name that is not one of `known`, naming the nearest.
+  """Returns the error for a name that is not one of `known`.
 
-  A short list is given in full. Of a long one the nearest three are named, and
-  `others` says where the rest are listed.
+  The message lists all known names if they are few, and else the three nearest;
+  `others` then says where the rest are listed.
   """
   known, name = sorted(known), short(name)
   close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -51,15 +51,15 @@ def unknown(
 
 
 def find_optional(name: str, *, what: str, install: str) -> pathlib.Path:
-  """The file of an optional package, which is not imported.
+  """Returns the file of an optional package, without importing it.
 
   Args:
-    name: of its module, such as 'tokenizers'.
-    what: needs it, to begin the message with.
-    install: the command that installs it.
+    name: The name of its module, such as 'tokenizers'.
+    what: What needs it: the start of the message.
+    install: The command that installs it.
 
   Raises:
-    UserError: if it is not installed.
+    UserError: If it is not installed.
   """
   spec = importlib.util.find_spec(name)
   if spec is None or spec.origin is None:
@@ -68,10 +68,10 @@ def find_optional(name: str, *, what: str, install: str) -> pathlib.Path:
 
 
 def optional(name: str, *, what: str, install: str) -> Any:
-  """The module of an optional package, imported; see `find_optional`.
+  """Imports and returns an optional package; see `find_optional`.
 
   Raises:
-    UserError: if it is not installed, or is and cannot be imported.
+    UserError: If it is not installed or cannot be imported.
   """
   find_optional(name, what=what, install=install)
   try:
@@ -85,9 +85,9 @@ def optional(name: str, *, what: str, install: str) -> Any:
 
 
 class RunError(RuntimeError):
-  """A run that cannot go on, such as one whose loss is not a number.
+  """A run that cannot continue, for example because its storage fails.
 
-  `main` prints it in one line and exits with 1.
+  `main` prints the message in one line and exits with 1.
   """
 
 
@@ -99,10 +99,10 @@ class Diverged(RunError):
 
 
 def finite(values: Mapping[str, Any], what: str) -> Mapping[str, Any]:
-  """`values` as they are.
+  """Returns `values` if all of them are finite.
 
   Raises:
-    RunError: naming the first number that is not finite.
+    RunError: With the first number that is not finite.
   """
   for name, value in values.items():
     if isinstance(value, float) and not math.isfinite(value):
@@ -111,18 +111,18 @@ def finite(values: Mapping[str, Any], what: str) -> Mapping[str, Any]:
 
 
 def expected(error: BaseException) -> bool:
-  """Whether it needs no traceback."""
+  """Whether the error is printed without a traceback."""
   known = UserError, RunError, KeyboardInterrupt
   return isinstance(error, known) or _no_room(error)
 
 
 def verdict(error: BaseException) -> tuple[int, str]:
-  """The exit code, and the line to print. 2: to try again would not help."""
+  """Returns the exit code and the line to print. 2: a retry would not help."""
   if isinstance(error, UserError):
     return 2, f'error: {error}'
   if isinstance(error, OSError) and _no_room(error):
     where = f' ({error.filename})' if error.filename else ''
-    return 2, f'error: {error.strerror}{where}: make room, and go on'
+    return 2, f'error: {error.strerror}{where}: free some space, then resume'
   if isinstance(error, Diverged):
     return 2, f'stopped: {error}'
   if isinstance(error, RunError):

@@ -1,6 +1,6 @@
-"""Paths as people write them: ~/run, $HOME/run.
+"""Expands ~ and environment variables in paths: ~/run, $HOME/run.
 
-A shell expands neither in `--workdir=~/run`, nor anything in a file.
+A shell does not expand the ~ of `--workdir=~/run`, nor paths in a file.
 """
 
 import errno
@@ -11,12 +11,12 @@ from ddpm_jax import errors
 
 
 def expanded(text: str) -> str:
-  """A path with ~, ~USER, $NAME and ${NAME} replaced.
+  """Returns a path with ~, ~USER, $NAME and ${NAME} replaced.
 
-  What is there by the very name is left as it is.
+  A path that exists as it is written is not changed, unless it begins with ~.
 
   Raises:
-    UserError: if there is no such home or variable, or it cannot be a path.
+    UserError: If there is no such home or variable, or it cannot be a path.
   """
   try:
     os.lstat(text)
@@ -31,11 +31,11 @@ def expanded(text: str) -> str:
   if path.startswith('~') and not os.path.lexists(path):
     user = path.partition('/')[0]
     raise errors.UserError(
-      f'{text}: {user} is not known here: name the folder in full'
+      f'{text}: {user} is not known here: write the path in full'
     )
   unset = re.search(r'\$(\w*[a-zA-Z_]\w*|\{\w+\})', path)
   if unset:
     raise errors.UserError(
-      f'{text}: {unset[0]} is not set: name the path in full'
+      f'{text}: {unset[0]} is not set: write the path in full'
     )
   return path

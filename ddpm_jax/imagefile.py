@@ -1,6 +1,6 @@
-"""Image files, opened safely: known formats, of bounded size.
+"""Opens image files safely: only known formats, and of bounded size.
 
-Every image file that is read goes through `opened`.
+All code that reads image files uses `opened`.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from PIL import features
 
 from ddpm_jax import regular
 
-# Without this list Pillow tries all that it knows, EPS among them, for which
-# it starts Ghostscript. It can be built without the last two.
+# Without this list Pillow tries all formats that it knows, such as EPS, for
+# which it starts Ghostscript. Some builds of Pillow lack the last two.
 FORMATS = (
   *('PNG', 'JPEG', 'BMP', 'GIF', 'TIFF', 'PPM'),
   *(name for name in ('WEBP', 'AVIF') if features.check(name.lower())),
@@ -30,24 +30,24 @@ SUFFIXES = (
   *(('.avif',) if 'AVIF' in FORMATS else ()),
 )
 
-# Of one image, and of all that are decoded at a time: 8 to 16 bytes a pixel,
-# so that a process takes 2 GB for them at most.
+# The limit for one image, and for all that are decoded at a time. A pixel takes
+# 8 to 16 bytes, so a process uses at most 2 GB for them.
 MAX_PIXELS = 2**27
-MAX_SIDE = 2**16 - 1  # JPEG's own
+MAX_SIDE = 2**16 - 1  # the limit of JPEG
 MAX_BYTES = 2**30  # of a file
-# Some formats are read whole when they are opened. A file of more bytes than
-# this has the process for itself.
+# Some formats are read as a whole when they are opened. While a file of more
+# bytes than this is open, no other image is.
 LARGE = 2**24
 
 # Pillow checks the size too, in more places. Between its limit and twice that
-# it only warns: `opened` refuses. It also warns of damaged EXIF, which a good
-# photo may have.
+# it only warns, but `opened` refuses. It also warns of damaged EXIF data, which
+# do not matter here.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.filterwarnings('ignore', module=r'PIL\.')
 
 
 class _Budget:
-  """Pixels that threads share: one waits until there are enough left."""
+  """Pixels that threads share: `take` waits until enough are left."""
 
   def __init__(self, pixels: int) -> None:
     self._left = pixels
@@ -73,14 +73,14 @@ _in_flight = _Budget(MAX_PIXELS)
 def opened(
   source: str | os.PathLike | BinaryIO,
 ) -> Iterator[ImageFile.ImageFile]:
-  """An image whose header has been read, and whose pixels have not.
+  """Opens an image: reads its header, but not its pixels.
 
-  Leave it before the next is opened: its pixels count until then, and other
-  threads wait for them.
+  Open one image at a time in a thread: until the context is left, its pixels
+  count towards the limit, for which other threads wait.
 
   Raises:
-    ValueError: it is not a regular file, or is too large.
-    Exception: Pillow's are of many types.
+    ValueError: If it is not a regular file, or is too large.
+    Exception: Pillow raises errors of many types.
   """
   with contextlib.ExitStack() as stack:
     file = source
@@ -98,7 +98,7 @@ def opened(
     except UnidentifiedImageError:
       raise ValueError(f'it is none of {", ".join(FORMATS)}') from None
     _check_size(*stack.enter_context(image).size)
-    if image.format == 'TIFF':  # A tile is decoded whole, and may be larger.
+    if image.format == 'TIFF':  # A tile may be larger than the image.
       tags = image.tag_v2  # type: ignore[attr-defined]
       _check_size(tags.get(322, 1), tags.get(323, 1))
     if size <= LARGE:
@@ -116,15 +116,16 @@ def _check_size(width: int, height: int) -> None:
 
 _PNG = b'\x89PNG\r\n\x1a\n'
 _TEXT = (b'tEXt', b'zTXt', b'iTXt', b'iCCP')
-# Those that may say how the image is to be held.
+# Chunks that may hold the orientation of the image.
 _ORIENTED = (b'Raw profile type exif\0', b'XML:com.adobe.xmp\0')
-_MOST_TEXT = 2**20  # bytes
+_MAX_TEXT = 2**20  # bytes
 
 
 def _without_text(file: BinaryIO) -> BinaryIO:
-  """A PNG without its texts and its colour profile; other files as they are.
+  """Returns a PNG without its texts and colour profile; other files unchanged.
 
-  Pillow refuses an image for texts above its limits, and the pixels need none.
+  Pillow refuses an image whose texts exceed its limits. Pixels do not need
+  them.
   """
   if file.read(len(_PNG)) != _PNG:
     return file
@@ -132,7 +133,7 @@ def _without_text(file: BinaryIO) -> BinaryIO:
   start, whole = len(_PNG), True
   while len(head := file.read(8 + 32)) >= 8:
     size, kind = 12 + int.from_bytes(head[:4], 'big'), head[4:8]
-    wanted = size <= _MOST_TEXT and head[8:].startswith(_ORIENTED)
+    wanted = size <= _MAX_TEXT and head[8:].startswith(_ORIENTED)
     if kind in _TEXT and not wanted:
       whole = False
     else:

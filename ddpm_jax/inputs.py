@@ -1,4 +1,4 @@
-"""Images that a flag names, resized to those of a model."""
+"""Reads the images that a flag names, and resizes them for a model."""
 
 import collections
 import pathlib
@@ -22,7 +22,7 @@ from ddpm_jax.storage import logs
 def opened(flag: str, path: pathlib.Path) -> Image.Image:
   try:
     return decode.upright(str(path))
-  except Exception as e:  # Pillow raises whatever it likes.
+  except Exception as e:  # Pillow raises errors of many types.
     reason = ' '.join(str(e).split())
     raise errors.UserError(
       f'--{flag}={path} cannot be read as an image ({reason})'
@@ -55,13 +55,16 @@ def written(image: Image.Image) -> str:
 
 
 def read(path: pathlib.Path, config: ConfigDict) -> np.ndarray:
-  """The images of a file, a folder or an array, as the model takes them.
+  """Returns the images of a file, a folder or an array, sized for the model.
+
+  Returns:
+    uint8 (N, H, W, C).
 
   Raises:
-    UserError: if there are none, or one cannot be read.
+    UserError: If there are none, or one cannot be read.
   """
   if not recipe.image_size(config):
-    raise errors.UserError('the codec is of images, and this run is of points')
+    raise errors.UserError('the codec needs images, and this run is of points')
   H, W, C = recipe.shape(config)
   shape = H, W, C
   options: dict[str, Any] = {'image_size': (H, W), 'channels': C}
@@ -83,7 +86,7 @@ def read(path: pathlib.Path, config: ConfigDict) -> np.ndarray:
 
 
 def size_of(path: pathlib.Path) -> tuple[int, int]:
-  """(width, height) of an upright image file, which is not decoded."""
+  """Returns (width, height) of an image file, without decoding its pixels."""
   height, width, _ = decode.shape_of(str(path))
   return width, height
 
@@ -91,13 +94,13 @@ def size_of(path: pathlib.Path) -> tuple[int, int]:
 def say_sizes(
   path: pathlib.Path, sizes: list[tuple[int, int]], shape: decode.Shape
 ) -> None:
-  """Says how many images of what sizes are resized, if any are."""
+  """Logs how many images of which sizes are resized, if any are."""
   height, width, _ = shape
   others = collections.Counter(x for x in sizes if x != (width, height))
   shown = others.most_common(3 if len(others) > 4 else 4)
-  told = [f'{n} of {w}x{h}' for (w, h), n in shown]
+  parts = [f'{n} of {w}x{h}' for (w, h), n in shown]
   if len(others) > len(shown):
     more = others.total() - sum(n for _, n in shown)
-    told.append(f'{more} of {len(others) - len(shown)} other sizes')
-  if told:
-    say_resized(f'of the images of {path}, {", ".join(told)}', shape)
+    parts.append(f'{more} of {len(others) - len(shown)} other sizes')
+  if parts:
+    say_resized(f'of the images of {path}, {", ".join(parts)}', shape)

@@ -1,6 +1,6 @@
-"""JSON that others may have written: read within bounds, refused in one line.
+"""Reads JSON that others may have written, with limits on size and depth.
 
-Every file of JSON that the program reads comes through here.
+All code that reads JSON files uses this module.
 """
 
 import json
@@ -9,19 +9,19 @@ from typing import Any
 
 from ddpm_jax import errors
 
-# Bytes. The largest that is ours says what a run's checkpoint holds: some
-# hundred KB.
+# Bytes. The largest file of this program, the list of arrays in a checkpoint,
+# has some hundred KB.
 LIMIT = 64 * 2**20
-DEPTH = 50  # of lists and objects in one another; ours have 6
+DEPTH = 50  # of nested lists and objects; files of this program have 6
 
 
 def read(path: pathlib.Path, *, limit: int = LIMIT) -> Any:
-  """What a file of JSON holds.
+  """Returns the value of a JSON file.
 
   Raises:
-    UserError: it is no JSON, larger than `limit` bytes, or too deep. The
-      message begins with the path, and says what is wrong.
-    OSError: it cannot be read.
+    UserError: If it is not JSON, larger than `limit` bytes, or nested too
+      deeply. The message begins with the path.
+    OSError: If it cannot be read.
   """
   with path.open('rb') as file:
     text = file.read(limit + 1)
@@ -32,10 +32,10 @@ def read(path: pathlib.Path, *, limit: int = LIMIT) -> Any:
 
 
 def parse(text: bytes | str, *, limit: int = LIMIT) -> Any:
-  """The value of a text of JSON.
+  """Returns the value of a JSON text.
 
   Raises:
-    ValueError: it is no JSON, longer than `limit`, or too deep.
+    ValueError: If it is not JSON, longer than `limit`, or nested too deeply.
   """
   if len(text) > limit:
     raise ValueError(f'it is longer than {limit} bytes')

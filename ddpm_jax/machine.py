@@ -1,6 +1,6 @@
-"""The machine that a run is on: its limits, devices and compiled programs.
+"""Prepares this machine for a run: limits, devices, the compilation cache.
 
-Nothing heavy is imported before it is needed.
+JAX is imported in the functions, as it takes seconds.
 """
 
 import contextlib
@@ -11,22 +11,22 @@ from ddpm_jax.storage import workdir
 
 
 def open_many_files() -> None:
-  """Raises the limit of open files as far as this user may."""
+  """Raises the limit of open files to the largest that this user may set."""
   if sys.platform == 'win32':
     return
   import resource
 
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   if soft != hard:
-    with contextlib.suppress(OSError, ValueError):  # macOS has its own bound.
+    with contextlib.suppress(OSError, ValueError):  # macOS has a lower limit.
       resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def look_for_devices() -> None:
-  """Refuses JAX_PLATFORMS of what is not here, before there is any work.
+  """Checks, before any work, that JAX finds the devices of JAX_PLATFORMS.
 
   Raises:
-    UserError: with what JAX says of it.
+    UserError: With the message of JAX.
   """
   import jax
 
@@ -42,13 +42,13 @@ def look_for_devices() -> None:
 
 
 def start_jax() -> None:
-  """Imports JAX; refuses or undoes what its environment would make of a run.
+  """Imports JAX and checks its environment variables.
 
-  A run is of float32: with JAX_ENABLE_X64 some of it would not be, and it would
-  be another run.
+  JAX_ENABLE_X64 is turned off: with it, parts of a run would be float64, and
+  its results would differ.
 
   Raises:
-    UserError: JAX cannot be imported, or JAX_DISABLE_JIT is set.
+    UserError: If JAX cannot be imported, or JAX_DISABLE_JIT is set.
   """
   try:
     import jax
@@ -60,15 +60,15 @@ def start_jax() -> None:
   jax.config.update('jax_enable_x64', False)
   if jax.config.values['jax_disable_jit']:
     raise errors.UserError(
-      'JAX_DISABLE_JIT is set, and this program is compiled whole: unset it'
+      'JAX_DISABLE_JIT is set, but this program needs compilation: unset it'
     )
 
 
 def keep_compiled() -> None:
-  """Keeps what is compiled for the next run, in `~/.cache/ddpm_jax/xla`.
+  """Caches compiled programs for the next run, in `~/.cache/ddpm_jax/xla`.
 
-  JAX_COMPILATION_CACHE_DIR names another place,
-  JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+  JAX_COMPILATION_CACHE_DIR sets another folder, and
+  JAX_ENABLE_COMPILATION_CACHE=false disables the cache.
   """
   import jax
 
@@ -82,6 +82,6 @@ def keep_compiled() -> None:
     from ddpm_jax.storage import logs
 
     logs.say(
-      'what is compiled is not kept for the next run: no ~/.cache can be '
-      'written (JAX_COMPILATION_CACHE_DIR names another place)'
+      'compiled programs are not kept for the next run: ~/.cache cannot be '
+      'written (set JAX_COMPILATION_CACHE_DIR to use another folder)'
     )

@@ -1,7 +1,7 @@
-"""NumPy files, read safely: .npz and .npy.
+"""Reads NumPy files, .npz and .npy, safely.
 
-No pickle is read, and nothing is allocated before the header of an array, the
-length of the file and the limits here agree.
+Pickles are never loaded. Memory is allocated only after the header of an array
+has been checked against the length of the file and the limits here.
 """
 
 import io
@@ -18,13 +18,13 @@ from ddpm_jax import regular
 
 MAX_BYTES = 2**34  # of the arrays of an .npz, which are read into memory
 MAX_MEMBERS = 100_000
-_MOST_EXPANDED = 1040  # bytes that Deflate can make of one
-_KINDS = 'biufcUS'  # of dtypes: booleans, numbers and strings
-_HEADER = 10_000  # bytes, as NumPy has it
+_MAX_RATIO = 1040  # of sizes before and after Deflate
+_KINDS = 'biufcUS'  # kinds of dtypes: booleans, numbers and strings
+_MAX_HEADER = 10_000  # bytes; NumPy's own limit
 
 
 def is_npz(path: str | os.PathLike) -> bool:
-  """Whether it begins as a zip file; else it may be a .npy."""
+  """Whether the file begins like a zip file; if not, it may be a .npy."""
   with regular.opened(path) as file:
     return file.read(2) == b'PK'
 
@@ -33,11 +33,12 @@ def load(
   source: str | os.PathLike | BinaryIO,
   wanted: Callable[[str], bool] = lambda name: True,
 ) -> dict[str, np.ndarray]:
-  """The arrays of an .npz by name, those whose names are `wanted`.
+  """Returns {name: array} of an .npz, of the names that `wanted` accepts.
 
   Raises:
-    OSError, ValueError: the file cannot be read, is damaged, or asks for more
-      than it holds or may hold; zipfile and zlib have errors of their own.
+    OSError: If the file cannot be read.
+    ValueError: If it is damaged or too large. zipfile and zlib raise errors of
+      their own types too.
   """
   if isinstance(source, str | os.PathLike):
     with regular.opened(source) as file:
@@ -53,14 +54,14 @@ def load(
     total = sum(x.file_size for x in members.values())
     if total > min(MAX_BYTES, _memory()):
       raise ValueError(
-        f'its arrays have {total} bytes, and {min(MAX_BYTES, _memory())} are '
-        'read at most'
+        f'its arrays have {total} bytes; at most '
+        f'{min(MAX_BYTES, _memory())} are read'
       )
     return {name: _member(archive, x) for name, x in members.items()}
 
 
 def names(source: str | os.PathLike | BinaryIO) -> list[str]:
-  """The names of the arrays of an .npz; raises as `load`."""
+  """Returns the names of the arrays of an .npz; raises what `load` raises."""
   if isinstance(source, str | os.PathLike):
     with regular.opened(source) as file:
       return names(file)
@@ -71,10 +72,11 @@ def names(source: str | os.PathLike | BinaryIO) -> list[str]:
 
 
 def mapped(path: str | os.PathLike) -> np.ndarray:
-  """The array of a .npy, whose pages come from disk when they are read.
+  """Returns the array of a .npy, memory-mapped.
 
   Raises:
-    OSError, ValueError: it cannot be read, or is not a .npy.
+    OSError: If the file cannot be read.
+    ValueError: If it is not a .npy.
   """
   with regular.opened(path) as file:
     total = regular.length(file)
@@ -82,8 +84,7 @@ def mapped(path: str | os.PathLike) -> np.ndarray:
   size = math.prod(shape) * dtype.itemsize
   if size > total - start:
     raise ValueError(
-      f'its header tells of {size} bytes, shape {shape}, and '
-      f'{total - start} follow'
+      f'its header says {size} bytes, shape {shape}, but {total - start} follow'
     )
   order: Any = 'F' if fortran else 'C'
   if not size:
@@ -95,16 +96,17 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
   name, size = member.filename, member.file_size
   if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
     raise ValueError(f'{name} is compressed in a way that NumPy does not use')
-  if size > _MOST_EXPANDED * (member.compress_size + 1):
+  if size > _MAX_RATIO * (member.compress_size + 1):
     raise ValueError(
-      f'{name} cannot have {size} bytes, of {member.compress_size} compressed'
+      f'{name} cannot have {size} bytes: {member.compress_size} compressed '
+      'bytes do not hold that many'
     )
   with archive.open(member) as file:
     start, shape, _, dtype = _header(file)
   asked = math.prod(shape) * dtype.itemsize
   if asked != size - start:
     raise ValueError(
-      f'the header of {name} tells of {asked} bytes, shape {shape}, and '
+      f'the header of {name} says {asked} bytes, shape {shape}, but '
       f'{size - start} follow'
     )
   with archive.open(member) as file:
@@ -112,14 +114,14 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
 
 
 def _header(file: Any) -> tuple[int, tuple[int, ...], bool, np.dtype]:
-  """Where the data of a .npy begin, and their shape, order and type."""
+  """Returns (offset of the data, shape, Fortran order, dtype) of a .npy."""
   magic = file.read(10)
   if magic[:6] != b'\x93NUMPY' or magic[6:8] not in (b'\1\0', b'\2\0'):
     raise ValueError('it is not a .npy file of version 1 or 2')
   if magic[6] == 2:
     magic += file.read(2)
   length = int.from_bytes(magic[8:], 'little')
-  if length > _HEADER:
+  if length > _MAX_HEADER:
     raise ValueError(f'its header has {length} bytes')
   head = io.BytesIO(magic[8:] + file.read(length))
   try:
@@ -127,10 +129,10 @@ def _header(file: Any) -> tuple[int, tuple[int, ...], bool, np.dtype]:
     if magic[6] == 2:
       read = np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(head)
-  except (MemoryError, RecursionError):  # ast's, for what is deeply nested
-    raise ValueError('its header is not one of NumPy') from None
+  except (MemoryError, RecursionError):  # ast raises them for deep nesting
+    raise ValueError('its header is not valid') from None
   if dtype.hasobject:
-    raise ValueError('it holds Python objects, which are never read')
+    raise ValueError('it holds Python objects, which are never loaded')
   if dtype.kind not in _KINDS or not dtype.itemsize:
     raise ValueError(f'it holds {dtype}, not numbers or strings')
   if len(shape) > 32 or any(not 0 <= side < 2**63 for side in shape):
@@ -139,17 +141,17 @@ def _header(file: Any) -> tuple[int, tuple[int, ...], bool, np.dtype]:
 
 
 def _check_directory(file: BinaryIO) -> None:
-  """Refuses a zip file whose list of members would fill the memory."""
+  """Refuses a zip file whose directory of members is too large to read."""
   size = regular.length(file)
   file.seek(max(0, size - 2**16 - 22))
   tail = file.read()
   at = tail.rfind(b'PK\5\6')
   listed = int.from_bytes(tail[at + 12 : at + 16], 'little')
   if at >= 0 and listed > 100 * MAX_MEMBERS:
-    raise ValueError(f'its list of members has {listed} bytes')
+    raise ValueError(f'its directory of members has {listed} bytes')
   file.seek(0)
 
 
 def _memory() -> int:
-  """Bytes of this machine."""
+  """Returns the bytes of memory of this machine."""
   return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ddpm_jax import errors
 
-LARGEST = 2**31 - 1  # that counters and indices hold
+LARGEST = 2**31 - 1  # the limit of counters and indices
 TYPES = {
   int: 'an integer',
   float: 'a number',
@@ -19,17 +19,19 @@ TYPES = {
 
 
 class Range(NamedTuple):
-  """What a key may be: one value, or a tuple of such values.
+  """The values that a key may have: one value, or a tuple of such values.
 
   Attributes:
     kind: int, float, bool, str or dict; an integer is a float too.
-    low: of a number, its least value; or, with `open_low`, a bound below it.
-    high: the largest; or, with `open_high`, a bound above it.
-    also: numbers outside of the bounds that mean something.
-    lengths: those of a tuple; None for a key that is not a tuple.
-    alone: whether one value may stand for a tuple.
-    choices: of a string; () for any.
-    like: an example of a tuple, for messages.
+    low: The lower bound of a number.
+    high: The upper bound of a number.
+    open_low: Whether the number must be above `low`, not equal to it.
+    open_high: Whether the number must be below `high`, not equal to it.
+    also: Numbers outside of the bounds that are allowed too.
+    lengths: Allowed lengths of a tuple; None if the key is not a tuple.
+    alone: Whether one value may be given in place of a tuple.
+    choices: Allowed strings; () for any.
+    like: An example of a tuple, for messages.
   """
 
   kind: type
@@ -44,7 +46,7 @@ class Range(NamedTuple):
   like: str = ''
 
   def holds(self, value: Any) -> bool:
-    """Whether a key may be `value`."""
+    """Whether `value` is allowed."""
     several = isinstance(value, tuple | list)
     if self.lengths is None or (self.alone and not several):
       return self._is_one(value)
@@ -67,11 +69,11 @@ class Range(NamedTuple):
       return True
     above = value > self.low if self.open_low else value >= self.low
     below = value < self.high if self.open_high else value <= self.high
-    # An integer is finite, be it too large for `math.isfinite`.
+    # An integer is finite, but may be too large for `math.isfinite`.
     return above and below and (isinstance(value, int) or math.isfinite(value))
 
   def describe(self, value: Any) -> str:
-    """What `value` must be, after 'must be'."""
+    """Returns the end of a message that begins with 'must be'."""
     if self.lengths is not None:
       return f'like {self.like}'
     if self.kind in (bool, str, dict):
@@ -82,7 +84,7 @@ class Range(NamedTuple):
     return f'{parts[0]}, {parts[1]}' if len(parts) == 2 else parts[0]
 
   def _bounds(self, value: Any) -> list[str]:
-    # That there is an end to all numbers is said where it is reached.
+    # The bound `LARGEST` is mentioned only if `value` exceeds it.
     beyond = self.is_of_kind(value) and value > LARGEST
     parts = []
     if self.low > -math.inf:
@@ -96,7 +98,7 @@ class Range(NamedTuple):
 
 
 def written(value: Any) -> str:
-  """A value as one writes it: 2 for 2.0, text without quotes."""
+  """Formats a value as a user writes it: 2 for 2.0, text without quotes."""
   if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
     return str(int(value))
   return errors.short(value)
@@ -105,17 +107,17 @@ def written(value: Any) -> str:
 WHOLE = Range(int)
 NATURAL = Range(int, 0, LARGEST)
 POSITIVE = Range(int, 1, LARGEST)
-# Sides, channels and other sizes that memory is taken for.
+# Sides, channels and other sizes of arrays.
 SIZE = Range(int, 1, 2**16)
 LAYERS = Range(int, 1, 1000)
 ABOVE_0 = Range(float, 0, open_low=True)
-SHARE = Range(float, 0, 1)  # both ends may be
+SHARE = Range(float, 0, 1)  # both ends included
 BELOW_1 = Range(float, 0, 1, open_high=True)
 INSIDE = Range(float, 0, 1, open_low=True, open_high=True)
 SEED = Range(int, 0, 2**32 - 1)
 FLAG = Range(bool)
 TEXT = Range(str)
-ANY = range(1000)  # as many as there may be of any tuple
+ANY = range(1000)  # lengths of a tuple
 TEXTS = Range(str, lengths=ANY, like="('one', 'two'): a tuple of strings")
 
 KEYS = {
@@ -143,7 +145,7 @@ KEYS = {
   'model.name': TEXT,
   'model.predict': TEXT,
   'model.variance': TEXT,
-  # The embedding of the time has half as many frequencies, at least two.
+  # The time embedding has channels / 2 frequencies and needs at least two.
   'model.channels': Range(int, 4, 2**16),
   'model.multipliers': Range(
     int,
@@ -236,14 +238,14 @@ FLAGS = {
 
 
 def check(flat: Mapping[str, Any]) -> None:
-  """Refuses a recipe with a value of another type or out of range.
+  """Refuses a recipe with a value of the wrong type or out of range.
 
   Args:
-    flat: a flattened recipe, such as {'model.channels': 128, ...}. A key of a
-      user's own may be anything.
+    flat: A flattened recipe, such as {'model.channels': 128, ...}. Keys that a
+      user has added may have any value.
 
   Raises:
-    UserError: naming the first such key.
+    UserError: With the first such key.
   """
   for key, value in flat.items():
     if key in KEYS:
@@ -253,24 +255,24 @@ def check(flat: Mapping[str, Any]) -> None:
 def check_fields(
   fields: Mapping[str, Any], allowed: Mapping[str, Range]
 ) -> None:
-  """Like `check`, for the fields of a file: all of them, and no others.
+  """Like `check`, for the fields of a file, which must be those of `allowed`.
 
   Raises:
-    UserError: naming the first field that is missing, unknown or wrong.
+    UserError: With the first field that is missing, unknown or not allowed.
   """
   for name in [*allowed, *fields]:
     if name not in fields:
       raise errors.UserError(f'the field {name} is missing')
     if name not in allowed:
-      raise errors.UserError(f'{errors.short(name)} is no field of it')
+      raise errors.UserError(f'the field {errors.short(name)} is not known')
     _check(name, fields[name], allowed[name])
 
 
 def check_flags(flags: Mapping[str, Any]) -> None:
-  """Like `check`, for the flags of the command line; None is not given.
+  """Like `check`, for the flags of the command line; None is a flag not set.
 
   Raises:
-    UserError: naming the first such flag.
+    UserError: With the first such flag.
   """
   for name, allowed in FLAGS.items():
     if flags.get(name) is not None:

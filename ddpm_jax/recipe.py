@@ -1,4 +1,4 @@
-"""Recipes: files of configs/, overrides on the command line, JSON."""
+"""Recipes: loading, overriding, saving and comparing configurations."""
 
 import ast
 import contextlib
@@ -14,6 +14,7 @@ import traceback
 import types
 from collections.abc import Collection
 from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -23,7 +24,7 @@ from ddpm_jax import expand
 from ddpm_jax import ranges
 from ddpm_jax.storage import workdir
 
-# Beside this package in a checkout, in it where it was installed.
+# Beside the package in a checkout, inside it when installed.
 CONFIGS = next(
   (
     path
@@ -35,53 +36,58 @@ CONFIGS = next(
   ),
   pathlib.Path(__file__).parents[1] / 'configs',
 )
-# Sections and keys that may change under a run that has begun: they say how
-# long, where and how it is watched, not what is learned.
+# Sections and keys that may change when a run resumes: they set how long and
+# where it trains and what it reports, not what it learns.
 FREE = (
   *('steps', 'sampler', 'edit', 'codec', 'evaluate'),
   *('parallel', 'checkpoint', 'log'),
-  # Where the data are; what they are is kept by `workdir.write_data`.
+  # Only the location: `workdir.write_data` keeps hashes of the content.
   'data.path',
 )
-# Sections that may change under a run where --allow names them.
+# Sections that may change when a run resumes if --allow names them.
 ALLOWED = ('optimizer',)
-# Keys whose 0 leaves them to the data; a run that has begun keeps what it was.
+# Keys that are set from the data if they are 0, once, when a run begins.
 FROM_DATA = ('condition.classes', 'data.max_value')
 
 
 def resolve(
-  spec: str | None,
+  spec: str | ConfigDict | None,
   folder: pathlib.Path | None,
   changes: dict[str, str],
   *,
+  values: Mapping[str, Any] | None = None,
   allow: Collection[str] = (),
   recover: bool = False,
 ) -> ConfigDict:
-  """The recipe of --config or else of --workdir, with `changes` made.
+  """Returns the recipe of --config, or else of --workdir, with `changes` made.
 
   Args:
-    spec: of --config.
-    folder: --workdir.
-    changes: {key: text} of the command line.
-    allow: see `check_same`.
-    recover: whether a config.json that is damaged or missing is read from the
-      newest checkpoint instead, with a warning; else it is refused.
+    spec: The value of --config, or a recipe.
+    folder: The value of --workdir.
+    changes: {key: text}, the overrides on the command line.
+    values: {key: value}, overrides from Python.
+    allow: See `check_same`.
+    recover: Whether to replace a damaged or missing config.json by that of the
+      newest checkpoint, with a warning, instead of raising.
 
   Raises:
-    UserError: if there is none, it is wrong, or it is not the one that the
-      workdir was begun with. A run without a checkpoint may be begun again
-      with another.
+    UserError: If there is no recipe, it is not valid, or the workdir holds a
+      checkpoint of a run with another recipe.
   """
   begun = saved(folder, recover=recover) if folder else None
-  if spec:
+  if isinstance(spec, ConfigDict):
+    config = spec
+  elif spec:
     config = load(spec)
   elif begun:
     config = begun.copy_and_resolve_references().lock()
   else:
     where = f'{folder} holds no run' if folder else 'no recipe'
-    raise errors.UserError(f'{where}: name one, as --config=configs/digits.py')
+    raise errors.UserError(
+      f'{where}: choose a recipe, such as --config=configs/digits.py'
+    )
   override(config, changes)
-  ranges.check(flatten(config))
+  set_keys(config, values or {})
   if folder and begun and workdir.has_checkpoint(folder):
     keep_found(config, begun)
     check_same(config, begun, folder, allow)
@@ -89,10 +95,10 @@ def resolve(
 
 
 def saved(folder: pathlib.Path, *, recover: bool = False) -> ConfigDict | None:
-  """The recipe that the run in `folder` was begun with; None if none was.
+  """Returns the recipe of the run in `folder`, or None if there is no run.
 
   Raises:
-    UserError: config.json is damaged, and `recover` is false or there is no
+    UserError: If config.json is damaged, and `recover` is false or there is no
       checkpoint.
   """
   try:
@@ -109,18 +115,18 @@ def saved(folder: pathlib.Path, *, recover: bool = False) -> ConfigDict | None:
       raise
     if not recover:
       raise errors.UserError(
-        f'{e}; python -m ddpm_jax.main --workdir={folder} mends it from the '
+        f'{e}; python -m ddpm_jax.main --workdir={folder} repairs it from the '
         'newest checkpoint'
       ) from None
   if begun or not recover:
     return begun
   if found := _of_checkpoint(folder):
-    logging.warning('%s: it is taken from the newest checkpoint', wrong)
+    logging.warning('%s: using that of the newest checkpoint', wrong)
   return found
 
 
 def _of_checkpoint(folder: pathlib.Path) -> ConfigDict | None:
-  """The recipe in the newest checkpoint that can be read."""
+  """Returns the recipe in the newest checkpoint that can be read."""
   from ddpm_jax.storage import checkpoint  # seconds to import
 
   found = checkpoint.newest_config(folder / 'checkpoints')
@@ -128,7 +134,7 @@ def _of_checkpoint(folder: pathlib.Path) -> ConfigDict | None:
 
 
 def keep_found(config: ConfigDict, begun: ConfigDict) -> None:
-  """Sets what is left to the data to what a run has found in them."""
+  """Copies the keys that a run has set from its data, where they are 0."""
   here, there = flatten(config), flatten(begun)
   config.update_from_flattened_dict(
     {key: there[key] for key in FROM_DATA if not here[key]}
@@ -136,15 +142,15 @@ def keep_found(config: ConfigDict, begun: ConfigDict) -> None:
 
 
 def load(spec: str) -> ConfigDict:
-  """The recipe of FILE or FILE:ARGUMENT: what its get_config returns, locked.
+  """Returns what get_config of FILE or FILE:ARGUMENT returns, locked.
 
   Raises:
-    UserError: if there is no such file, or it is no recipe.
+    UserError: If there is no such file, or it is not a recipe.
   """
   name, _, argument = spec.partition(':')
   path = _find(name)
   with _importing_configs(), _one_line(name, path):
-    # What it prints is no output of this program.
+    # What a recipe prints must not mix with the output of this program.
     with contextlib.redirect_stdout(sys.stderr):
       get_config = runpy.run_path(str(path)).get('get_config')
       if not inspect.isfunction(get_config):
@@ -164,7 +170,7 @@ def load(spec: str) -> ConfigDict:
 
 
 def _find(name: str) -> pathlib.Path:
-  """The file of that name, or else the one of configs/, wherever that is."""
+  """Returns the file `name`, or else the file of that name in CONFIGS."""
   path = pathlib.Path(expand.expanded(name))
   if path.is_file():
     return path
@@ -179,48 +185,49 @@ def _find(name: str) -> pathlib.Path:
 
 
 def _check_kind(where: str, config: Any) -> None:
-  """Refuses what is no recipe, or not a whole one."""
+  """Refuses what is not a recipe, or lacks keys."""
   if type(config) is not ConfigDict:
     raise errors.UserError(
-      f'{where} returns {type(config).__name__} where a ConfigDict is wanted: '
-      'see configs/digits.py'
+      f'{where} returns {type(config).__name__}, not a ConfigDict: see '
+      'configs/digits.py'
     )
   try:
     here, whole = flatten(config), defaults()
     to_json(config)
   except (TypeError, ValueError, RecursionError) as e:
     raise errors.UserError(
-      f'{where} returns what cannot be saved: {errors.short(str(e), 200)}'
+      f'{where} returns a recipe that cannot be saved: '
+      f'{errors.short(str(e), 200)}'
     ) from None
   lacks = [key for key in whole if key not in here]
   if lacks:
     raise errors.UserError(
       f'{where} returns a recipe without {", ".join(lacks[:3])} '
-      f'({len(lacks)} in all): begin with base.get_config(), as '
-      'configs/digits.py does'
+      f'({len(lacks)} keys are missing): start from base.get_config(), as in '
+      'configs/digits.py'
     )
 
 
 def shipped(name: str) -> ConfigDict:
-  """The recipe of that name in configs/, wherever the program was started.
+  """Returns the recipe `name` of configs/, from any working directory.
 
   Raises:
-    UserError: if configs/ is not here.
+    UserError: If configs/ is not installed.
   """
   if not CONFIGS.is_dir():
     raise errors.UserError(
-      f'configs/ is not installed beside {pathlib.Path(__file__).parent}: name '
-      'a recipe with --config'
+      f'configs/ is not installed beside {pathlib.Path(__file__).parent}: '
+      'choose a recipe with --config'
     )
   return load(str(CONFIGS / f'{name}.py'))
 
 
 @contextlib.contextmanager
 def _importing_configs() -> Iterator[None]:
-  """Lets a recipe say `from configs import base`, and get this program's.
+  """Makes `from configs import base` in a recipe import from CONFIGS.
 
-  A folder of the same name may be where a user works: its other files can be
-  imported too.
+  If the working directory has a folder configs/ too, its files can be imported
+  as well; a name in both is that of CONFIGS.
   """
 
   def known() -> list[str]:
@@ -240,7 +247,7 @@ def _importing_configs() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_line(name: str, path: pathlib.Path) -> Iterator[None]:
-  """Says what goes wrong in the file `path`, which the user called `name`."""
+  """Turns any error in the recipe `path` into a UserError of one line."""
   try:
     yield
   except (errors.UserError, KeyboardInterrupt):
@@ -260,29 +267,57 @@ def _one_line(name: str, path: pathlib.Path) -> Iterator[None]:
     ) from e
 
 
-def override(config: ConfigDict, changes: dict[str, str]) -> None:
-  """Sets keys such as `model.channels` from their text, as the type demands.
+def override(config: ConfigDict, changes: Mapping[str, str]) -> None:
+  """Sets keys such as `model.channels` from text, parsed by the key's type.
 
   Raises:
-    UserError: for an unknown key, or a value of another type.
+    UserError: If a key is unknown, or a value has another type.
   """
   for key, text in changes.items():
-    flat = flatten(config)
-    if key not in flat:
-      raise errors.unknown(
-        'key',
-        f'config.{key}',
-        [f'config.{k}' for k in flat],
-        others='configs/base.py explains them all',
-      )
-    value = text if isinstance(flat[key], str) else _parse(text)
-    try:
-      config.update_from_flattened_dict({key: value})
-    except (TypeError, ValueError):
-      raise errors.UserError(
-        f'config.{key}={errors.short(text)}: not of type '
-        f'{type(flat[key]).__name__}, like {flat[key]!r}'
-      ) from None
+    was = _value(config, key)
+    _set(config, key, text if isinstance(was, str) else _parse(text), text)
+
+
+def set_keys(config: ConfigDict, changes: Mapping[str, Any]) -> None:
+  """Sets keys such as `model.channels` to Python values.
+
+  Raises:
+    UserError: If a key is unknown, or a value has another type or is out of
+      range.
+  """
+  for key, value in changes.items():
+    _set(config, key, _tuples(value), value)
+  ranges.check(flatten(config))
+
+
+def changed_copy(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+  """Returns a copy of a recipe with some keys changed; see `set_keys`."""
+  config = config.copy_and_resolve_references()
+  set_keys(config, changes)
+  return config.lock()
+
+
+def _value(config: ConfigDict, key: str) -> Any:
+  flat = flatten(config)
+  if key not in flat:
+    raise errors.unknown(
+      'key',
+      f'config.{key}',
+      [f'config.{k}' for k in flat],
+      others='configs/base.py lists them all',
+    )
+  return flat[key]
+
+
+def _set(config: ConfigDict, key: str, value: Any, said: Any) -> None:
+  was = _value(config, key)
+  try:
+    config.update_from_flattened_dict({key: value})
+  except (TypeError, ValueError):
+    raise errors.UserError(
+      f'config.{key}={errors.short(said)}: not of type '
+      f'{type(was).__name__}, like {was!r}'
+    ) from None
 
 
 def _parse(text: str) -> Any:
@@ -291,11 +326,11 @@ def _parse(text: str) -> Any:
   try:
     return _tuples(ast.literal_eval(text))
   except (ValueError, SyntaxError, MemoryError, RecursionError):
-    return text  # also what is nested too deep to be read
+    return text
 
 
 def _tuples(value: Any) -> Any:
-  """JSON knows no tuples, and lists are refused where a tuple stands."""
+  """Replaces lists by tuples: JSON has only lists, and recipes only tuples."""
   if isinstance(value, dict):
     return {k: _tuples(v) for k, v in value.items()}
   if isinstance(value, list | tuple):
@@ -315,14 +350,15 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
-  """The resolved recipe, of dicts, lists, numbers and strings."""
+  """Returns the resolved recipe as dicts, lists, numbers and strings."""
   return json.loads(config.to_json())
 
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
-  """The recipe that was saved.
+  """Returns the recipe that `to_json` has saved.
 
-  A key that came later has the value of configs/base.py, which changes nothing.
+  Keys that were added to configs/base.py since have its values: the defaults of
+  new keys keep the old behaviour.
   """
   config = ConfigDict(_tuples(values))
   for key, value in defaults().items():
@@ -334,7 +370,7 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
       at = at[section]
       if not isinstance(at, ConfigDict):
         raise errors.UserError(
-          f'config.json is damaged: {section} is no section of keys'
+          f'config.json is damaged: {section} is not a section of keys'
         )
     if name not in at:
       at[name] = value
@@ -346,12 +382,12 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
 
 
 def provisional(config: ConfigDict) -> ConfigDict:
-  """The recipe with some number of classes, before the data are read."""
+  """Returns the recipe with one class if the number is not known yet."""
   return filled(config, {'condition.classes': 1})
 
 
 def filled(config: ConfigDict, found: dict[str, int]) -> ConfigDict:
-  """A copy of the recipe, with the keys `found` where they are 0."""
+  """Returns a copy of the recipe, with its zeros set from `found`."""
   config = config.copy_and_resolve_references()
   flat = flatten(config)
   config.update_from_flattened_dict(
@@ -361,7 +397,7 @@ def filled(config: ConfigDict, found: dict[str, int]) -> ConfigDict:
 
 
 def defaults() -> dict[str, Any]:
-  """The flattened configs/base.py; {} where configs/ is not here."""
+  """Returns the flattened configs/base.py; {} if configs/ is not installed."""
   with contextlib.suppress(ImportError), _importing_configs():
     base = importlib.import_module('configs.base')
     return flatten(base.get_config())
@@ -369,7 +405,7 @@ def defaults() -> dict[str, Any]:
 
 
 def changed(config: ConfigDict, begun: ConfigDict) -> dict[str, list[Any]]:
-  """{key: [before, now]} of the keys that differ, but for those in `FREE`."""
+  """Returns {key: [before, now]} of the keys that differ and are not `FREE`."""
   here, there = flatten(config), flatten(begun)
   for key in FROM_DATA:
     if not (here.get(key) and there.get(key)):
@@ -388,16 +424,16 @@ def check_same(
   where: Any,
   allow: Collection[str] = (),
 ) -> None:
-  """Refuses a recipe that is not the one that was begun.
+  """Refuses a recipe that differs from that of the run.
 
   Args:
-    config: the recipe.
-    begun: that of the run.
-    where: what to call the run.
-    allow: sections of `ALLOWED` whose keys may differ too.
+    config: The recipe.
+    begun: The recipe that the run was begun with.
+    where: The run, for messages.
+    allow: Sections of `ALLOWED` whose keys may differ too.
 
   Raises:
-    UserError: naming the keys that differ.
+    UserError: With the keys that differ.
   """
   differ = {
     key: values
@@ -410,10 +446,10 @@ def check_same(
     f'{key} ({was!r} -> {now!r})' for key, (was, now) in differ.items()
   )
   may_change = all(key.split('.')[0] in ALLOWED for key in differ)
-  mend = ', or change them on purpose with --allow=optimizer' * may_change
+  allowed = ', or allow the change with --allow=optimizer' * may_change
   raise errors.UserError(
-    f'{where} was begun with another recipe; these keys differ: {listed}. Name '
-    f'another --workdir, or leave them be{mend}'
+    f'{where} was begun with another recipe; these keys differ: {listed}. '
+    f'Choose another --workdir, or keep their values{allowed}'
   )
 
 
@@ -422,26 +458,25 @@ def is_another(config: ConfigDict, folder: pathlib.Path) -> bool:
   try:
     begun = saved(folder)
   except errors.UserError:
-    return True  # It is damaged, and there is no checkpoint.
+    return True  # config.json is damaged, and there is no checkpoint.
   return bool(begun and changed(config, begun))
 
 
 def image_size(config: ConfigDict) -> tuple[int, ...]:
-  """(height, width) in pixels, or () where the data are points."""
+  """Returns (height, width) in pixels, or () if the data are points."""
   size = config.data.image_size
   return size if isinstance(size, tuple) else (size, size)
 
 
 def shape(config: ConfigDict) -> tuple[int, ...]:
-  """Of one example: (height, width, channels), or (channels,) of a point."""
+  """Returns (height, width, channels) of an image, (channels,) of a point."""
   return (*image_size(config), config.data.channels)
 
 
 def condition_kind(config: ConfigDict) -> str:
-  """What the network takes beside x_t and t: 'label', 'text', or '' nothing.
+  """Returns the kind of condition: 'label', 'text', or '' for none.
 
-  An encoder of a user's own takes texts where `data.captions` is set, and else
-  labels.
+  A user's own encoder takes texts if `data.captions` is set, and labels if not.
   """
   name = config.condition.name
   if '.' in name:

@@ -1,6 +1,6 @@
-"""Files that others name: only regular ones are opened.
+"""Opens regular files only.
 
-A pipe would be waited for, for ever; a device may give bytes without end.
+To open a pipe could block for ever, and a device may never end.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 
 def is_regular(path: str | os.PathLike) -> bool:
-  """Whether it is a file, or a link to one; never opens it."""
+  """Whether it is a file or a link to one, without opening it."""
   try:
     return stat.S_ISREG(os.stat(path).st_mode)
   except (OSError, ValueError):  # ValueError: a NUL in the name
@@ -20,11 +20,11 @@ def is_regular(path: str | os.PathLike) -> bool:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike) -> Iterator[BinaryIO]:
-  """A regular file, to be read as bytes.
+  """Opens a regular file to read its bytes.
 
   Raises:
-    OSError: it cannot be opened.
-    ValueError: it is a folder, a pipe, a socket or a device.
+    OSError: If it cannot be opened.
+    ValueError: If it is a folder, a pipe, a socket or a device.
   """
   if not stat.S_ISREG(os.stat(path).st_mode):
     raise ValueError('it is not a regular file')
@@ -33,12 +33,12 @@ def opened(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def _opener(path: str, flags: int) -> int:
-  # It may have become a pipe since it was looked at: that is not waited for.
+  # The file may have been replaced by a pipe since the check: do not block.
   return os.open(path, flags | getattr(os, 'O_NONBLOCK', 0))
 
 
 def length(file: BinaryIO) -> int:
-  """The bytes of an open file, which is then at its start."""
+  """Returns the length of an open file in bytes, and rewinds it."""
   size = file.seek(0, os.SEEK_END)
   file.seek(0)
   return size

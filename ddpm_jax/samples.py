@@ -1,4 +1,4 @@
-"""Samples: what a command line asks for, and how they are described."""
+"""The flags of samples, and their description in samples.json."""
 
 import argparse
 import pathlib
@@ -18,31 +18,31 @@ from ddpm_jax.storage import workdir
 
 
 def condition_flags(p: Any) -> None:
-  """Adds the flags that say what the images shall be of."""
+  """Adds the flags that set the condition of the images."""
   p.add_argument(
     '--prompt',
     action='append',
     metavar='TEXT',
-    help='what the images shall be of, for a model of texts; may be repeated. '
-    '--num_samples is then of each',
+    help='the text to draw images of, for a model of texts; may be repeated, '
+    'with --num_samples images for each',
   )
   p.add_argument(
     '--prompts',
     type=command.local_path,
     metavar='FILE',
-    help='the same, a line each',
+    help='a file of prompts, one per line',
   )
   p.add_argument(
     '--label',
     action='append',
     metavar='CLASS',
-    help='the class, for a model of classes: a name of `classes.json` in '
-    '--workdir, or else a number; may be repeated (default: all take turns)',
+    help='the class to draw, for a model of classes: a name in classes.json of '
+    '--workdir, or its number; may be repeated (default: all classes in turn)',
   )
 
 
 def settle(args: argparse.Namespace) -> None:
-  """Sets the number of samples, if the command line does not."""
+  """Sets the default number of samples."""
   asked = args.prompt or args.prompts or args.label
   args.num_samples = args.num_samples or (8 if asked else 64)
 
@@ -54,7 +54,7 @@ def description(
   step: int,
   wanted: list[str],
 ) -> outputs.About:
-  """How images are made, to be kept beside them."""
+  """Returns what is written into the JSON file beside the images."""
   about = {
     'mode': args.mode,
     'run': str(args.workdir.resolve()),
@@ -77,7 +77,7 @@ def description(
 
 
 def options(config: ConfigDict) -> dict[str, Any]:
-  """The keys of the sampler, beside name and steps, that change images."""
+  """Returns the sampler's keys that change images, without name and steps."""
   every = recipe.to_json(config)['sampler']
   others = 'name', 'steps', 'weights', 'batch_size'
   return {key: x for key, x in every.items() if key not in others}
@@ -86,7 +86,7 @@ def options(config: ConfigDict) -> dict[str, Any]:
 def settings(
   config: ConfigDict, kind: str, step: int, seed: int, wanted: list[str]
 ) -> str:
-  """The main settings of samples, as a part of a file's name."""
+  """Returns the main settings of samples, as a part of a file name."""
   c = config.sampler
   parts = [f'seed{seed}', f'step{step}', f'{c.name}{c.steps}']
   if kind != 'EMA':
@@ -105,40 +105,21 @@ def settings(
 def asked(
   config: ConfigDict, args: argparse.Namespace
 ) -> tuple[list[str], Any]:
-  """What `--prompt`, `--prompts` or `--label` ask for, and as conditions.
+  """Returns the texts or class names to draw, and the condition of each image.
 
-  The conditions have a row for each image: `--num_samples` of each in turn.
+  The condition has `--num_samples` rows for each text or class, in order. It is
+  None if none of `--prompt`, `--prompts` and `--label` is set.
 
   Raises:
-    UserError: if the model takes nothing of the kind.
+    UserError: If the flags do not fit the model's condition.
   """
   prompts, labels = list(args.prompt or []), list(args.label or [])
   if args.prompts:
     prompts += read_prompts(args.prompts)
-  kind = config.condition.name
-  if labels and kind != 'label':
-    raise errors.UserError(
-      '--label is for models of config.condition.name=label'
-    )
-  if prompts and kind in ('', 'label'):
-    raise errors.UserError(
-      '--prompt is for models of config.condition.name=text'
-    )
-  if not prompts and not labels:
-    if kind not in ('', 'label') and config.condition.drop == 0:
-      raise errors.UserError(
-        'name a --prompt: with config.condition.drop=0 the network was never '
-        'trained without one'
-      )
-    return [], None
-  rows: Any
+  rows = dataset.conditions(config, prompts, labels, folder=args.workdir)
   if labels:
     saved = workdir.read_classes(args.workdir) or ()
-    numbers = [dataset.class_number(config, x, saved) for x in labels]
-    labels = [dataset.class_title(config, n, saved) for n in numbers]
-    rows = np.array(numbers, np.int32)
-  else:
-    rows = dataset.encode(config, prompts)
+    labels = [dataset.class_title(config, n, saved) for n in rows.tolist()]
   each = jax.tree.map(lambda x: np.repeat(x, args.num_samples, axis=0), rows)
   return prompts or labels, each
 

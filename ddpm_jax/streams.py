@@ -1,7 +1,7 @@
-"""stdout and stderr that a program can outlive.
+"""stdout and stderr that never raise.
 
-A terminal is lost, a reader goes away, a disk is full, a stream was closed
-before the start: none of it may end a run.
+A lost terminal, a closed pipe, a full disk or a stream that was closed before
+the start must not end a run.
 """
 
 import contextlib
@@ -15,15 +15,15 @@ from typing import TextIO
 
 from ddpm_jax import errors
 
-# The reader went away, or the terminal did: nobody is left to be told.
+# The reader or the terminal is gone, so there is nobody to report to.
 _GONE = errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO
 
-# Why results could not be printed: the first error.
+# Errors that lost results on stdout, for `check`.
 _lost: list[OSError] = []
 
 
 class _Raw(io.FileIO):
-  """A file descriptor; what cannot be written to it is dropped."""
+  """A file descriptor that drops what cannot be written."""
 
   def write(self, data: Any, /) -> int:
     with memoryview(data) as view:
@@ -47,7 +47,7 @@ class _Raw(io.FileIO):
 
 
 class _Results(_Raw):
-  """Like stderr, for stdout, where a full disk is an error: at the end."""
+  """For stdout, where a full disk is an error, which `check` raises."""
 
   def failed(self, error: OSError) -> None:
     if error.errno not in _GONE:
@@ -55,11 +55,11 @@ class _Results(_Raw):
 
 
 def secure() -> None:
-  """Puts streams in place that never raise, and encode what they can.
+  """Replaces stdout and stderr by streams that never raise.
 
-  A descriptor 0, 1 or 2 that is closed is opened on the null device first: the
-  next file would get its number, and what C++ or Python says would go into it.
-  What a notebook or a test has put in the place of a stream stays there.
+  Opens the null device for each of the descriptors 0, 1 and 2 that is closed:
+  otherwise the next file would get its number, and output of C++ or Python
+  would go into that file. Streams that a notebook or a test has replaced stay.
   """
   for number in range(3):
     try:
@@ -81,10 +81,10 @@ def secure() -> None:
 
 
 def results(number: int) -> TextIO:
-  """A stream of results on a file descriptor, which stays open.
+  """Returns a stream of results on a file descriptor, which it never closes.
 
-  A letter that its encoding does not have becomes a question mark. If its
-  reader goes away, what follows is dropped. Other errors are for `check`.
+  Characters that its encoding lacks become question marks. If the reader goes
+  away, the rest is dropped. Other errors are kept for `check`.
   """
   raw = _Results(number, 'w', closefd=False)
   by_line = raw.isatty() or getattr(sys.stdout, 'write_through', False)
@@ -92,10 +92,10 @@ def results(number: int) -> TextIO:
 
 
 def check() -> None:
-  """To be called at the end.
+  """Checks, at the end of a program, that stdout has taken all results.
 
   Raises:
-    RunError: results were printed, and did not arrive: a disk was full.
+    RunError: If it has not, for example because a disk was full.
   """
   sys.stdout.flush()
   if _lost:

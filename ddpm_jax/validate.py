@@ -1,7 +1,7 @@
-"""Every refusal of a recipe, each with its reason.
+"""All checks of a recipe, each with a message that says what to change.
 
-`main` calls `check` once, before anything is built; jobs need not. What depends
-on the data is refused by `dataset`, and on the devices by `build`.
+`main` calls `check` once, before anything is built, so jobs need not. Checks
+that need the data are in `dataset`, those that need the devices in `build`.
 """
 
 import re
@@ -28,10 +28,11 @@ from ddpm_jax.models import condition as encoders
 from ddpm_jax.models import layers
 from ddpm_jax.models import networks
 from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.storage import logs
 
-# The sections whose `name` is a function: what it is a member of, what to call
-# it, and how many positional arguments it is called with.
+# The sections whose `name` is a function: the module it is a member of, what
+# messages call it, and the number of its positional arguments.
 MEMBERS = {
   'data': (sources, 'data set', 0),
   'schedule': (schedules, 'schedule', 0),
@@ -40,11 +41,11 @@ MEMBERS = {
   'loss': (losses, 'loss', 4),
   'sampler': (samplers, 'sampler', 5),
 }
-# Keys of these sections that are read whatever function the name stands for.
+# Keys of these sections that are read whichever function `name` is.
 ALWAYS_READ = {
   'data': (
     *('image_size', 'channels', 'captions', 'names', 'templates', 'flip'),
-    'split',  # is refused by `dataset.source`, with a line of its own
+    'split',  # `dataset.source` checks it, with its own message
   ),
   'schedule': ('zero_terminal_snr', 'T'),
   'model': ('predict', 'variance'),
@@ -61,7 +62,7 @@ def check(config: ConfigDict) -> None:
   """Refuses a recipe that cannot work.
 
   Raises:
-    UserError: with what is wrong and what to set.
+    UserError: With what is wrong and what to set.
   """
   ranges.check(recipe.flatten(config))
   names(config)
@@ -73,13 +74,13 @@ def check(config: ConfigDict) -> None:
   sampler(config, ends_in_noise=ends_in_noise)
   codec(config)
   devices(config)
-  # Building, below, refuses sizes that do not fit each other.
+  # Building them refuses sizes that do not fit each other.
   build.network(recipe.provisional(config))
   build.sampler(recipe.provisional(config))
 
 
 def names(config: ConfigDict) -> None:
-  """Refuses names that stand for nothing."""
+  """Refuses unknown names."""
   for section, (module, what, _) in MEMBERS.items():
     if name := config[section].name:
       build.member(module, name, what)
@@ -91,10 +92,10 @@ def names(config: ConfigDict) -> None:
 
 
 def data(config: ConfigDict) -> None:
-  """Refuses what images or points cannot be."""
+  """Refuses options that do not fit images, or do not fit points."""
   if not recipe.image_size(config) and config.data.flip:
     raise errors.UserError(
-      'points have no left and right to mirror: set config.data.flip=false'
+      'points cannot be mirrored: set config.data.flip=false'
     )
   if recipe.image_size(config) and config.data.channels not in (1, 3):
     raise errors.UserError(
@@ -103,7 +104,7 @@ def data(config: ConfigDict) -> None:
 
 
 def condition(config: ConfigDict) -> None:
-  """Refuses a condition that cannot be learned or sampled with."""
+  """Refuses a condition that cannot be trained or sampled with."""
   c, s = config.condition, config.sampler
   if c.name and config.model.name == 'mlp':
     raise errors.UserError(
@@ -116,35 +117,36 @@ def condition(config: ConfigDict) -> None:
   if c.name == 'minilm' and not 3 <= c.length <= minilm.LONGEST:
     raise errors.UserError(
       f'config.condition.length={c.length} must be in 3..{minilm.LONGEST} for '
-      'config.condition.name=minilm, two of which say where a text begins and '
-      'ends'
+      'config.condition.name=minilm, whose first and last tokens are markers'
     )
   if c.width % 4:
     raise errors.UserError(
-      f'config.condition.width={c.width} must be a multiple of 4, its heads'
+      f'config.condition.width={c.width} must be a multiple of 4, the number '
+      'of heads'
     )
   if c.name in ('text', 'minilm') and recipe.image_size(config):
     _heads(config)
   if s.guidance != 1 and not c.name:
     raise errors.UserError(
-      f'config.sampler.guidance={s.guidance} is for a network with a '
-      'condition; 1 is the condition as it is'
+      f'config.sampler.guidance={s.guidance} needs a network with a '
+      'condition; set config.sampler.guidance=1'
     )
   if c.name and c.drop == 0 and s.guidance != 1:
     raise errors.UserError(
-      f'config.sampler.guidance={s.guidance} needs the network without a '
-      'condition, which config.condition.drop=0 does not train: set '
-      'config.sampler.guidance=1, or train with config.condition.drop=0.1'
+      f'config.sampler.guidance={s.guidance} needs a network that was trained '
+      'without the condition too, and config.condition.drop=0 never drops it: '
+      'set config.sampler.guidance=1, or train with config.condition.drop=0.1'
     )
   low, high = s.guidance_interval
   if low > high:
     raise errors.UserError(
-      f'config.sampler.guidance_interval={(low, high)} is not (low, high)'
+      f'config.sampler.guidance_interval={(low, high)} must be (low, high), '
+      'with low <= high'
     )
 
 
 def _heads(config: ConfigDict) -> None:
-  """Refuses levels that attend to a text, but not with whole heads."""
+  """Refuses channels that the heads of cross-attention do not divide."""
   model, heads = config.model, layers.CrossAttention.heads
   side, last = min(recipe.image_size(config)), len(model.multipliers) - 1
   for level, multiplier in enumerate(model.multipliers):
@@ -154,51 +156,51 @@ def _heads(config: ConfigDict) -> None:
       raise errors.UserError(
         f'level {level} has {channels} channels (config.model.channels='
         f'{model.channels} times {multiplier} of config.model.multipliers), '
-        f'which must be a multiple of {heads}, its heads for a text'
+        f'which must be a multiple of {heads}, the heads that attend to a text'
       )
 
 
 def schedule(config: ConfigDict) -> bool:
-  """Refuses a schedule that the prediction does not fit.
+  """Refuses a prediction that does not fit the schedule.
 
   Returns:
-    Whether it has a zero terminal SNR.
+    Whether the schedule has a zero terminal SNR.
   """
   c = config.schedule
   ends_in_noise = schedules.ends_in_noise(build.schedule(config))
   if ends_in_noise and config.model.predict == 'eps':
     key = 'zero_terminal_snr' if c.zero_terminal_snr else f'name={c.name}'
     raise errors.UserError(
-      f'config.schedule.{key} leaves nothing of x_0 in x_T, so that ε does not '
-      'tell x_0 there: set config.model.predict to v or x0'
+      f'config.schedule.{key} leaves nothing of x_0 in x_T, so x_0 cannot be '
+      'computed from ε there: set config.model.predict to v or x0'
     )
   return ends_in_noise
 
 
 def variance(config: ConfigDict) -> None:
-  """Refuses to sample with a variance that the network was not made for."""
+  """Refuses to sample with a variance that does not fit the network."""
   trained, sampled = config.model.variance, config.sampler.variance
   learned = variances.is_learned(trained) or variances.is_learned(sampled)
   if sampled != trained and learned:
     raise errors.UserError(
-      f'config.sampler.variance={sampled} does not fit the network, whose '
-      f'config.model.variance is {trained}'
+      f'config.sampler.variance={sampled} does not fit the network, which has '
+      f'config.model.variance={trained}'
     )
 
 
 def loss(config: ConfigDict, *, ends_in_noise: bool) -> None:
-  """Refuses combinations that cannot learn what they should.
+  """Refuses a loss that does not train the whole model.
 
   Args:
-    config: the recipe.
-    ends_in_noise: whether its schedule has a zero terminal SNR.
+    config: The recipe.
+    ends_in_noise: Whether its schedule has a zero terminal SNR.
   """
   name, model = config.loss.name, config.model
   learns = variances.is_learned(model.variance)
   if learns and name in losses.__all__ and name not in ('vlb', 'hybrid'):
     raise errors.UserError(
-      f'config.loss.name={name} does not look at the variance, so that '
-      f'config.model.variance={model.variance} would not be learned; take vlb '
+      f'config.loss.name={name} does not depend on the variance, so '
+      f'config.model.variance={model.variance} would not be learned; use vlb '
       'or hybrid, or a fixed variance'
     )
   if not learns and name == 'hybrid':
@@ -208,31 +210,31 @@ def loss(config: ConfigDict, *, ends_in_noise: bool) -> None:
     )
   if name == 'min_snr' and ends_in_noise:
     raise errors.UserError(
-      'config.loss.name=min_snr weighs t by its SNR, which this schedule makes '
-      '0 at t = T, where sampling begins: that step would not be learned. Take '
-      'simple, or a schedule without a zero terminal SNR'
+      'config.loss.name=min_snr weights t by its SNR, which is 0 at t = T in '
+      'this schedule, where sampling begins: that step would not be learned. '
+      'Use simple, or a schedule without a zero terminal SNR'
     )
   if name == 'min_snr' and model.predict == 'mu':
     raise errors.UserError(
-      'config.loss.name=min_snr weighs the error of x_0, which μ̃ does not tell '
-      'at large t; set config.model.predict to eps, x0 or v'
+      'config.loss.name=min_snr weights the error of x_0, which cannot be '
+      'computed from μ̃ at large t; set config.model.predict to eps, x0 or v'
     )
 
 
 def sampler(config: ConfigDict, *, ends_in_noise: bool) -> None:
-  """Refuses steps that the model was not trained for.
+  """Refuses sampler steps that do not fit the model.
 
   Args:
-    config: the recipe.
-    ends_in_noise: whether its schedule has a zero terminal SNR.
+    config: The recipe.
+    ends_in_noise: Whether its schedule has a zero terminal SNR.
   """
   c, T = config.sampler, config.schedule.T
   if ends_in_noise and c.spacing in ('leading', 'quad') and c.steps < T:
     raise errors.UserError(
-      f'config.sampler.spacing={c.spacing} does not begin at T, where this '
-      'schedule has an SNR of 0; set linear or quadratic'
+      f'config.sampler.spacing={c.spacing} does not begin at T, which a '
+      'schedule with an SNR of 0 at T needs; set linear or quadratic'
     )
-  # Both are of one step of T, and say nothing of a longer one.
+  # Both are learned for steps from t to t - 1, and do not fit longer ones.
   of_a_step = {
     'model.predict': config.model.predict == 'mu',
     'sampler.variance': c.variance == 'learned' and c.name == 'ancestral',
@@ -246,7 +248,7 @@ def sampler(config: ConfigDict, *, ends_in_noise: bool) -> None:
 
 
 def codec(config: ConfigDict) -> None:
-  """Refuses groups of dimensions that the codec cannot send."""
+  """Refuses groups of more bits than the index of a candidate has."""
   c = config.codec
   if c.group_bits > c.log2_candidates:
     raise errors.UserError(
@@ -256,13 +258,13 @@ def codec(config: ConfigDict) -> None:
 
 
 def devices(config: ConfigDict) -> None:
-  """Refuses an engine, or ways to use devices, that do not go together."""
+  """Refuses an unknown engine, and options that exclude each other."""
   wanted = config.parallel
   if wanted.engine not in engines.ENGINES:
     raise errors.unknown('engine', wanted.engine, engines.ENGINES)
   if wanted.engine == 'pmap' and wanted.fsdp > 1:
     raise errors.UserError(
-      'pmap keeps the whole state on every device: set parallel.fsdp=1, or '
+      'pmap cannot split the state over devices: set parallel.fsdp=1, or '
       'parallel.engine=jit'
     )
   if wanted.spatial > 1:
@@ -270,11 +272,11 @@ def devices(config: ConfigDict) -> None:
 
 
 def _spatial(config: ConfigDict) -> None:
-  """Refuses images whose rows cannot be cut so often."""
+  """Refuses images whose rows cannot be split over that many devices."""
   n = config.parallel.spatial
   if config.parallel.engine == 'pmap':
     raise errors.UserError(
-      'pmap keeps an image on one device: set parallel.spatial=1, or '
+      'pmap cannot split an image over devices: set parallel.spatial=1, or '
       'parallel.engine=jit'
     )
   if not recipe.image_size(config):
@@ -283,8 +285,8 @@ def _spatial(config: ConfigDict) -> None:
   least = rows // config.model.patch // 2 ** (levels - 1)
   if least % n:
     raise errors.UserError(
-      f'config.parallel.spatial={n} does not divide the {least} row(s) that '
-      f'{rows} have become at the smallest of {levels} levels'
+      f'config.parallel.spatial={n} must divide the {least} row(s) of the '
+      f'smallest of {levels} levels ({rows} rows in an image)'
     )
 
 
@@ -312,18 +314,18 @@ def wandb(config: ConfigDict) -> None:
 def unread(
   config: ConfigDict, said: Collection[str], changes: Collection[str] = ()
 ) -> None:
-  """Refuses keys that were set and that the chosen function does not read.
+  """Refuses keys that were set but are not read by the chosen function.
 
   Args:
-    config: the recipe.
-    said: the keys that the user sets now. A run that was saved with others is
-      not refused for them.
-    changes: those of them that are on the command line. Where a name is among
-      them, what the file sets for the function that it names is left over, and
-      not refused.
+    config: The recipe.
+    said: The keys that the user sets now. Other keys, which come from a saved
+      recipe, are not checked.
+    changes: Those of them that are set on the command line. If they choose
+      another function, the keys of its section in the file are not checked:
+      they were set for the function in the file.
 
   Raises:
-    UserError: naming the first such key that is not at its default.
+    UserError: With the first such key that is not at its default.
   """
   default = recipe.defaults()
   default['sampler.variance'] = config.model.variance
@@ -338,11 +340,11 @@ def unread(
         continue
       unused = not _reads(section, function, key, given)
       if keys[key] != default[full] and unused:
-        mend = f'set config.{full}={default[full]}'
+        reset = f'set config.{full}={default[full]}'
         raise errors.UserError(
           f'config.{full}={keys[key]} is not used by config.{section}.name='
           f'{name or repr(name)}: '
-          f'{"leave it out" if full in changes else mend}'
+          f'{"leave it out" if full in changes else reset}'
         )
 
 
@@ -361,14 +363,15 @@ def _is_ours(function: Callable | None) -> bool:
 
 
 def fit_devices(config: ConfigDict, *, trains: bool) -> ConfigDict:
-  """A saved recipe, on the devices here if those that it names do not fit.
+  """Returns a saved recipe, with `parallel` changed to fit this machine.
 
-  What a run says of devices was right for the machine that it was begun on.
+  A run may have begun on other devices. If its recipe fits those here, it is
+  returned as it is.
 
   Args:
-    config: of the run; not changed.
-    trains: whether the devices must share `batch_size` evenly. If those here
-      cannot, as many are used as can.
+    config: The recipe of the run; not changed.
+    trains: Whether the devices must divide `batch_size`. If all of them do not,
+      the largest number that does is used.
   """
 
   def share(parts: int) -> bool:
@@ -376,15 +379,15 @@ def fit_devices(config: ConfigDict, *, trains: bool) -> ConfigDict:
 
   try:
     devices(config)
-    if share(engines.num_shards(build.mesh(config))):
+    if share(meshes.num_shards(build.mesh(config))):
       return config
   except errors.UserError:
-    pass  # not these devices
+    pass  # It does not fit these devices.
   here, was = len(jax.devices()), config.parallel
-  several = jax.process_count() > 1  # which must use all
+  several = jax.process_count() > 1  # They must use all devices.
   used = max((n for n in range(1, here + 1) if share(n)), default=0)
   if not used or (several and used < here):
-    return config  # is refused by those who train
+    return config  # Training refuses it.
   logs.say(
     f'the devices of this run (config.parallel.data={was.data}, fsdp='
     f'{was.fsdp}, spatial={was.spatial}) do not fit here: using {used} of '

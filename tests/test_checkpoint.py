@@ -323,9 +323,9 @@ def test_with_all_damaged_the_user_is_told_and_nothing_is_renamed(two):
     for item in 'state', 'ema':
       _array_file(two / str(step) / item).unlink()
   checkpointer = checkpoint.open(two)
-  with pytest.raises(errors.UserError, match=r'no whole .* damaged: 1, 2'):
+  with pytest.raises(errors.UserError, match=r'no intact .* damaged: 1, 2'):
     _restore(checkpointer)
-  with pytest.raises(errors.UserError, match=r'no whole .* damaged: 1, 2'):
+  with pytest.raises(errors.UserError, match=r'no intact .* damaged: 1, 2'):
     _restore_ema(two)
   checkpoint.close(checkpointer)
   assert checkpoint.steps(two) == [1, 2]

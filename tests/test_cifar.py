@@ -309,7 +309,7 @@ def test_a_folder_that_cannot_be_prepared_is_a_line(tmp_path, monkeypatch):
 
   builder = tensorflow_datasets.core.DatasetBuilder
   monkeypatch.setattr(builder, 'download_and_prepare', fail)
-  with pytest.raises(errors.UserError, match=r'No space left.* mend that, or'):
+  with pytest.raises(errors.UserError, match=r'No space left.* fix that, or'):
     cifar.prepare(tmp_path, sha256=digest)
 
 

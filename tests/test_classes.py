@@ -114,7 +114,7 @@ def test_the_data_say_how_many_classes_there_are(tmp_path):
   settled = dataset.settled(c, dataset.source(c))
   assert settled.condition.classes == 3
   assert c.condition.classes == 0
-  with pytest.raises(errors.UserError, match=r'3 classes: set .*, not 4'):
+  with pytest.raises(errors.UserError, match=r'3 classes, not .*=4'):
     dataset.source(config(data, condition__classes='4'))
   with pytest.raises(errors.UserError, match=r'condition\.classes=0 is for'):
     build.network(c)

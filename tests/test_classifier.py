@@ -182,7 +182,7 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path, classifier, damage):
     (np.full(20, -1), 'no image has a label'),
     (np.full(20, 3), '1 classes are too few'),
     (np.arange(20), 'there are 10 classes'),
-    (np.arange(5), 'one label an image'),
+    (np.arange(5), 'one label per image'),
     (np.where(np.arange(20) < 4, np.arange(20) % 2, -1), '4 labelled images'),
   ],
 )

@@ -34,7 +34,7 @@ from ddpm_jax.evaluation import record
 from ddpm_jax.interop import diffusers
 from ddpm_jax.interop import fields
 from ddpm_jax.interop import files
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.storage import checkpoint
 
 # The files that google/ddpm-cifar10-32 publishes.
@@ -681,7 +681,7 @@ def test_a_model_with_classes_becomes_a_run_and_is_itself_again(
     f'--config.condition.classes={classes}',
   )
   assert recipe.resolve(None, run, {}).condition.drop == drop
-  told = 'guidance cannot be used'
+  told = 'guidance is not for it'
   assert (told in capfd.readouterr().err) == (drop == 0)
   convert(f'--workdir={run}', f'--output={again}')
   a, b = (
@@ -724,7 +724,7 @@ def test_flags_that_do_not_go_together_are_told(tmp_path, converted):
     ),
     (
       [f'--input={model}/{files.SAFE[0]}', '--output=x'],
-      'holds no recipe',
+      'does not contain its recipe',
     ),
     (
       [
@@ -769,7 +769,7 @@ def test_it_is_evaluated_and_goes_on_training(converted, tmp_path, capfd):
 def test_it_begins_with_the_weights_and_nothing_else(converted):
   config = recipe.resolve(None, converted, {})
   mesh = build.mesh(config)
-  abstract = engines.abstract_state(lambda: build.init_state(config), mesh)
+  abstract = meshes.abstract_state(lambda: build.init_state(config), mesh)
   saved = checkpoint.restore(
     converted / 'checkpoints', checkpoint.trained(abstract), abstract.ema_params
   )

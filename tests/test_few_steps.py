@@ -501,7 +501,7 @@ def test_the_ways_of_the_table_are_samplers_within_their_evaluations():
     recipe.override(config, {'model.variance': variance, 'loss.name': loss})
     found.append(set(few_steps.ways(config)))
     for way in few_steps.ways(config).values():
-      for n in few_steps.looks(way, 1000):
+      for n in few_steps.budgets(way, 1000):
         c = few_steps.changed(config, way, n)
         validate.check(c)
         assert n - 1 <= few_steps.evaluations(c) <= n

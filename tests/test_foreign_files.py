@@ -65,7 +65,7 @@ def test_a_CSV_is_read_as_Excel_writes_it(tmp_path, encoding, delimiter):
     (b'image;prompt\na.png;x\n', r"columns are 'image', 'prompt'; .*file_name"),
     (b'', 'file_name, and text or caption'),
     (b'file_name,text\na.png,caf\xe9\n', 'not UTF-8 .*save it as "CSV UTF-8"'),
-    (b'file_name,text\n"a\nb.png",x\n', r"csv:3: no image 'a\\nb.png' beside"),
+    (b'file_name,text\n"a\nb.png",x\n', r"csv:3: no image 'a\\nb.png' in its"),
     (b'file_name,text\n,x\n', "csv:2: no image ''"),
     (b'text,file_name\nx\n', 'csv:2: no image None'),
   ],
@@ -169,9 +169,7 @@ def test_a_link_to_an_image_that_is_listed_is_passed_over(tmp_path, caplog):
   found = image_folder.find(str(tmp_path / 'i'))
   # What leads nowhere is said when it is decoded.
   assert found == ['a.png', 'c.png', 'd.png', 'e.png', 'f.png']
-  assert caplog.messages == [
-    '1 links to images that are listed are passed over'
-  ]
+  assert caplog.messages == ['skipped 1 links to images that are listed anyway']
 
 
 @pytest.fixture
@@ -192,7 +190,7 @@ def strange(tmp_path):
 
 def test_pipes_sockets_and_devices_are_passed_over(strange, caplog):
   assert image_folder.find(str(strange)) == ['a.png']
-  assert 'not regular files, passed over: ' in caplog.text
+  assert 'skipped, not regular files: ' in caplog.text
   assert len(folder(strange)) == 1
 
 
@@ -226,7 +224,7 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path, monkeypatch, caplog):
 
   monkeypatch.setattr(os, 'scandir', refusing)
   assert image_folder.find(str(tmp_path)) == ['a/x.png']
-  assert caplog.messages == ['folder left out: b (Permission denied)']
+  assert caplog.messages == ['skipped folder: b (Permission denied)']
   with pytest.raises(errors.UserError, match=r'b cannot be read \(Permission'):
     image_folder.find(str(tmp_path / 'b'))
 
@@ -536,10 +534,10 @@ def test_a_zip_is_held_to_what_it_says(tmp_path, monkeypatch):
     archive.writestr('images.npy', zeros)
   assert npz.load(path)['images'].shape == (2**24,)
   monkeypatch.setattr(npz, 'MAX_BYTES', 2**24)
-  with pytest.raises(ValueError, match='16777216 are read at most'):
+  with pytest.raises(ValueError, match='at most 16777216 are read'):
     npz.load(path)
   monkeypatch.undo()
-  # It tells of ten thousand times as much as is there.
+  # Its directory gives ten thousand times the size that it has.
   said = bytearray(path.read_bytes())
   at = said.rindex(b'PK\1\2')
   said[at + 24 : at + 28] = struct.pack('<I', 2**32 - 2)

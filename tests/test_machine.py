@@ -182,7 +182,7 @@ def test_damaged_notes_of_a_run_are_warned_of_and_begun_anew(tmp_path, caplog):
   assert json.loads((tmp_path / 'changes.json').read_text()) == [{'step': 3}]
   damaged, anew = caplog.messages
   assert 'data.npz is damaged, not used' in damaged
-  assert 'it is begun anew' in anew
+  assert 'it is replaced' in anew
 
 
 def test_a_recipe_that_another_process_writes_is_waited_for(tmp_path):

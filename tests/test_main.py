@@ -21,7 +21,7 @@ from ddpm_jax import flags as command
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax import run as runs
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.storage import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -83,7 +83,7 @@ def wait_for(condition, process):
 def weights(workdir):
   """All that the newest checkpoint holds, on one device."""
   config = recipe.resolve(None, workdir, {'parallel.data': '1'})
-  state = engines.abstract_state(
+  state = meshes.abstract_state(
     lambda: build.init_state(config), build.mesh(config)
   )
   saved = checkpoint.restore(
@@ -343,7 +343,7 @@ def mistake(*args):
     (['--mode=decompress', '--bytes=-1'], '--bytes=-1 must be at least 0'),
     (['--mode=edit', '--strength=nan'], '--strength=nan must be above 0'),
     (['--mode=edit', '--strength=much'], 'much'),
-    ([], 'holds no run: name one'),
+    ([], 'holds no run: choose a recipe'),
     ([f'--config={DIGITS}', '--config.modle.channels=8'], 'model.channels'),
     ([f'--config={DIGITS}', '--config.steps=many'], 'not of type int'),
     ([f'--config={DIGITS}', '--config.steps=1.5'], 'not of type int'),
@@ -485,7 +485,7 @@ def test_a_run_without_a_checkpoint_is_begun_again(begun, stop_at, capfd):
   stop_at(1)
   main.run([f'--workdir={begun}', *changes, '--config.steps=2'])
   err = capfd.readouterr().err
-  assert f'{begun} has no checkpoint: it is begun again' in err
+  assert f'{begun} has no checkpoint: it is started again' in err
   saved = json.loads(file.read_text())
   assert saved['optimizer']['warmup'] == 5
   assert saved['parallel'] == ELSEWHERE  # the run's own

@@ -236,7 +236,7 @@ def test_samples_go_into_a_bucket(folder, name):
   outputs.save(output, iter([drawn[:3], drawn[3:]]), 5, about)
   outputs.check(output, 5, about)
   if name == 'samples':
-    with pytest.raises(errors.UserError, match='made in another way'):
+    with pytest.raises(errors.UserError, match='made with other settings'):
       outputs.check(output, 5, about | {'steps': 20})
     files = sorted(output.glob('*.png'))
     found = [np.asarray(Image.open(file.open('rb'))) for file in files]
@@ -365,15 +365,15 @@ def test_an_unfinished_save_is_none(folder):
 
 TRAIN = [f'--config={conftest.DIGITS}']
 BAD = {
-  's3://bucket/run': 'not a path that can be used',
-  'http://host/run': 'not a path that can be used',
-  'hdfs://host/run': 'not a path that can be used',
-  'file:///run': 'not a path that can be used',
-  'gs:/bucket/run': 'not a path that can be used',
-  'gs:bucket/run': 'not a path that can be used',
-  'GS://bucket/run': 'not a path that can be used',
-  ' gs://bucket/run': 'not a path that can be used',
-  './gs://bucket/run': 'not a path that can be used',
+  's3://bucket/run': 'not a supported path',
+  'http://host/run': 'not a supported path',
+  'hdfs://host/run': 'not a supported path',
+  'file:///run': 'not a supported path',
+  'gs:/bucket/run': 'not a supported path',
+  'gs:bucket/run': 'not a supported path',
+  'GS://bucket/run': 'not a supported path',
+  ' gs://bucket/run': 'not a supported path',
+  './gs://bucket/run': 'not a supported path',
   'gs://': 'write gs://BUCKET/NAME',
   'gs://bucket': 'write gs://BUCKET/NAME',
   'gs://bucket/': 'write gs://BUCKET/NAME',

@@ -31,7 +31,9 @@ def grays(folder):
 
 @pytest.mark.parametrize('name', ['a.jpg', 'a.JPEG', 'b/a.webp', 'a.npy'])
 def test_names_of_other_files_are_refused(name, tmp_path):
-  with pytest.raises(errors.UserError, match='are not written; name a folder'):
+  with pytest.raises(
+    errors.UserError, match='are not supported; choose a folder'
+  ):
     outputs.prepare(tmp_path / name)
   assert not list(tmp_path.iterdir())
 
@@ -112,7 +114,7 @@ def test_images_of_unknown_origin_are_left_alone(tmp_path):
 
 def test_json_of_something_else_is_left_alone(tmp_path):
   (tmp_path / 'config.json').write_text('{"steps": 3}')
-  with pytest.raises(errors.UserError, match='is not about images'):
+  with pytest.raises(errors.UserError, match='does not describe images'):
     save(tmp_path / 'config.png', 3)
   assert (tmp_path / 'config.json').read_text() == '{"steps": 3}'
 
@@ -126,6 +128,6 @@ def test_a_folder_is_no_file_of_images(tmp_path):
 def test_what_is_said_about_images_and_cannot_be_read_is_left_alone(tmp_path):
   save(tmp_path / 'a.npz', 3)
   (tmp_path / 'a.json').write_text('{')
-  with pytest.raises(errors.UserError, match='is not about images'):
+  with pytest.raises(errors.UserError, match='does not describe images'):
     save(tmp_path / 'a.npz', 3)
   assert (tmp_path / 'a.json').read_text() == '{'

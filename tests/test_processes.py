@@ -130,7 +130,7 @@ def test_a_story_of_two_processes_and_one(start, tmp_path, capfd):
   assert time.monotonic() - began < 20
   assert code == 1
   assert f'going on from step {stopped}' in err
-  assert err.splitlines()[-1].startswith('stopped: process 1 of 2 went away')
+  assert err.splitlines()[-1].startswith('stopped: process 1 of 2 is gone')
 
   capfd.readouterr()
   main.run(args)
@@ -231,7 +231,7 @@ def test_four_two_and_one_go_on_with_each_others_runs(run, tmp_path):
 @pytest.mark.parametrize(
   ('args', 'message'),
   [
-    (['--mode=compare'], '--mode=compare is for one process, and here are 2'),
+    (['--mode=compare'], '--mode=compare is for one process, and there are 2'),
     ([*TINY, '--config.batch_size=17'], 'batch_size=17 is not divisible by 2'),
     ([*TINY, '--config.parallel.data=1'], 'must use all'),
   ],
@@ -347,7 +347,7 @@ def test_the_first_one_may_be_killed_too(peers):
   what = f'if not me: os.kill(os.getpid(), signal.SIGKILL)\n{WAIT}'
   (code, _, _), (other, _, err) = ends(peers(2, what), timeout=60)
   assert (code, other) == (-signal.SIGKILL, 1)
-  assert 'stopped: process 0 of 2 went away' in err
+  assert 'stopped: process 0 of 2 is gone' in err
 
 
 def test_a_name_is_shared_by_all_of_a_run_and_with_no_other(peers):
@@ -393,7 +393,7 @@ def test_one_that_hangs_is_named_in_one_line(peers, hangs):
   assert code == 1
   (line,) = err.splitlines()
   assert line.startswith(
-    f'stopped: process {hangs} of 2 has given no sign of life for 10 seconds'
+    f'stopped: process {hangs} of 2 has sent no heartbeat for 10 seconds'
   )
 
 
@@ -481,7 +481,7 @@ def test_strangers_do_not_keep_processes_from_meeting():
   deep = b'[' * 64
   before = [b'', b'GET / HTTP/1.1\r\n\r\n', bytes(range(128, 192)), deep]
   before += [b'["ddpm_jax", 2, "1"]'.ljust(64), b'["ddpm_jax", 2]'.ljust(64)]
-  before += [b''] * 3 * processes.SILENT
+  before += [b''] * 3 * processes.PENDING
   found = meet(2, (2, 1), before=before)
   assert set(found.values()) == {'welcome'}
 
@@ -744,7 +744,7 @@ def test_a_cluster_is_known_by_its_variables(name, no_cluster, monkeypatch):
 STATE = """
 import functools
 import jax, jax.numpy as jnp, numpy as np
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.storage import checkpoint
 
 def state(step):
@@ -752,13 +752,13 @@ def state(step):
   x = x.reshape(64, 6, 64)
   return {'kernel': x, 'bias': x[0, 0].astype(jnp.bfloat16), 'n': x[0, 0, 0]}
 
-mesh = engines.make_mesh(fsdp=jax.device_count())
-abstract = engines.abstract_state(functools.partial(state, 0), mesh)
+mesh = meshes.make_mesh(fsdp=jax.device_count())
+abstract = meshes.abstract_state(functools.partial(state, 0), mesh)
 
 def save(folder, *steps):
   checkpoints = checkpoint.open(folder, keep=9)
   for step in steps:
-    made = engines.init_state(functools.partial(state, step), mesh)
+    made = meshes.init_state(functools.partial(state, step), mesh)
     data = {'next_index': step}
     checkpoint.save(
       checkpoints, step, state=made, ema=made, data=data, config={}
@@ -767,7 +767,7 @@ def save(folder, *steps):
 
 def restore(source):
   got = checkpoint.restore(source, abstract, abstract)
-  want = engines.init_state(functools.partial(state, got.step), mesh)
+  want = meshes.init_state(functools.partial(state, got.step), mesh)
   for tree in got.state, got.ema:
     for a, b in zip(*map(jax.tree.leaves, (tree, want)), strict=True):
       assert a.sharding == b.sharding
@@ -871,7 +871,7 @@ def test_one_killed_while_saving_leaves_the_checkpoint_before(peers, tmp_path):
   processes[1].kill()
   (code, _, err), _ = ends(processes, timeout=60)
   assert code == 1
-  assert err.startswith('stopped: process 1 of 2 went away')
+  assert err.startswith('stopped: process 1 of 2 is gone')
   assert list(tmp_path.glob('*-tmp'))  # It was in the midst of it.
   whole = what.rpartition('\n')[0]
   scope = {}

@@ -277,7 +277,7 @@ def test_images_made_elsewhere_and_statistics_that_do_not_fit(
     (['--inception=none.pth'], 'none.pth is not a file'),
     (['--inception=README.md'], 'README.md cannot be read|torch'),
     (['--config.evaluate.resize=tf'], 'known: pytorch_fid, tensorflow'),
-    (['--images=x'], 'name one of them'),
+    (['--images=x'], 'set one of them'),
     (['--step=3'], 'no checkpoint 3'),
     (['--config.evaluate.weights=best'], "known: '', ema, raw"),
     (['--reference=none.npz'], 'none.npz is not a file'),
@@ -302,7 +302,7 @@ def test_flags_that_do_not_go_together_are_named(tiny_run, tmp_path):
   assert '--step is for' in mistake('--mode=sample', '--step=3')
   assert '--num_samples' in mistake('--mode=evaluate', '--inception=x')
   evaluate = ['--mode=evaluate', '--images']
-  assert 'is not there' in mistake(*evaluate, tmp_path / 'none')
+  assert 'does not exist' in mistake(*evaluate, tmp_path / 'none')
   assert 'holds no image' in mistake(*evaluate, tmp_path)
   assert 'checkpoint' in mistake(*evaluate, tmp_path, '--step=3')
 

@@ -523,7 +523,7 @@ def test_bad_metadata_is_named_with_its_line(tmp_path, line, message):
 @pytest.mark.parametrize(
   ('name', 'message'),
   [
-    ('', 'which folder'),
+    ('', 'no folder of images'),
     ('missing', 'does not exist'),
     ('file.png', 'is not a folder'),
     ('empty', 'holds no image'),
@@ -572,7 +572,7 @@ def test_late_the_next_readable_image_stands_in(tmp_path, monkeypatch, caplog):
 
 def test_too_many_unreadable_files_are_an_error(tmp_path, when):
   break_some(tmp_path)
-  with pytest.raises(errors.UserError, match=r'more than 3 .*, \d.png; mend'):
+  with pytest.raises(errors.UserError, match=r'more than 3 .*, \d.png; fix'):
     everything(folder(tmp_path, max_unreadable=3))
 
 

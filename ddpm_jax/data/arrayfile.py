@@ -1,4 +1,4 @@
-"""Images and labels of a NumPy file."""
+"""Images and labels from a NumPy file."""
 
 import os
 from typing import Any
@@ -12,13 +12,28 @@ from ddpm_jax.data import image_folder
 
 
 def load(path: str) -> tuple[np.ndarray, np.ndarray]:
-  """Images uint8 (n, h, w, c) and labels int32 (n,), -1 for none.
+  """Loads images uint8 (n, h, w, c) and labels int32 (n,), -1 for none.
 
   Raises:
-    UserError: the file is missing, broken, or holds something else.
+    UserError: If the file is missing, broken, or not of this form.
   """
   path = expand.expanded(path)
-  images, labels = _open(path)
+  return checked(path, *_open(path))
+
+
+def checked(
+  path: str, images: np.ndarray, labels: Any
+) -> tuple[np.ndarray, np.ndarray]:
+  """Images uint8 (n, h, w, c) and labels int32 (n,), -1 for none.
+
+  Args:
+    path: Where they are from, for a message.
+    images: uint8 (n, h, w, c) or (n, h, w).
+    labels: Integers (n,), or None.
+
+  Raises:
+    UserError: If they are anything else.
+  """
   if images.dtype != np.uint8:
     raise errors.UserError(
       f'{path}: images are {images.dtype}; save them as uint8, 0 to 255'
@@ -33,13 +48,13 @@ def load(path: str) -> tuple[np.ndarray, np.ndarray]:
   if labels is None:
     return images, np.full(len(images), -1, np.int32)
   labels = np.asarray(labels)
-  right = (
+  valid = (
     np.issubdtype(labels.dtype, np.integer)
     and labels.shape == images.shape[:1]
     and labels.min() >= -1
     and labels.max() < image_folder.MOST_CLASSES
   )
-  if not right:
+  if not valid:
     raise errors.UserError(
       f'{path}: labels are {labels.dtype} of shape {labels.shape}; save an '
       f'integer from 0 to {image_folder.MOST_CLASSES - 1} (-1: none) for each '
@@ -57,12 +72,12 @@ def _open(path: str) -> tuple[np.ndarray, Any]:
     if not npz.is_npz(path):
       return npz.mapped(path), None
     keys = npz.names(path)
-    # The second pair is of numpy.savez(path, images, labels), as the samples
-    # of OpenAI's evaluations are.
+    # numpy.savez(path, images, labels) gives the second pair, as in the sample
+    # files of OpenAI.
     pairs = ('images', 'labels'), ('arr_0', 'arr_1')
     pair = next((x for x in pairs if x[0] in keys), pairs[0])
     arrays = npz.load(path, pair.__contains__)
-  except Exception as error:  # zipfile's, zlib's and NumPy's own
+  except Exception as error:  # from zipfile, zlib or NumPy
     raise errors.UserError(
       f'{path} cannot be read ({" ".join(str(error).split())}); save it again '
       'with numpy.savez or numpy.save'

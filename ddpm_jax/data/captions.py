@@ -1,4 +1,4 @@
-"""Texts to images: read from files or made of class names, and as bytes."""
+"""Captions of images: from files or class names, and encoded as bytes."""
 
 import csv
 import dataclasses
@@ -18,28 +18,28 @@ from ddpm_jax import regular
 from ddpm_jax.data import image_folder
 from ddpm_jax.data import store
 
-KEYS = ('text', 'caption')  # what a caption is called in files
-MOST = 2**30  # bytes of captions.csv, which is read whole
+KEYS = ('text', 'caption')  # names of captions in files
+MOST = 2**30  # bytes of captions.csv, which is read at once
 
-Captions = Sequence[tuple[str, ...]]  # those of an image, or of a class
+Captions = Sequence[tuple[str, ...]]  # one tuple per image or class
 
 
 def tokens(texts: Sequence[str], length: int) -> np.ndarray:
-  """UTF-8 bytes, uint8 (n, length), 0 after the end of a text.
+  """Encodes texts as UTF-8 bytes, uint8 (n, length), padded with 0.
 
   Raises:
-    UserError: for a text that is longer, or holds a byte of 0.
+    UserError: If a text is longer than `length` bytes, or has a byte of 0.
   """
   rows = np.zeros((len(texts), length), np.uint8)
   for row, text in zip(rows, texts, strict=True):
     try:
       code = text.strip().encode()
-    except UnicodeEncodeError:  # such as bytes of a file's name
+    except UnicodeEncodeError:  # such as raw bytes of a file name
       raise errors.UserError(f'the text {text[:40]!r} is not Unicode') from None
     if len(code) > length or 0 in code:
       raise errors.UserError(
-        f'the text {text[:40]!r} has {len(code)} bytes of UTF-8, of which '
-        f'config.condition.length={length} may be read, and none may be 0'
+        f'the text {text[:40]!r} has {len(code)} bytes of UTF-8; at most '
+        f'config.condition.length={length} are allowed, and none may be 0'
       )
     row[: len(code)] = np.frombuffer(code, np.uint8)
   return rows
@@ -48,12 +48,12 @@ def tokens(texts: Sequence[str], length: int) -> np.ndarray:
 def of_classes(
   names: Sequence[str], templates: Sequence[str]
 ) -> list[tuple[str, ...]]:
-  """The captions of each class: each template with its name in place of {}.
+  """Returns the captions of each class: templates with its name in place of {}.
 
-  'a {}' becomes 'an eight' where it should.
+  'a {}' becomes 'an {}' before a vowel.
 
   Raises:
-    UserError: for a template without a place for the name.
+    UserError: If a template does not have one {}, or there are no classes.
   """
   for template in templates:
     if template.count('{}') != 1:
@@ -75,14 +75,14 @@ def of_classes(
 
 
 def of_folder(folder: str, names: Sequence[str]) -> list[tuple[str, ...]]:
-  """The captions of the images `names` of a folder, () where there is none.
+  """Reads the captions of the images `names` of a folder, () for none.
 
-  From `metadata.jsonl`, a line {"file_name": ..., "text": string or strings} an
-  image, or `captions.csv` with columns file_name and text. `caption` will do
-  for `text`.
+  They are in `metadata.jsonl`, one line {"file_name": ..., "text": string or
+  strings} per image, or in `captions.csv` with columns file_name and text;
+  `caption` may replace `text`.
 
   Raises:
-    UserError: if there are none, or a line is not like that.
+    UserError: If there are no captions, or an entry is not valid.
   """
   given: dict[str, list[str]] = {name: [] for name in names}
   match = image_folder.matcher(names)
@@ -90,8 +90,8 @@ def of_folder(folder: str, names: Sequence[str]) -> list[tuple[str, ...]]:
     name = match(entry.get('file_name'))
     if name is None:
       raise errors.UserError(
-        f'{where}: no image {entry.get("file_name")!r:.300} beside it; each '
-        'entry needs the file_name of one'
+        f'{where}: no image {entry.get("file_name")!r:.300} in its folder; '
+        'each entry needs the file_name of an image'
       )
     found: Any = next((entry[k] for k in KEYS if entry.get(k)), [])
     texts = [found] if isinstance(found, str) else found
@@ -109,7 +109,7 @@ def of_folder(folder: str, names: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _entries(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
-  """(where it stands, entry) of each line of the files of captions."""
+  """Yields (location, entry) for each line of the caption files."""
   path = os.path.join(folder, 'metadata.jsonl')
   if os.path.exists(path):
     yield from image_folder.lines(path)
@@ -119,14 +119,14 @@ def _entries(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-  """The rows of a CSV file, with commas, semicolons or tabs, as Excel has them.
+  """Yields (location, row) of a CSV file with commas, semicolons or tabs.
 
   Raises:
-    UserError: it is not text, or lacks a column.
+    UserError: If it is not CSV, or lacks a column.
   """
   text = _text(path)
   start = 0
-  if first := re.match(r'sep=(.)\r?\n', text):  # for Excel's eyes only
+  if first := re.match(r'sep=(.)\r?\n', text):  # a line for Excel
     text, start = text[first.end() :], 1
   titles: dict[str, list[str]] = {}
   for delimiter in ',;\t':
@@ -155,12 +155,12 @@ def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _text(path: str) -> str:
-  """A text file in UTF-8, or in what its first bytes say: UTF-16."""
+  """Reads a text file in UTF-8, or in UTF-16 with a byte order mark."""
   with image_folder.opened(path) as file:
     size = regular.length(file)
     if size > MOST:
       raise errors.UserError(
-        f'{image_folder.shown(path)} has {size} bytes, of at most {MOST}: '
+        f'{image_folder.shown(path)} has {size} bytes, more than {MOST}: '
         'write the captions as metadata.jsonl'
       )
     data = file.read()
@@ -180,17 +180,17 @@ def attach(
   by: str,
   encode: Callable[[list[str]], Mapping[str, np.ndarray] | np.ndarray],
 ) -> store.Source:
-  """The source, with `text` in what it gathers: K encoded captions an image.
+  """Adds `text` to the batches of a source: K encoded captions per image.
 
   Args:
-    source: of n images.
-    captions: of each `label`, or of each `id`; repeated up to K, the most that
-      there are of one. Without any they are K times ''.
-    by: 'label' or 'id'.
-    encode: texts -> arrays with a row each.
+    source: The images.
+    captions: Captions of each label or id. K is the largest number of captions;
+      fewer are repeated up to K, and none becomes K times ''.
+    by: What `captions` are indexed by: 'label' or 'id'.
+    encode: texts -> arrays with one row per text.
   """
   K = max(len(texts) for texts in captions)
-  # -1 is the last row: that of an image without a label.
+  # The last row is for images without a label, -1.
   sets = [texts or ('',) for texts in [*captions, ()]]
   every = [texts[k % len(texts)] for texts in sets for k in range(K)]
   known = {text: row for row, text in enumerate(dict.fromkeys(every))}

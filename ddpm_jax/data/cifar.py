@@ -1,7 +1,7 @@
-"""CIFAR-10 for TFDS, prepared without TensorFlow.
+"""Prepares CIFAR-10 for TFDS, without TensorFlow.
 
-What is written is what TFDS writes itself, in the same order:
-`tfds.data_source('cifar10', ...)` reads it, here and elsewhere.
+The files are the same as those that TFDS writes, in the same order:
+`tfds.data_source('cifar10', ...)` reads them, here and elsewhere.
 """
 
 import contextlib
@@ -48,10 +48,11 @@ def prepare(
   """Writes root/cifar10/3.0.2 from the archive in `root`.
 
   The archive may also be in root/downloads/manual, and is downloaded to there
-  if it is nowhere. `timeout` is in seconds, of silence.
+  if it is in neither folder. `timeout` is the longest silence of the server, in
+  s.
 
   Raises:
-    UserError: the archive cannot be had, or is not the one of `sha256`.
+    UserError: If the archive cannot be downloaded, or its hash is not `sha256`.
   """
   root = pathlib.Path(root)
   manual = root / 'downloads' / 'manual' / ARCHIVE
@@ -64,26 +65,26 @@ def prepare(
     _write(root, (places or [manual])[0])
   except OSError as error:
     raise errors.UserError(
-      f'CIFAR-10 cannot be prepared in {root} ({error}); mend that, or set '
+      f'CIFAR-10 cannot be prepared in {root} ({error}); fix that, or set '
       '--config.data.path to another folder'
     ) from error
 
 
 def _write(root: pathlib.Path, archive: pathlib.Path) -> None:
   builder = _cifar10(archive)(data_dir=root, file_format='array_record')
-  # Its bars are nested and its notices go to stdout: one bar of ours will do.
+  # TFDS nests progress bars and prints to stdout; we show one bar instead.
   tfds.disable_progress_bar()
   try:
     with contextlib.redirect_stdout(io.StringIO()):
       builder.download_and_prepare()
   except OSError:
-    # Another process on the same folder was faster.
+    # Another process may have prepared the same folder first.
     if not (builder.data_path / 'dataset_info.json').exists():
       raise
 
 
 def _cifar10(archive: pathlib.Path) -> Any:
-  """TFDS's builder of that name, fed from the archive instead."""
+  """TFDS's builder of CIFAR-10, reading from the archive."""
 
   class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):  # type: ignore[call-arg]
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def _cifar10(archive: pathlib.Path) -> Any:
 
 
 def _examples(split: str, data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-  """TFDS's keys, which settle the order, and examples."""
+  """Yields TFDS's keys, which determine the order, and examples."""
   rows = np.frombuffer(data, np.uint8).reshape(-1, _ROW)
   bar = tqdm.tqdm(rows, f'preparing {split}', unit=' images', disable=None)
   for key, row in enumerate(bar):
@@ -113,7 +114,7 @@ def _examples(split: str, data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
       key,
       {
         'id': f'{split}_{key:05d}',
-        # Arrays would be encoded by TensorFlow.
+        # TFDS would encode an array with TensorFlow.
         'image': Image.fromarray(np.ascontiguousarray(image)),
         'label': int(row[0]),
       },
@@ -126,15 +127,15 @@ def _check(path: pathlib.Path, sha256: str) -> None:
   if found != sha256:
     raise errors.UserError(
       f'{path} is damaged or another file: sha256 {found} '
-      f'({path.stat().st_size} bytes), expected {sha256}; remove it, and put '
-      f'{URL} there'
+      f'({path.stat().st_size} bytes), expected {sha256}; replace it '
+      f'by {URL}'
     )
 
 
 def _download(
   url: str, path: pathlib.Path, sha256: str, timeout: float
 ) -> None:
-  """Downloads to `path`, which appears only when all of it is right."""
+  """Downloads to `path`, which appears only if its hash is right."""
   logging.getLogger(__name__).info('downloading %s to %s', url, path)
   path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -144,7 +145,7 @@ def _download(
         _copy(reply, file)
     except (OSError, http.client.HTTPException) as error:
       raise errors.UserError(
-        f'cannot download {url} ({error}); fetch it by hand, and put it in '
+        f'cannot download {url} ({error}); download it by hand, and put it in '
         f'{path.parent}'
       ) from error
     _check(part, sha256)
@@ -152,10 +153,10 @@ def _download(
 
 
 def _open(url: str, timeout: float) -> Any:
-  """`urlopen`, given up after `timeout` even where names do not resolve.
+  """`urlopen` with a timeout that also covers name resolution.
 
-  A thread, because looking up a name heeds no timeout; a daemon, because it
-  must not hold up the exit.
+  It runs in a thread, because name resolution has no timeout; the thread is a
+  daemon, so that it does not delay the exit.
   """
   answers: queue.SimpleQueue = queue.SimpleQueue()
 

@@ -1,4 +1,4 @@
-"""Hashes of a data set, 16 bytes an image, to notice that it has changed."""
+"""Hashes of a data set, 16 bytes per image, to detect changes."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Bytes. Of larger arrays only some rows are read.
+# Bytes. Only ROWS rows of larger arrays are read.
 MOST = 2 * 2**30
 ROWS = 10_000
 
@@ -17,8 +17,8 @@ ROWS = 10_000
 class Contents(NamedTuple):
   """Hashes, uint64 (n,) each.
 
-  names: of the names of the images, ascending.
-  marks: of the content of each, such as its size and label.
+  names: Hashes of the names of the images, ascending.
+  marks: Hashes of the content of each, such as its size and label.
   """
 
   names: np.ndarray
@@ -26,14 +26,14 @@ class Contents(NamedTuple):
 
 
 def of(items: Iterable[tuple[Any, Any]]) -> Contents:
-  """The hashes of pairs (name, content); the `repr` of both is hashed."""
+  """Hashes pairs (name, content), by the `repr` of both."""
   pairs = [(_hash(name), _hash(mark)) for name, mark in items]
   table = np.array(sorted(pairs), np.uint64).reshape(-1, 2)
   return Contents(table[:, 0], table[:, 1])
 
 
 def size(file: str) -> int:
-  """In bytes; -1 of a file that is not there."""
+  """Size of a file in bytes; -1 if it cannot be read."""
   try:
     return os.stat(file).st_size
   except OSError:
@@ -41,10 +41,10 @@ def size(file: str) -> int:
 
 
 def of_array(images: np.ndarray, marks: Sequence[Any]) -> Contents:
-  """The hashes of an array (n, ...) with a mark, such as a label, for each row.
+  """Hashes an array (n, ...) with a mark, such as a label, for each row.
 
-  A row's name is its index. Of an array of more than `MOST` bytes, `ROWS` rows
-  are read, evenly spaced.
+  A row's name is its index. If the array has more than `MOST` bytes, only
+  `ROWS` evenly spaced rows are read.
   """
   n = len(images)
   few = images.nbytes > MOST
@@ -61,7 +61,7 @@ def of_array(images: np.ndarray, marks: Sequence[Any]) -> Contents:
 
 
 def changes(before: Contents, now: Contents) -> str:
-  """How many were added, removed and changed, in words; '' if none was."""
+  """Says how many images were added, removed and changed; '' if none."""
   there, here = ({*x.names.tolist()} for x in (before, now))
   marks = dict(zip(before.names.tolist(), before.marks.tolist(), strict=True))
   changed = sum(

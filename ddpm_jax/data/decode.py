@@ -1,11 +1,11 @@
-"""One image, of whatever kind, as 8-bit pixels of the size asked for.
+"""Decodes an image of any kind to 8-bit pixels of a given size.
 
-Gray images of 16 bits do not say how many of these they use. `max_value` is the
-value that becomes 255; `probe` takes it from the largest value of the data.
+16-bit gray images do not say how many bits they use. `max_value` is the value
+that becomes 255; `probe` derives it from the largest value of the data.
 
-Resizing: so that the image just covers (H, W), by Pillow's bicubic filter,
-whose support grows with the scale (antialiased; clean-fid's choice); then the
-centre is cut out. An image of the right size keeps its pixels.
+An image is resized to just cover (H, W), by Pillow's antialiased bicubic filter
+(clean-fid's choice); then its centre is cropped. An image of the right size
+keeps its pixels.
 """
 
 import contextlib
@@ -21,25 +21,25 @@ from ddpm_jax import imagefile
 
 Shape = tuple[int, int, int]  # (H, W, C); C is 1: gray, or 3: RGB
 
-DEPTHS = (8, 10, 12, 14, 16)  # bits that an image of 16 bits may use
-PROBED = 64  # images
-_BAND = 2**20  # pixels that are worked out at a time
+DEPTHS = (8, 10, 12, 14, 16)  # bits that a 16-bit image may use
+PROBED = 64  # images that `probe` looks at
+_BAND = 2**20  # pixels that are processed at a time
 
 
 def probe(largest: Callable[[int], int | None], n: int) -> int:
-  """The `max_value` of n images; 0 if those looked at have 8 bits.
+  """Finds the `max_value` of n images; 0 if they have 8 bits.
 
-  It is 2^b - 1 of the smallest depth b that holds the largest value of up to
-  `PROBED` images, spread evenly. A warning of `logging` says so.
+  It is 2^b - 1 for the smallest depth b that holds the largest value of up to
+  `PROBED` evenly spaced images. Logs it as a warning.
 
   Args:
-    largest: index -> the largest value of an image of 16 bits, None for one of
-      8; may raise anything.
-    n: how many images there are.
+    largest: index -> the largest value of a 16-bit image, or None for an 8-bit
+      image; may raise anything.
+    n: Number of images.
   """
   values = []
   for i in np.linspace(0, n - 1, min(n, PROBED)).round().astype(int):
-    with contextlib.suppress(Exception):  # reported when it is decoded
+    with contextlib.suppress(Exception):  # reported when the image is decoded
       values.append(largest(int(i)))
   usable = [v for v in values if v is not None and v < 2 ** DEPTHS[-1]]
   if not usable:
@@ -55,13 +55,13 @@ def probe(largest: Callable[[int], int | None], n: int) -> int:
 
 
 def probe_files(paths: Sequence[str]) -> int:
-  """The `max_value` of image files; see `probe`."""
+  """Finds the `max_value` of image files; see `probe`."""
 
   colours = [0]
 
   def largest(i: int) -> int | None:
     with imagefile.opened(paths[i]) as image:
-      # Only images of 16 bits need be decoded.
+      # Only 16-bit images need to be decoded.
       if _is_16_bits(image):
         return _largest(_turned(image))
       if image.tile and ';16' in str(image.tile[0].args):
@@ -71,21 +71,21 @@ def probe_files(paths: Sequence[str]) -> int:
   found = probe(largest, len(paths))
   if 0 < max(colours) < 64:
     logging.getLogger(__name__).warning(
-      'colour images of 16 bits: Pillow keeps the upper 8, and the largest '
-      'value of these is %d of 255; if they use fewer bits, save them with 8',
+      '16-bit colour images: Pillow keeps the upper 8 bits, whose largest '
+      'value is %d of 255; if the images use fewer bits, save them as 8-bit',
       max(colours),
     )
   return found
 
 
 def probe_image(image: Image.Image) -> int:
-  """The `max_value` of one image; see `probe`."""
+  """Finds the `max_value` of one image; see `probe`."""
   return probe(lambda _: _largest(image), 1)
 
 
 def probe_arrays(read: Callable[[int], np.ndarray], n: int) -> int:
-  """The `max_value` of n arrays `read(i)`, uint8 or uint16; see `probe`."""
-  # All are of one type.
+  """Finds the `max_value` of n arrays `read(i)`; see `probe`."""
+  # All have the same type, uint8 or uint16.
   if read(0).dtype != np.uint16:
     return 0
   return probe(lambda i: int(read(i).max()), n)
@@ -100,28 +100,28 @@ def _largest(image: Image.Image) -> int | None:
 
 
 def read(path: str, shape: Shape, max_value: int = 0) -> np.ndarray:
-  """The image file at `path` as uint8 `shape`.
+  """Reads the image file at `path` as uint8 `shape`.
 
   Raises whatever Pillow raises for a file that it cannot read: OSError,
   SyntaxError, ValueError, struct.error, DecompressionBombError, ...; and
-  ValueError for an image of 16 bits with a value above `max_value`.
+  ValueError for a 16-bit image with a value above `max_value`.
   """
   with imagefile.opened(path) as image:
     return fit(_turned(image), shape, max_value)
 
 
 def upright(path: str) -> Image.Image:
-  """The image file at `path`, as it was meant to be held; raises as `read`."""
+  """Reads the image file at `path`, turned upright; raises like `read`."""
   with imagefile.opened(path) as image:
     return _turned(image)
 
 
 def shape_of(path: str) -> Shape:
-  """The shape of an upright image file, which is not decoded."""
+  """Returns the upright shape of an image file, without decoding it."""
   with imagefile.opened(path) as image:
-    # Pillow gives the upright size of a TIFF.
-    lies = image.format != 'TIFF' and _orientation(image) >= 5
-    W, H = image.size[::-1] if lies else image.size
+    # Pillow already gives the upright size of a TIFF.
+    sideways = image.format != 'TIFF' and _orientation(image) >= 5
+    W, H = image.size[::-1] if sideways else image.size
     return H, W, 1 if image.mode in ('1', 'L') or _is_16_bits(image) else 3
 
 
@@ -137,24 +137,24 @@ _TURNED = {
 
 
 def _turned(image: Image.Image) -> Image.Image:
-  """An opened image, decoded and upright.
+  """Decodes an opened image and turns it upright.
 
-  Not `ImageOps.exif_transpose`, which writes EXIF anew and fails for a photo
-  of which one other field is wrong.
+  Not by `ImageOps.exif_transpose`, which rewrites the EXIF data and fails if
+  any other field in it is invalid.
   """
   image.load()
   if image.format == 'PPM' and _is_16_bits(image):
-    # These files name their largest value, and Pillow makes it 65535.
+    # Pillow scales the largest value, which these files state, to 65535.
     return Image.fromarray(_to_8_bits(np.asarray(image), 65535))
-  way = _TURNED.get(_orientation(image))
-  return image if way is None else image.transpose(way)
+  method = _TURNED.get(_orientation(image))
+  return image if method is None else image.transpose(method)
 
 
 def _orientation(image: Image.Image) -> int:
-  """EXIF's 1 to 8; 1 where it says nothing, or cannot be read."""
+  """EXIF orientation, 1 to 8; 1 if it is missing or cannot be read."""
   try:
     value = image.getexif().get(ExifTags.Base.Orientation, 1)
-  except Exception:  # Pillow's are of many types
+  except Exception:  # Pillow raises many types
     return 1
   return value if type(value) is int else 1
 
@@ -162,7 +162,7 @@ def _orientation(image: Image.Image) -> int:
 def fit_array(
   pixels: np.ndarray, shape: Shape, max_value: int = 0
 ) -> np.ndarray:
-  """Pixels (h, w, 1 | 3 | 4), uint8 or uint16, as uint8 `shape`."""
+  """Converts pixels (h, w, 1 | 3 | 4), uint8 or uint16, to uint8 `shape`."""
   if pixels.dtype == np.uint16:
     pixels = _to_8_bits(pixels, max_value)
   if pixels.dtype != np.uint8:
@@ -175,19 +175,19 @@ def fit_array(
 
 
 def fit(image: Image.Image, shape: Shape, max_value: int = 0) -> np.ndarray:
-  """An upright image of any size and mode as uint8 `shape`."""
+  """Converts an upright image of any size and mode to uint8 `shape`."""
   height, width, channels = shape
   image = _cover(_opaque(image, max_value), height, width)
-  # Gray is ITU-R 601 luma, as Pillow has it.
+  # Gray is ITU-R 601 luma, as in Pillow.
   return np.asarray(image.convert('L' if channels == 1 else 'RGB')).reshape(
     shape
   )
 
 
 def _opaque(image: Image.Image, max_value: int) -> Image.Image:
-  """The image in mode L or RGB, what is transparent laid over white."""
+  """Converts an image to mode L or RGB, with white for transparency."""
   if _is_16_bits(image):
-    # Pillow's own conversion clips at 255: nearly all would be white.
+    # Pillow's own conversion clips at 255: nearly all pixels would be white.
     return Image.fromarray(_to_8_bits(np.asarray(image), max_value))
   if image.mode == 'F':
     raise ValueError('its pixels are floats, whose range is not known')
@@ -197,7 +197,7 @@ def _opaque(image: Image.Image, max_value: int) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-  """RGB, in bands: whole, the steps between would take five times as much."""
+  """Converts to RGB in bands: at once it would take five times the memory."""
   made = Image.new('RGB', image.size)
   rows = max(1, _BAND // image.width)
   for top in range(0, image.height, rows):
@@ -215,7 +215,7 @@ def _to_8_bits(pixels: np.ndarray, max_value: int) -> np.ndarray:
     raise ValueError('its pixels have more than 16 bits')
   if not max_value:
     raise ValueError(
-      'it has 16 bits, where the images looked at first have 8: set '
+      'it has 16 bits, but the images that were probed have 8: set '
       '--config.data.max_value'
     )
   if high > max_value:
@@ -232,10 +232,10 @@ def _to_8_bits(pixels: np.ndarray, max_value: int) -> np.ndarray:
 
 
 def _cover(image: Image.Image, height: int, width: int) -> Image.Image:
-  """Resized so that it just covers (height, width), then the centre of it.
+  """Resizes to just cover (height, width), and crops the centre.
 
-  Both in one go: only the pixels that are kept are worked out, so that a strip
-  of 1 x 10,000 pixels does no harm.
+  Both in one call, which computes only the pixels that are kept, so that a
+  strip of 1 x 10,000 pixels does no harm.
   """
   if image.size == (width, height):
     return image

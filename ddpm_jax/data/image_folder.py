@@ -20,7 +20,7 @@ from ddpm_jax import imagefile
 from ddpm_jax import jsonfile
 from ddpm_jax import regular
 
-# More are not classes but, say, the numbers of the images.
+# Larger numbers are not classes but, for example, numbers of images.
 MOST_CLASSES = 1_000_000
 
 LONGEST = 2**24  # bytes of a line of a .jsonl file
@@ -32,19 +32,18 @@ Labels = tuple[np.ndarray, tuple[str, ...]]  # int32 (n,), names of classes
 
 
 def find(folder: str) -> list[str]:
-  """Paths of the images under `folder`, relative to it, with /, sorted.
+  """Finds the images under `folder`: relative paths with /, sorted.
 
-  Links are followed, and each folder is entered once; a link to an image that
-  is there by its own name is passed over. So are hidden files and folders,
-  workdirs, whose pictures are not data, and what is not a regular file: pipes,
-  sockets, devices. A link that leads nowhere is listed, as an image that cannot
-  be read.
+  Links are followed, and each folder is entered once. These are skipped: links
+  to images that are listed anyway, hidden files and folders, workdirs of runs,
+  and what is not a regular file (pipes, sockets, devices). A broken link is
+  listed, as an unreadable image.
 
   Raises:
-    UserError: `folder` is not a folder, or holds no image.
+    UserError: If `folder` is not a folder, or holds no image.
   """
   if not folder:
-    raise errors.UserError('which folder? set --config.data.path')
+    raise errors.UserError('no folder of images; set --config.data.path')
   if not os.path.isdir(folder):
     what = 'is not a folder' if os.path.exists(folder) else 'does not exist'
     raise errors.UserError(
@@ -52,8 +51,8 @@ def find(folder: str) -> list[str]:
     )
   if is_run(folder):
     raise errors.UserError(
-      f'{shown(folder)} is the workdir of a run, whose pictures are not data: '
-      'keep them apart, and set --config.data.path'
+      f'{shown(folder)} is the workdir of a run, whose images are not data; '
+      'set --config.data.path to another folder'
     )
   names, links, others = _walk(folder)
   real = {os.path.realpath(os.path.join(folder, x)) for x in links and names}
@@ -65,10 +64,10 @@ def find(folder: str) -> list[str]:
     else:
       names.append(name)
   if twice:
-    log.warning('%d links to images that are listed are passed over', twice)
+    log.warning('skipped %d links to images that are listed anyway', twice)
   if others:
     log.warning(
-      'not regular files, passed over: %s', ', '.join(map(shown, others[:3]))
+      'skipped, not regular files: %s', ', '.join(map(shown, others[:3]))
     )
   if not names:
     raise errors.UserError(
@@ -85,12 +84,12 @@ def is_run(folder: str) -> bool:
 
 
 def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
-  """Names of images: of files, of links to files, and of what is neither."""
+  """Names of images: files, links to files, and others that are neither."""
   names: list[str] = []
   links: list[str] = []
   others: list[str] = []
   entered = set()
-  # Folders by their own names come before those that links name.
+  # Real folders come before linked ones.
   below = ['']
   linked: list[str] = []
   while below or linked:
@@ -110,7 +109,7 @@ def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
         raise errors.UserError(
           f'{shown(folder)} cannot be read ({error.strerror})'
         ) from error
-      log.warning('folder left out: %s (%s)', shown(here), error.strerror)
+      log.warning('skipped folder: %s (%s)', shown(here), error.strerror)
       continue
     for entry in found:
       if entry.name.startswith('.'):
@@ -133,25 +132,25 @@ def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
 
 
 def shown(name: str) -> str:
-  """A file's name for a message of one line, whatever is in it."""
+  """A file name for a one-line message, whatever characters it has."""
   return name if name.isprintable() else repr(name)
 
 
 def natural(name: str) -> Any:
-  """A key to sort by that compares digits as numbers: img2 before img10."""
+  """Sort key that compares digits as numbers: img2 before img10."""
   parts: list[Any] = re.split('([0-9]+)', name)
-  # By length first: no limit on the digits of an integer is met.
+  # Length first, because Python limits the digits that int() takes.
   digits = (part.lstrip('0') for part in parts[1::2])
   parts[1::2] = [(len(part), part) for part in digits]
   return parts, name  # the name itself decides between 1 and 01
 
 
 def matcher(names: Iterable[str]) -> Callable[[Any], str | None]:
-  """A function from a name in a text file to that of `names` it means, or None.
+  """Returns a function that finds a name from a text file in `names`, or None.
 
-  The same name is taken, or else the only one that differs in nothing but its
-  Unicode normalisation (macOS writes é in two characters), \\ for /, or the
-  case of its suffix.
+  An equal name is taken, or else the only one that differs just in Unicode
+  normalisation (macOS writes é as two characters), \\ for /, or the case of the
+  suffix.
   """
   known = set(names)
   alike: dict[str, list[str]] = {}
@@ -183,12 +182,12 @@ def label(
   *,
   needed: bool = True,
 ) -> Labels:
-  """Labels of the images `names` of `folder`; -1 where there is none.
+  """Returns the labels of the images `names` of `folder`; -1 for none.
 
-  `metadata.jsonl` in `folder` gives them, a line {"file_name": ..., "label":
-  integer or string} an image; else the first-level sub-folders do. Classes that
-  have names are numbered in the order of the key `class_order`. If no labels
-  are `needed`, a file that does not give them is of no concern: a warning.
+  They are in `metadata.jsonl` in `folder`, one line {"file_name": ..., "label":
+  integer or string} per image; otherwise the first-level sub-folders are the
+  classes. Named classes are numbered in the order of the sort key
+  `class_order`. If labels are not `needed`, an invalid file is only a warning.
   """
   path = os.path.join(folder, 'metadata.jsonl')
   if os.path.exists(path):
@@ -199,22 +198,22 @@ def label(
     except errors.UserError as error:
       if needed:
         raise
-      log.warning('%s; no labels are taken from it', error)
+      log.warning('%s; its labels are ignored', error)
   classes = [name.split('/')[0] if '/' in name else None for name in names]
   return _number(classes, class_order)
 
 
 def class_names(labels: np.ndarray) -> tuple[str, ...]:
-  """Names for the classes of labels that are only numbers."""
+  """Names the classes of numeric labels: 0, 1, ..."""
   return tuple(str(i) for i in range(int(labels.max(initial=-1)) + 1))
 
 
 def _number(
   classes: list[str | None], class_order: Callable[[str], Any]
 ) -> Labels:
-  """Classes by name, numbered in order."""
-  there = {c for c in classes if c is not None}
-  known = tuple(sorted(there, key=class_order))
+  """Numbers named classes in the order of `class_order`."""
+  present = {c for c in classes if c is not None}
+  known = tuple(sorted(present, key=class_order))
   number: dict[str | None, int] = {c: i for i, c in enumerate(known)}
   return np.array([number.get(c, -1) for c in classes], np.int32), known
 
@@ -222,14 +221,14 @@ def _number(
 def _from_metadata(
   path: str, names: list[str], class_order: Callable[[str], Any]
 ) -> Labels:
-  given: dict[str, Any] = dict.fromkeys(names)
-  kinds, foreign = set(), None
+  labels_by_name: dict[str, Any] = dict.fromkeys(names)
+  kinds, unknown = set(), None
   match = matcher(names)
   for where, entry in lines(path):
     value = entry.get('label')
     name = match(entry.get('file_name'))
     if name is None:
-      foreign = foreign or (where, entry.get('file_name'))
+      unknown = unknown or (where, entry.get('file_name'))
       continue
     number = type(value) is int and 0 <= value < MOST_CLASSES
     if not (number or isinstance(value, str | None)):
@@ -237,22 +236,22 @@ def _from_metadata(
         f'{where}: label {value!r:.80}; use an integer from 0 to '
         f'{MOST_CLASSES - 1}, or a string'
       )
-    given[name] = value
+    labels_by_name[name] = value
     kinds.add(type(value))
-  if foreign and kinds:
+  if unknown and kinds:
     raise errors.UserError(
-      f'{foreign[0]}: no image {foreign[1]!r:.300} beside it; each line needs '
-      'the "file_name" of one'
+      f'{unknown[0]}: no image {unknown[1]!r:.300} in its folder; each line '
+      'needs the "file_name" of an image'
     )
-  if foreign:
+  if unknown:
     log.warning(
-      '%s: no image %.300r beside it, and no line names another: the file is '
-      'ignored',
-      *foreign,
+      '%s: no image %.300r in its folder, and no line names an image: the file '
+      'is ignored',
+      *unknown,
     )
   if {int, str} <= kinds:
     raise errors.UserError(f'{path}: labels are integers and strings; use one')
-  values = list(given.values())
+  values = list(labels_by_name.values())
   if str in kinds:
     return _number(values, class_order)
   labels = np.array([-1 if v is None else v for v in values], np.int32)
@@ -260,7 +259,7 @@ def _from_metadata(
 
 
 def lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-  """The entries of a .jsonl file, each with where it stands."""
+  """Yields (location, entry) for each line of a .jsonl file."""
   with opened(path) as file:
     for number, line in enumerate(_lines(file), 1):
       where = f'{shown(path)}:{number}'
@@ -274,7 +273,7 @@ def lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         entry = jsonfile.parse(line)
       except (ValueError, RecursionError) as error:
         raise errors.UserError(
-          f'{where}: not JSON ({error}); mend the line'
+          f'{where}: not JSON ({error}); fix the line'
         ) from None
       if not isinstance(entry, dict):
         raise errors.UserError(f'{where}: not a JSON object')
@@ -282,7 +281,7 @@ def lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-  """Lines, of LONGEST + 1 bytes at most. UTF-16 becomes UTF-8."""
+  """Yields lines of at most LONGEST + 1 bytes; UTF-16 becomes UTF-8."""
   if file.read(2) in UTF_16:
     file.seek(0)
     yield from file.read().decode('utf-16', 'replace').encode().split(b'\n')
@@ -294,7 +293,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[BinaryIO]:
-  """A text file among the images; raises UserError if it cannot be read."""
+  """Opens a text file; raises UserError if it cannot be read."""
   try:
     with regular.opened(path) as file:
       yield file

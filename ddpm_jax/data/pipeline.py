@@ -16,22 +16,22 @@ def batches(
   process_index: int = 0,
   process_count: int = 1,
 ) -> grain.DatasetIterator:
-  """This process's rows of the batches `start`, `start` + 1, ..., for ever.
+  """Iterates over this process's rows of the batches `start`, `start` + 1, ...
 
-  An item is what the source gathers (image: uint8 (b, H, W, C), label and id:
+  An item is a batch of the source (image: uint8 (b, H, W, C), label and id:
   int32 (b,), perhaps text) and index: int32 (b,), the row in the global batch;
-  b = batch_size / process_count. The images come in a new order every epoch,
-  and a batch may straddle two.
+  b = batch_size / process_count. Every epoch has a new order, and a batch may
+  span two epochs. The iterator is infinite.
 
-  The rows of the processes, one after another, are the batch of one process,
+  The rows of all processes, concatenated, are the batch of a single process,
   and the state (`get_state`, `set_state`; JSON) is the same for all of them.
 
   Raises:
-    UserError: the batch cannot be shared out evenly.
+    UserError: If `batch_size` is not a multiple of `process_count`.
   """
   if batch_size < 1 or batch_size % process_count:
     raise errors.UserError(
-      f'a batch of {batch_size} cannot be shared out over {process_count} '
+      f'a batch of {batch_size} cannot be divided among {process_count} '
       'processes; set --config.batch_size to a multiple of that'
     )
   b = batch_size // process_count
@@ -52,5 +52,5 @@ def batches(
 
 
 def position(batch: int) -> dict[str, int]:
-  """The state of an iterator whose next item is that batch."""
+  """Returns the state of an iterator whose next item is `batch`."""
   return {'next_index': batch}

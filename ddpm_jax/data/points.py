@@ -1,9 +1,9 @@
-"""Points of the plane, to see diffusion at work: float32 (n, 2)."""
+"""Sets of points in the plane, float32 (n, 2)."""
 
 import numpy as np
 
 N = 10_000
-SEED = 0  # of the data set itself, which is one and the same for all runs
+SEED = 0  # of the points, which are the same for all runs
 
 
 def swiss_roll() -> np.ndarray:
@@ -15,7 +15,7 @@ def swiss_roll() -> np.ndarray:
 
 
 def two_moons() -> np.ndarray:
-  """Two half circles that reach into each other."""
+  """Two interleaved half circles."""
   from sklearn import datasets
 
   points, _ = datasets.make_moons(N, noise=0.06, random_state=SEED)
@@ -31,6 +31,6 @@ def eight_gaussians() -> np.ndarray:
 
 
 def _scaled(points: np.ndarray) -> np.ndarray:
-  """Of mean 0, and of variance 1 in the mean over both axes."""
+  """Scales to mean 0, and variance 1 averaged over both axes."""
   centred = points - points.mean(0)
   return (centred / centred.std()).astype(np.float32)

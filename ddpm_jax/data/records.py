@@ -12,21 +12,20 @@ from ddpm_jax.data import cifar
 
 
 def load(name: str, path: str, split: str) -> tuple[Any, tuple[str, ...]]:
-  """The examples of a split, by index, and the names of their classes.
+  """Returns the examples of a split, by index, and their class names.
 
-  There are no names where there are no labels. CIFAR-10 is prepared first, if
-  need be.
+  The names are () without labels. CIFAR-10 is prepared first, if needed.
 
   Raises:
-    UserError: an unknown name or split, or a set that is not prepared.
+    UserError: If the name or split is unknown, or the set is not prepared.
   """
-  # Its notices, such as that OpenCV would be faster, are not for our users.
-  logging.getLogger('absl').addFilter(_not_a_notice_of_tfds)
+  # TFDS's notices, such as that OpenCV would be faster, do not help our users.
+  logging.getLogger('absl').addFilter(_is_no_tfds_notice)
   builder = _builder(name, path)
   try:
     data = builder.as_data_source(split=split, file_format='array_record')
   except Exception as error:
-    # Asked only now: `tfds.testing.mock_data` serves sets that are not there.
+    # Checked only now: `tfds.testing.mock_data` serves sets that do not exist.
     if builder.name != 'cifar10' or _is_prepared(builder):
       raise _explain(builder, split, error) from error
     cifar.prepare(builder.data_dir_root)
@@ -37,15 +36,15 @@ def load(name: str, path: str, split: str) -> tuple[Any, tuple[str, ...]]:
 def texts(
   name: str, path: str, split: str, feature: str
 ) -> list[tuple[str, ...]]:
-  """The texts of each example: a feature of one, or of several.
+  """Returns the texts of each example, from a feature with one or several.
 
-  `a/b` is the feature b of the examples of a, such as `captions/text` of COCO.
+  `a/b` is the feature b inside the feature a, such as `captions/text` in COCO.
 
   Raises:
-    UserError: there is no such feature, or it holds no texts.
+    UserError: If there is no such feature, or it holds no texts.
   """
   features = _builder(name, path).info.features
-  # The images are decoded too: TFDS skips that with TensorFlow only.
+  # This decodes the images too: TFDS can skip that only with TensorFlow.
   data = _builder(name, path).as_data_source(
     split=split, file_format='array_record'
   )
@@ -73,18 +72,18 @@ def texts(
 
 
 def full_name(name: str, path: str, split: str) -> str:
-  """Such as `cifar10/3.0.2[train]`."""
+  """Returns the full name of a split, such as `cifar10/3.0.2[train]`."""
   return f'{_builder(name, path).info.full_name}[{split}]'
 
 
-def _not_a_notice_of_tfds(record: logging.LogRecord) -> bool:
+def _is_no_tfds_notice(record: logging.LogRecord) -> bool:
   ours = 'tensorflow_datasets' not in record.pathname
   return ours or record.levelno >= logging.ERROR
 
 
 def _builder(name: str, path: str) -> Any:
   try:
-    # Not `file_format=`: what is prepared knows its formats.
+    # Without `file_format`: a prepared data set knows its formats.
     return tfds.builder(name, data_dir=path or None)
   except Exception as error:
     known = tfds.list_builders(with_community_datasets=False)
@@ -105,7 +104,7 @@ def _is_prepared(builder: Any) -> bool:
 
 
 def _explain(builder: Any, split: str, error: Exception) -> errors.UserError:
-  """Why an examples' reader could not be had."""
+  """Explains why the examples cannot be read."""
   root, name = builder.data_dir_root, builder.name
   if not _is_prepared(builder):
     return errors.UserError(

@@ -1,10 +1,9 @@
-"""The sources of data by name: `config.data.name` is a function here.
+"""Data sources by name: `config.data.name` names one of `__all__`.
 
-A source is called with those of these keywords that it has: path, tfds, split,
-points, captions, image_size = (H, W), channels (1: gray, 3: RGB),
-max_unreadable and max_value (of images of 16 bits; 0: from the data). It
-returns a `store.Source`, and raises UserError for what is missing or does not
-fit.
+A function here receives those of these keywords that are among its parameters:
+path, tfds, split, points, captions, image_size = (H, W), channels (1: gray, 3:
+RGB), max_unreadable and max_value (of 16-bit images; 0: from the data). It
+returns a `store.Source`, and raises UserError for missing or unsuitable data.
 """
 
 import dataclasses
@@ -47,10 +46,10 @@ def digits(*, image_size: tuple[int, int], channels: int) -> store.Source:
 def arrays(
   *, path: str, image_size: tuple[int, int], channels: int
 ) -> store.Source:
-  """Images of a .npz with `images` and perhaps `labels`, or of a .npy.
+  """Images from a .npz with `images` and perhaps `labels`, or from a .npy.
 
-  images: uint8 (n, h, w, 1 | 3 | 4) or (n, h, w); resized if they must be.
-  labels: integers (n,), -1 for none. A .npy is mapped, not read.
+  images: uint8 (n, h, w, 1 | 3 | 4) or (n, h, w); resized if needed.
+  labels: integers (n,), -1 for none. A .npy is memory-mapped.
   """
   images, labels = arrayfile.load(path)
   names = image_folder.class_names(labels)
@@ -81,10 +80,10 @@ def folder(
 ) -> store.Source:
   """Image files under `path`, of any size and mode.
 
-  Their classes are the first-level sub-folders, or in `metadata.jsonl`; so are
-  captions, if they are asked for as 'file', or in `captions.csv`. Names of
-  classes are sorted by the key `class_order`. With `needs_labels` false, a
-  `metadata.jsonl` that gives none is passed over with a warning.
+  Classes are in `metadata.jsonl`, or are the first-level sub-folders; their
+  names are sorted by the key `class_order`. If `captions` is 'file', captions
+  are in `metadata.jsonl` or `captions.csv`. If labels are not needed, an
+  invalid `metadata.jsonl` is ignored with a warning.
   """
   path = expand.expanded(path)
   names = image_folder.find(path)
@@ -101,9 +100,9 @@ def folder(
 
   def held() -> contents.Contents:
     classes = [*class_names, None]
-    told = texts or [()] * len(names)
+    captions_of = texts or [()] * len(names)
     return contents.of(
-      (names[i], (contents.size(files[i]), classes[labels[i]], told[i]))
+      (names[i], (contents.size(files[i]), classes[labels[i]], captions_of[i]))
       for i in range(len(names))
     )
 
@@ -127,10 +126,10 @@ def tfds(
   max_value: int = 0,
   captions: str = '',
 ) -> store.Source:
-  """A TensorFlow data set prepared as ArrayRecord; no TensorFlow is needed.
+  """A TFDS data set prepared as ArrayRecord, read without TensorFlow.
 
-  CIFAR-10 is downloaded and prepared if it is not there. `path` is the TFDS
-  folder, '' for TFDS's own. `captions` is a feature of texts, if not 'classes'.
+  CIFAR-10 is downloaded and prepared if it is missing. `path` is the TFDS
+  folder, '' for TFDS's default. `captions` is '', 'classes' or a text feature.
   """
   from ddpm_jax.data import records  # imports TFDS
 
@@ -151,7 +150,7 @@ def tfds(
 
   files = store.Files(len(data), read, lambda i: f'{tfds}[{i}]', class_names)
   made = store.from_files(files, shape, max_unreadable)
-  # A version of a set is never changed.
+  # A version of a TFDS data set never changes.
   held = contents.of([(records.full_name(tfds, path, split), len(data))])
   return dataclasses.replace(
     made, captions=tuple(texts), max_value=largest, held=lambda: held
@@ -161,7 +160,7 @@ def tfds(
 def points(
   *, points: str, image_size: tuple[int, ...], channels: int
 ) -> store.Source:
-  """Points of the plane: a function of `data/points.py`, by name."""
+  """Points in the plane, from a function in `data/points.py`."""
   known = ('swiss_roll', 'two_moons', 'eight_gaussians')
   if points not in known:
     raise errors.unknown('set of points', points, known)

@@ -14,9 +14,8 @@ from ddpm_jax import errors
 from ddpm_jax.data import contents
 from ddpm_jax.data import decode
 
-# Bytes of pixels that are kept in memory: little beside what a host that
-# trains has, even with a process for each of eight devices; 700,000 images of
-# 32 x 32, 10,000 of 256 x 256.
+# Bytes of pixels that are kept in memory: 700,000 images of 32 x 32, or 10,000
+# of 256 x 256. Training hosts have room for it in each of eight processes.
 MEMORY = 2 * 2**30
 
 _CHUNK = 64  # images that a thread decodes before it reports
@@ -26,16 +25,16 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """`length` images; `gather(indices)` reads some of them.
+  """`length` images, read by index.
 
-  gather: int (b,) -> dict(image=uint8 (b, H, W, C), label=int32 (b,), id=int32
-    (b,)), where label is -1 for an image that has none, and id is its number in
-    what was listed, unreadable ones included. Points are float32 (b, 2).
-  class_names: what the labels 0, 1, ... are called; () without labels.
-  captions: those of each id; () without captions.
-  max_value: the value of the files that became 255, where images have 16 bits;
-    else 0.
-  held: returns hashes of the data, to notice that they have changed.
+  Attributes:
+    gather: int (b,) -> dict(image=uint8 (b, H, W, C), label=int32 (b,),
+      id=int32 (b,)). label is -1 for none; id is the image's number in the
+      listing, which counts unreadable images too. Points are float32 (b, 2).
+    class_names: Names of the labels 0, 1, ...; () without labels.
+    captions: Captions of each id; () without captions.
+    max_value: Value of the files that becomes 255, for 16-bit images; else 0.
+    held: Returns hashes of the data, to detect changes.
   """
 
   length: int
@@ -51,10 +50,11 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-  """Images that are yet to be decoded.
+  """Images that are not decoded yet.
 
-  read: index -> (uint8 (H, W, C), label); may raise anything.
-  name: index -> what to call the image in a message.
+  Attributes:
+    read: index -> (uint8 (H, W, C), label); may raise anything.
+    name: index -> name of the image for messages.
   """
 
   length: int
@@ -69,7 +69,7 @@ def from_arrays(
   class_names: tuple[str, ...] = (),
   ids: np.ndarray | None = None,
 ) -> Source:
-  """A source of (n, ...), in memory or mapped, and int32 labels (n,)."""
+  """Makes a source of images (n, ...), maybe mapped, and int32 labels (n,)."""
   ids = np.arange(len(labels), dtype=np.int32) if ids is None else ids
 
   def gather(indices: np.ndarray) -> Batch:
@@ -88,9 +88,9 @@ def from_arrays(
 
 
 def relabelled(source: Source, names: tuple[str, ...]) -> Source:
-  """The source with its classes numbered as in `names`, which has them all."""
+  """Renumbers the classes of a source as in `names`, which has them all."""
   number = {name: i for i, name in enumerate(names)}
-  # The last is that of -1, no label.
+  # The last entry is for -1, no label.
   new = np.array([*(number[x] for x in source.class_names), -1], np.int32)
 
   def gather(indices: np.ndarray) -> Batch:
@@ -103,15 +103,14 @@ def relabelled(source: Source, names: tuple[str, ...]) -> Source:
 def from_files(
   files: Files, shape: decode.Shape, max_unreadable: int
 ) -> Source:
-  """A source that decodes now, once, what fits in `MEMORY`.
+  """Makes a source that decodes all images now, if they fit in `MEMORY`.
 
-  What does not fit is decoded at every gather. An unreadable image is named in
-  a warning of `logging` and left out; met at a gather, it is too late for
-  that, and the next image that can be read stands in for it, with its label:
-  the same one in every process and in every run.
+  Otherwise images are decoded at every gather. An unreadable image is logged as
+  a warning and left out. At a gather it is too late for that: the next readable
+  image replaces it, with its label, the same in every process and every run.
 
   Raises:
-    UserError: more than `max_unreadable` images are unreadable, or all are.
+    UserError: If more than `max_unreadable` images are unreadable, or all are.
   """
   once = files.length * int(np.prod(shape)) <= MEMORY
   failed = _failures(max_unreadable)
@@ -131,7 +130,7 @@ def _decode_now(
       try:
         images[i], labels[i] = files.read(i)
         good[i] = True
-      except Exception as error:  # Pillow's are of many types
+      except Exception as error:  # Pillow raises many types
         failed(files.name(i), error)
     return len(chunk)
 
@@ -161,7 +160,7 @@ def _decode_late(
       i %= files.length
       try:
         return *files.read(i), i
-      except Exception as error:  # Pillow's are of many types
+      except Exception as error:  # Pillow raises many types
         failed(files.name(i), error)
     raise _nothing_left(files)
 
@@ -176,12 +175,12 @@ def _decode_late(
 
 
 def _pool() -> concurrent.futures.ThreadPoolExecutor:
-  # More threads than this only wait for Python's lock.
+  # More threads would only wait for Python's GIL.
   return concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1))
 
 
 def _failures(limit: int) -> Callable[[str, Exception], None]:
-  """A function to report unreadable images to; it raises beyond `limit`."""
+  """Returns a function that logs unreadable images; it raises after `limit`."""
   seen: dict[str, None] = {}
   lock = threading.Lock()
 
@@ -196,7 +195,7 @@ def _failures(limit: int) -> Callable[[str, Exception], None]:
       if len(seen) > limit:
         raise errors.UserError(
           f'more than {limit} images are unreadable, such as '
-          f'{", ".join(list(seen)[:3])}; mend or remove them, or raise '
+          f'{", ".join(list(seen)[:3])}; fix or remove them, or raise '
           '--config.data.max_unreadable'
         )
 
@@ -206,5 +205,5 @@ def _failures(limit: int) -> Callable[[str, Exception], None]:
 def _nothing_left(files: Files) -> errors.UserError:
   return errors.UserError(
     f'none of the {files.length} images could be read, such as '
-    f'{files.name(0)}; mend them'
+    f'{files.name(0)}; fix them'
   )

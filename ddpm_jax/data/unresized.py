@@ -1,4 +1,4 @@
-"""Images made elsewhere, exactly as they are."""
+"""Images from elsewhere, without resizing."""
 
 import contextlib
 import os
@@ -17,17 +17,17 @@ from ddpm_jax.data import store
 def load(
   path: pathlib.Path, max_value: int = 0
 ) -> tuple[store.Source, decode.Shape]:
-  """The images of a folder, or of an .npz or .npy; and their one shape.
+  """Loads the images of a folder, .npz or .npy, and their common shape.
 
-  `max_value` is that of images of 16 bits, 0: from the images.
+  `max_value` is for 16-bit images; 0: from the images.
 
   Raises:
-    UserError: there are none, they are not uint8, gray or RGB, or not all of
-      one size; so does `gather` for a file that cannot be decoded.
+    UserError: If there are no images, or they are not uint8, gray or RGB, or
+      differ in size. `gather` raises it if a file cannot be decoded.
   """
   if not path.exists():
     raise errors.UserError(
-      f'--images={path} is not there; name a folder of images, or an .npz'
+      f'--images={path} does not exist; name a folder of images, or an .npz'
     )
   return _folder(path, max_value) if path.is_dir() else _array(path)
 
@@ -37,7 +37,7 @@ def _array(path: pathlib.Path) -> tuple[store.Source, decode.Shape]:
   H, W, C = images.shape[1:]
   if C not in (1, 3):
     raise errors.UserError(
-      f'{path}: images have {C} channels; scores are of gray (1) or RGB (3)'
+      f'{path}: images have {C} channels; scores need gray (1) or RGB (3)'
     )
   return store.from_arrays(images, labels), (H, W, C)
 
@@ -53,7 +53,7 @@ def _folder(
     h, w, _ = _header(file)
     if (h, w) != (H, W):
       raise errors.UserError(
-        f'{file} is {h}x{w}, and {names[0]} is {H}x{W}: scores are of images '
+        f'{file} is {h}x{w}, and {names[0]} is {H}x{W}: scores need images '
         'of one size'
       )
 
@@ -78,6 +78,6 @@ def _header(file: str) -> decode.Shape:
 def _named(file: str) -> Iterator[None]:
   try:
     yield
-  except Exception as error:  # Pillow's are of many types
+  except Exception as error:  # Pillow raises many types
     reason = ' '.join(str(error).split())
     raise errors.UserError(f'{file} cannot be read ({reason})') from error

@@ -1,8 +1,8 @@
 """The reverse process p(x_{t-1} | x_t)  (Ho et al. 2020, section 3).
 
-A `Denoiser` holds all that a loss, a sampler or the bound needs of a model. It
-is made inside the compiled function, from the weights that are traced there,
-and closed over: it is no argument of a jitted function.
+A `Denoiser` holds everything that a loss, a sampler or the bound needs from a
+model. Build it from the traced weights inside the jitted function and close
+over it: it cannot be an argument of a jitted function.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ from ddpm_jax.diffusion import shapes
 from ddpm_jax.diffusion import spacings
 from ddpm_jax.diffusion import variances
 
-# (x_t, t) -> output: as many channels (last axis) as x_t, or twice as many, of
-# which the second half is for a learned variance. t is in 1..T.
+# (x_t, t) -> output, with the channels (last axis) of x_t, or twice as many if
+# the variance is learned: the second half is for it. t is in 1..T.
 Network = Callable[[shapes.Batch, shapes.Times], Float[Array, 'B ...']]
 
-# (schedule, what the network says of the variance, t) -> log σ_t².
+# (schedule, network output for the variance, t) -> log σ_t².
 Variance = Callable[
   [schedules.Schedule, variances.Raw, shapes.Time], shapes.Scale
 ]
@@ -35,11 +35,11 @@ class Denoiser(NamedTuple):
   """p(x_{t-1} | x_t): a schedule, a network, and how its output is read.
 
   Attributes:
-    schedule: the noise levels.
+    schedule: The noise levels.
     network: (x_t (B, ...), t (B,)) -> output (B, ...).
-    predict: what the network predicts; ε in the paper.
-    variance: what σ_t² is.
-    clip: whether x̂_0 is clipped to [-1, 1], as in the authors' code.
+    predict: What the network predicts; ε in the paper.
+    variance: The variance σ_t².
+    clip: Whether x̂_0 is clipped to [-1, 1], as in the authors' code.
   """
 
   schedule: schedules.Schedule
@@ -52,16 +52,16 @@ class Denoiser(NamedTuple):
 def output(
   denoiser: Denoiser, x_t: shapes.Batch, t: shapes.Times | shapes.Step
 ) -> tuple[Float32[Array, 'B *shape'], Float32[Array, 'B *shape'] | None]:
-  """The network's prediction, and its output for a learned variance or None.
+  """Returns the network's prediction, and its variance output or None.
 
   Args:
-    denoiser: the model.
-    x_t: (B, ...).
-    t: in 1..T of the denoiser's schedule, () or (B,). The network is given
-      `schedule.time[t]`, its own time, which differs on a strided schedule.
+    denoiser: The model.
+    x_t: (B, ...), noisy examples.
+    t: () or (B,), in 1..T of the denoiser's schedule. The network receives
+      `schedule.time[t]`, which differs from t on a strided schedule.
 
   Returns:
-    Both of the shape of x_t, in float32, whatever the network computes in.
+    Arrays of the shape of x_t, in float32 whatever the network's dtype.
   """
   time = jnp.broadcast_to(denoiser.schedule.time[t], len(x_t))
   return split(denoiser.network(x_t, time), x_t)
@@ -70,7 +70,7 @@ def output(
 def split(
   out: Float[Array, 'B ...'], x_t: shapes.Batch
 ) -> tuple[Float32[Array, 'B *shape'], Float32[Array, 'B *shape'] | None]:
-  """The output of a network, in its two parts; see `output`."""
+  """Splits the output of a network into the two parts of `output`."""
   out, C = jnp.asarray(out, jnp.float32), x_t.shape[-1]
   if out.shape[-1] == 2 * C:
     return out[..., :C], out[..., C:]
@@ -90,18 +90,18 @@ def p_mean_variance(
 ) -> tuple[shapes.Batch, Float[Array, '...'], shapes.Batch]:
   """Mean μ_θ and log σ_t² of p(x_{t-1} | x_t), and x̂_0  (eq. 1, 11).
 
-  The mean is that of q(x_{t-1} | x_t, x̂_0), of the clipped x̂_0 where it is
-  clipped. A network that predicts the mean itself is not clipped. Without
-  clipping, and with ε predicted, the mean is eq. 11.
+  The mean is that of q(x_{t-1} | x_t, x̂_0), with x̂_0 clipped if `clip` is set;
+  without clipping, an ε prediction gives eq. 11. If the network predicts the
+  mean itself, that mean is never clipped.
 
   Args:
-    denoiser: the model.
-    x_t: (B, ...).
-    t: in 1..T, () or (B,).
+    denoiser: The model.
+    x_t: (B, ...), noisy examples.
+    t: () or (B,), in 1..T.
 
   Returns:
-    The mean, of the shape of x_t; the logarithm of the variance, which
-    broadcasts against it; and x̂_0.
+    The mean, of the shape of x_t; the log variance, which broadcasts against
+    it; and x̂_0.
   """
   out, raw = output(denoiser, x_t, t)
   t = process.per_example(t, x_t)
@@ -126,10 +126,10 @@ def strided(
   steps: int,
   spacing: Callable[[int, int], np.ndarray] = spacings.linear,
 ) -> Denoiser:
-  """The same model in fewer steps; see `schedules.stride`.
+  """Returns the same model with fewer steps; see `schedules.stride`.
 
   Raises:
-    ValueError: if `steps` is not in 1..T.
+    ValueError: If `steps` is not in 1..T.
   """
   schedule = schedules.stride(denoiser.schedule, steps, spacing)
   return denoiser._replace(schedule=schedule)

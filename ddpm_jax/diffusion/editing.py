@@ -1,6 +1,6 @@
-"""Editing of images: sampling that begins, ends or is mixed on the way.
+"""Image editing: interpolation, inpainting, inversion, partial sampling.
 
-`samplers.sample` runs all of it, with a step, an x_t or times from here.
+Each function returns a step, an x_t or the times for `samplers.sample`.
 """
 
 import jax
@@ -22,10 +22,10 @@ def between(
   first: Int[Array, '*#B'] | int,
   last: Int[Array, '*#B'] | int = 1,
 ) -> samplers.Step:
-  """`step` from t = `first` down to t = `last`, of each example its own.
+  """Restricts `step` to t = `first` down to t = `last`, per example.
 
-  At other times x_t is returned unchanged. So examples that begin or end at
-  different times are sampled by one scan and one program.
+  At other times x_t is returned unchanged, so that one compiled scan can sample
+  examples that start or end at different times.
   """
 
   def part(
@@ -35,7 +35,7 @@ def between(
     t: shapes.Step,
     previous: samplers.Previous,
   ) -> tuple[shapes.Batch, shapes.Batch]:
-    # What was predicted from an unchanged x_t is no step to look back at.
+    # A prediction from an unchanged x_t does not count as a previous step.
     previous = previous._replace(t=jnp.where(t < first, previous.t, 0))
     x_prev, x0_hat = step(denoiser, keys, x_t, t, previous)
     moves = jnp.broadcast_to((t <= first) & (t >= last), len(x_t))
@@ -52,10 +52,10 @@ def interpolate(
   weight: Float[Array, ''] | float,
   eps: process.XLike,
 ) -> process.X:
-  """(1-λ) x_t + λ x'_t of two images  (section 4.4).
+  """(1-λ) x_t + λ x'_t for images x_0 and x'_0, λ = `weight`  (section 4.4).
 
-  Both have the same ε, which is our choice: the paper draws one for each, and
-  then their mixture is less noisy than x_t.
+  We use the same ε for both. The paper draws one for each, which makes the
+  mixture less noisy than x_t.
   """
   x_t = process.q_sample(schedule, x0, t, eps)
   other_t = process.q_sample(schedule, other, t, eps)
@@ -65,16 +65,16 @@ def interpolate(
 def inpaint(
   step: samplers.Step, x0: Float[Array, '*shape'], mask: Bool[Array, '*#shape']
 ) -> samplers.Step:
-  """`step` that makes the masked part of an image anew and keeps the rest.
+  """Makes `step` redraw the masked part of an image and keep the rest.
 
-  After each step x_{t-1} of the known part is drawn from q, down to x_0 itself
-  (Lugmayr et al. 2022, RePaint, eq. 8). Where t is above the level that the
-  previous step left, noise is added first, so that `jumps` can be visited.
+  After each step, x_{t-1} of the known part is drawn from q(x_{t-1} | x_0),
+  down to x_0 itself (Lugmayr et al. 2022, RePaint, eq. 8). If t is above the
+  level that the previous step reached, noise is added first, as `jumps` needs.
 
   Args:
-    step: such as `samplers.ancestral`.
-    x0: the image, in [-1, 1].
-    mask: True where it is made anew.
+    step: A sampler step, such as `samplers.ancestral`.
+    x0: The image, in [-1, 1].
+    mask: True where the image is redrawn.
   """
 
   def part(
@@ -104,15 +104,15 @@ def inpaint(
 
 
 def jumps(T: int, jump: int = 10, resample: int = 10) -> list[int]:
-  """RePaint's order of steps: the t of each step x_t -> x_{t-1}.
+  """Returns RePaint's order of steps: the t of each step x_t -> x_{t-1}.
 
-  From T down to 1; on reaching x_t for t = 1, 1 + jump, 1 + 2 jump, ... below
-  1 + T - jump the chain goes back up by `jump`, `resample` - 1 times each
-  (Lugmayr et al. 2022, appendix B, and their code). So the steps above the
-  highest of these jumps are taken once, and so is that to the clean image.
+  t falls from T to 1. At 1, 1 + jump, 1 + 2 jump, ... below 1 + T - jump, it
+  goes back up by `jump`, `resample` - 1 times each (Lugmayr et al. 2022,
+  appendix B, and their code). Steps above all jumps, and the last step, to the
+  clean image, are taken once.
 
   Raises:
-    ValueError: if either is not positive.
+    ValueError: If `jump` or `resample` is not positive.
   """
   if jump < 1 or resample < 1:
     raise ValueError(f'jump={jump} and resample={resample} must be at least 1')
@@ -135,16 +135,31 @@ def invert(
   t: shapes.Step,
   previous: samplers.Previous | None = None,
 ) -> tuple[shapes.Batch, shapes.Batch]:
-  """x_t from x_{t-1}: a step of `samplers.ddim` with η = 0, backwards.
+  """x_t from x_{t-1}: a step of `samplers.ddim` with η = 0, reversed.
 
-  At the times 1, ..., T it makes x_T of x_0  (Song et al. 2021, section 4.3).
-  ε̂ is predicted from x_{t-1} at time t, so it is exact to order 1.
+  At the times 1, ..., T it encodes x_0 as x_T  (Song et al. 2021, section 4.3).
+  ε̂ is predicted from x_{t-1} at time t, so the inversion has order 1.
   """
   del keys, previous
-  open_ = denoiser._replace(clip=False)
-  x0_hat = denoisers.x0_hat(open_, x_prev, t)
+  unclipped = denoiser._replace(clip=False)
+  x0_hat = denoisers.x0_hat(unclipped, x_prev, t)
   signal = denoiser.schedule.sqrt_alpha_bar
   noise = jnp.sqrt(denoiser.schedule.one_minus_alpha_bar)
   eps = (x_prev - signal[t] * x0_hat) / noise[t]
   x0_hat = (x_prev - noise[t - 1] * eps) / signal[t - 1]
   return signal[t] * x0_hat + noise[t] * eps, x0_hat
+
+
+def slerp(a: shapes.X, b: shapes.X, weight: Float[Array, '']) -> shapes.X:
+  """Spherical interpolation of two x_T  (Song et al. 2021, eq. 67).
+
+  Args:
+    a: The array at weight 0.
+    b: The array at weight 1.
+    weight: In [0, 1].
+  """
+  cos = jnp.vdot(a, b) / (jnp.linalg.norm(a) * jnp.linalg.norm(b))
+  angle = jnp.arccos(jnp.clip(cos, -1 + 1e-6, 1 - 1e-6))
+  return (
+    jnp.sin((1 - weight) * angle) * a + jnp.sin(weight * angle) * b
+  ) / jnp.sin(angle)

@@ -1,4 +1,4 @@
-"""Conditions: a denoiser whose network takes one, given it.
+"""Conditional denoisers and classifier-free guidance.
 
 Both functions take a denoiser whose network is (x_t, t, context) -> output, and
 return one whose network is (x_t, t) -> output.
@@ -19,7 +19,7 @@ from ddpm_jax.diffusion import shapes
 def conditioned(
   denoiser: denoisers.Denoiser, context: Any
 ) -> denoisers.Denoiser:
-  """The denoiser given `context`, arrays with a row for each example."""
+  """Fixes the network's `context`: arrays with one row per example."""
   network: Any = denoiser.network
   return denoiser._replace(network=lambda x_t, t: network(x_t, t, context))
 
@@ -33,22 +33,21 @@ def guided(
   interval: tuple[float, float] = (0.0, 1.0),
   rescale: float = 0.0,
 ) -> denoisers.Denoiser:
-  """Classifier-free guidance: (1 - w) times no condition, w times a condition.
+  """Classifier-free guidance: ŷ = y(∅) + w (y(c) - y(∅)).
 
-  ŷ = y(∅) + w (y(c) - y(∅)), for any prediction y: all are the same affine
-  function of x̂_0 at one x_t  (Ho & Salimans 2022, eq. 6, with w for their
-  1 + w). A learned variance is that given c.
+  Ho & Salimans 2022, eq. 6, with w for their 1 + w. y may be any prediction,
+  since each is affine in x̂_0 at a given x_t. A learned variance is that for c.
 
   Args:
-    denoiser: the model, of all T steps; stride it afterwards. Its network is
-      called once, on 2B rows.
-    context: the condition c, B rows.
-    nothing: that of no condition ∅, of the same shapes.
+    denoiser: The model with all T steps; stride the result. Its network is
+      called once per evaluation, on 2B rows.
+    context: The condition c, B rows.
+    nothing: The null condition ∅, of the same shapes.
     scale: w; 1 is the condition alone, 0 no condition.
-    interval: of t / T, where w applies; outside of it w is 1  (Kynkäänniemi et
-      al. 2024).
-    rescale: in 0..1, how far the standard deviation of the output is set back
-      to that given c  (Lin et al. 2023, section 3.4).
+    interval: Range of t / T where w applies; elsewhere w is 1  (Kynkäänniemi
+      et al. 2024).
+    rescale: In 0..1, how far to restore the standard deviation that the output
+      has for c alone  (Lin et al. 2023, section 3.4).
   """
   network: Any = denoiser.network
   low, high = (x * denoiser.schedule.T for x in interval)

@@ -1,7 +1,7 @@
 """The variational bound on -log p(x_0)  (Ho et al. 2020, eq. 5).
 
-Everything is in nats a dimension, a mean over the dimensions of an example;
-`BITS` makes bits a dimension of it.
+Values are in nats per dimension: means over the dimensions of an example.
+Multiply by `BITS` for bits per dimension.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from ddpm_jax.diffusion import variances
 
 BITS = 1 / np.log(2)
 
-# What is given elementwise: shapes that broadcast against each other.
+# Arguments of elementwise functions; their shapes broadcast.
 Values = Float[Array | np.ndarray, '*#shape'] | float
 
 
@@ -46,8 +46,9 @@ def decoder_log_prob(
 ) -> Float[Array, '*shape']:
   """log of N(mean, var)'s mass in x_0's bin, elementwise, in nats  (eq. 13).
 
-  The bins are ±1/255 about the 256 grays of [-1, 1]; the first and the last are
-  open. Exact in the far tails too, where a difference of two CDFs would be 0.
+  Bins reach ±1/255 around the 256 grays in [-1, 1]; the first and last are
+  open. Accurate in the far tails too, where a difference of two CDFs would be
+  0.
   """
   inverse = jnp.exp(-log_var / 2)
   a, b = (x0 - 1 / 255 - mean) * inverse, (x0 + 1 / 255 - mean) * inverse
@@ -67,7 +68,7 @@ def decoder_log_prob(
 
 
 def prior(schedule: schedules.Schedule, x0: shapes.Batch) -> shapes.Values:
-  """L_T = KL(q(x_T | x_0) ‖ N(0, I)), for each example."""
+  """L_T = KL(q(x_T | x_0) ‖ N(0, I)), per example."""
   mean = schedule.sqrt_alpha_bar[-1] * x0
   log_var = jnp.log(schedule.one_minus_alpha_bar[-1])
   return process.example_mean(normal_kl(mean, log_var, 0.0, 0.0))
@@ -82,14 +83,14 @@ def terms(
   """L_{t-1} of each example at its own t, with one draw of x_t  (eq. 5).
 
   Args:
-    denoiser: the model.
+    denoiser: The model.
     keys: (B,), for the noise of x_t.
-    x0: (B, ...), in [-1, 1], of 256 gray levels.
+    x0: (B, ...), in [-1, 1], with 256 gray levels.
     t: (B,), in 1..T.
 
   Returns:
-    KL(q(x_{t-1} | x_t, x_0) ‖ p(x_{t-1} | x_t)), or for t = 1 the decoder's
-    -log p(x_0 | x_1); and the mean squared errors of x̂_0.
+    KL(q(x_{t-1} | x_t, x_0) ‖ p(x_{t-1} | x_t)), or -log p(x_0 | x_1) at t = 1;
+    and the mean squared errors of x̂_0.
   """
   eps = process.normal(keys, x0.shape[1:])
   return term(denoiser, x0, process.q_sample(denoiser.schedule, x0, t, eps), t)
@@ -101,7 +102,7 @@ def term(
   x_t: shapes.Batch,
   t: shapes.Times | shapes.Step,
 ) -> tuple[shapes.Values, shapes.Values]:
-  """`terms`, for an x_t that was drawn before; t may be one for all."""
+  """Like `terms`, for a given x_t; t may be a scalar."""
   schedule = denoiser.schedule
   mean, log_var, x0_hat = denoisers.p_mean_variance(denoiser, x_t, t)
   true_mean, _ = process.q_posterior(schedule, x0, x_t, t)
@@ -114,12 +115,12 @@ def term(
 
 
 class Bound(NamedTuple):
-  """What `bound` gives for each of B examples, in nats a dimension."""
+  """Terms of the bound for each of B examples, in nats per dimension."""
 
   prior: Float[Array, 'B']  # L_T
-  t: Int[Array, 'B N']  # the times that were looked at; the first is 1
-  terms: Float[Array, 'B N']  # L_{t-1} at them
-  mse: Float[Array, 'B N']  # squared errors of x̂_0 at them
+  t: Int[Array, 'B N']  # times that were evaluated; the first is 1
+  terms: Float[Array, 'B N']  # L_{t-1} at these times
+  mse: Float[Array, 'B N']  # mean squared errors of x̂_0 at these times
 
 
 def bound(
@@ -129,15 +130,15 @@ def bound(
   *,
   draws: int = 0,
 ) -> Bound:
-  """The terms of the bound, at all times or at some drawn for each example.
+  """Computes the terms of the bound, at all times or at random ones.
 
   Args:
-    denoiser: the model.
+    denoiser: The model.
     keys: (B,), for times and noise.
-    x0: (B, ...), in [-1, 1], of 256 gray levels.
-    draws: 0: all T terms, with one draw of x_t each. Else t = 1 and this many
-      times, drawn uniformly from 2..T, from which `totals` makes an unbiased
-      estimate. With T = 1 there is only the one term.
+    x0: (B, ...), in [-1, 1], with 256 gray levels.
+    draws: If 0, all T terms, with one draw of x_t each. Otherwise t = 1 and
+      this many times, drawn per example from 2..T, so that `totals` is an
+      unbiased estimate. With T = 1 there is only one term.
   """
   T = denoiser.schedule.T
   fold = jax.vmap(jax.random.fold_in, (0, None))
@@ -162,8 +163,8 @@ def totals(
 ]:
   """L_T, Σ L_{t-1} over 2..T, and L_0 of each example.
 
-  The sum is exact where all times were looked at, and T - 1 times the mean of
-  those that were, which is right in expectation, where they were drawn.
+  The sum is exact if all times were evaluated; for drawn times it is an
+  unbiased estimate, T - 1 times their mean.
   """
   between = np.asarray(parts.terms, np.float64)[:, 1:]
   share = (T - 1) / max(between.shape[1], 1)

@@ -2,7 +2,7 @@
 
 `config.loss.name` names one of `__all__`. All take
 
-  denoiser: the model.
+  denoiser: The model.
   keys: (B,), for the noise of each example.
   x0: (B, ...), in [-1, 1].
   t: (B,), in 1..T.
@@ -40,8 +40,8 @@ Values = shapes.Values
 def simple(denoiser: Denoiser, keys: Keys, x0: Batch, t: Times) -> Values:
   """L_simple = ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t)‖²  (eq. 14).
 
-  Where the network predicts something else, the error of that: with μ̃ it is
-  the ‖μ̃ - μ̃_θ‖² of table 2.
+  If the network predicts something else, the squared error of that: with μ̃ it
+  is the ‖μ̃ - μ̃_θ‖² of table 2.
   """
   x_t, target = _noisy(denoiser, keys, x0, t)
   out, _ = denoisers.output(denoiser, x_t, t)
@@ -51,48 +51,48 @@ def simple(denoiser: Denoiser, keys: Keys, x0: Batch, t: Times) -> Values:
 def min_snr(
   denoiser: Denoiser, keys: Keys, x0: Batch, t: Times, *, gamma: float = 5.0
 ) -> Values:
-  """min(SNR_t, γ) ‖x_0 - x̂_0‖², whatever is predicted  (Hang et al. 2023)."""
+  """min(SNR_t, γ) ‖x_0 - x̂_0‖², for any prediction  (Hang et al. 2023)."""
   schedule = denoiser.schedule
-  # In logarithms: SNR_t and the gain may leave the range of float32 where their
-  # product does not.
+  # In logarithms, because SNR_t and the gain can leave the range of float32
+  # even if their product does not.
   log_gain = denoiser.predict.log_gain(schedule, t)
   log_snr = jnp.minimum(schedules.log_snr(schedule, t), jnp.log(gamma))
   return jnp.exp(log_snr + 2 * log_gain) * simple(denoiser, keys, x0, t)
 
 
 def vlb(denoiser: Denoiser, keys: Keys, x0: Batch, t: Times) -> Values:
-  """L_{t-1}, the term of the true bound, in bits a dimension  (eq. 5)."""
-  # No gradient comes through a clipped x̂_0.
+  """L_{t-1}, the term of the true bound, in bits per dimension  (eq. 5)."""
+  # A clipped x̂_0 has no gradient.
   nats, _ = likelihood.terms(denoiser._replace(clip=False), keys, x0, t)
   return nats * likelihood.BITS
 
 
 def hybrid(denoiser: Denoiser, keys: Keys, x0: Batch, t: Times) -> Values:
-  """L_simple + 0.001 L_vlb, where the bound trains the variance alone.
+  """L_simple + 0.001 L_vlb, where L_vlb trains only the variance.
 
   Nichol & Dhariwal 2021, eq. 16; L_vlb is T times its term at t.
 
   Raises:
-    ValueError: if the network does not learn its variance.
+    ValueError: If the network does not learn its variance.
   """
   x_t, target = _noisy(denoiser, keys, x0, t)
   out, raw = denoisers.output(denoiser, x_t, t)
   if raw is None:
     raise ValueError('hybrid needs a network that learns its variance')
   frozen = jnp.concatenate([jax.lax.stop_gradient(out), raw], axis=-1)
-  same = denoiser._replace(network=lambda x_t, t: frozen, clip=False)
-  nats, _ = likelihood.term(same, x0, x_t, t)
+  variance_only = denoiser._replace(network=lambda x_t, t: frozen, clip=False)
+  nats, _ = likelihood.term(variance_only, x0, x_t, t)
   bound = denoiser.schedule.T * nats * likelihood.BITS
   return _mean_square(target - out) + 0.001 * bound
 
 
 def two_noise(denoiser: Denoiser, keys: Keys, x0: Batch, t: Times) -> Values:
-  """‖ε_t - √(β_t/(1-ᾱ_t)) ε_θ(x_t, t)‖², of the noise that step t adds.
+  """‖ε_t - √(β_t/(1-ᾱ_t)) ε_θ(x_t, t)‖², for the noise ε_t of step t.
 
-  x_t is made from x_{t-1}, which has noise of its own, by one step with ε_t:
-  two noises where `one_noise` draws one (Su 2022, "DDPM = demolition and
-  construction"). His network predicts ε_t; the factor makes ε_θ of eq. 14 of
-  it, so that every sampler can read the network.
+  x_t is one step with ε_t after a noisy x_{t-1}, so there are two noises where
+  `one_noise` has one (Su 2022, "DDPM = demolition and construction"). Su's
+  network predicts ε_t; the factor converts it to the ε_θ of eq. 14, so that
+  every sampler can use the network.
   """
   schedule = denoiser.schedule
   _, eps, x_t = _one_step(denoiser, keys, x0, t)
@@ -104,7 +104,7 @@ def two_noise(denoiser: Denoiser, keys: Keys, x0: Batch, t: Times) -> Values:
 def one_noise(denoiser: Denoiser, keys: Keys, x0: Batch, t: Times) -> Values:
   """(β_t/(1-ᾱ_t)) ‖ε - ε_θ(x_t, t)‖²: `two_noise`, one noise integrated out.
 
-  The same gradient in expectation, with less variance (Su 2022).
+  Its gradient has the same expectation and less variance (Su 2022).
   """
   schedule = denoiser.schedule
   eps = process.normal(keys, x0.shape[1:])
@@ -114,10 +114,10 @@ def one_noise(denoiser: Denoiser, keys: Keys, x0: Batch, t: Times) -> Values:
 
 
 def x_prev(denoiser: Denoiser, keys: Keys, x0: Batch, t: Times) -> Values:
-  """‖x_{t-1} - μ_θ(x_t, t)‖², for x_{t-1} ~ q(x_{t-1} | x_0) and x_t after it.
+  """‖x_{t-1} - μ_θ(x_t, t)‖², with x_t one step of noise after x_{t-1}.
 
-  Su 2022, eq. 7. The mean of x_{t-1} given x_t minimises it. For ε it weighs t
-  by β_t²/((1-ᾱ_t)(1-β_t)).
+  Su 2022, eq. 7. E[x_{t-1} | x_t] minimises it. As a loss for ε, its weight at
+  t is β_t²/((1-ᾱ_t)(1-β_t)).
   """
   previous, _, x_t = _one_step(denoiser, keys, x0, t)
   return _mean_square(previous - _mean(denoiser, x_t, t))
@@ -126,7 +126,7 @@ def x_prev(denoiser: Denoiser, keys: Keys, x0: Batch, t: Times) -> Values:
 def _noisy(
   denoiser: Denoiser, keys: Keys, x0: Batch, t: Times
 ) -> tuple[Batch, Batch]:
-  """x_t, and what the network should predict from it."""
+  """x_t, and the training target."""
   schedule, t_x = denoiser.schedule, process.per_example(t, x0)
   eps = process.normal(keys, x0.shape[1:])
   x_t = process.q_sample(schedule, x0, t, eps)
@@ -136,7 +136,7 @@ def _noisy(
 def _one_step(
   denoiser: Denoiser, keys: Keys, x0: Batch, t: Times
 ) -> tuple[Batch, Batch, Batch]:
-  """x_{t-1} ~ q(x_{t-1} | x_0), ε_t, and x_t, one step with ε_t later."""
+  """x_{t-1} ~ q(x_{t-1} | x_0), ε_t, and x_t, which is one step later."""
   first, second = jax.vmap(jax.random.split, out_axes=1)(keys)
   eps = process.normal(second, x0.shape[1:])
   before = process.normal(first, x0.shape[1:])
@@ -145,7 +145,7 @@ def _one_step(
 
 
 def _mean(denoiser: Denoiser, x_t: Batch, t: Times) -> Batch:
-  """μ_θ(x_t, t), not clipped."""
+  """μ_θ(x_t, t), without clipping."""
   out, _ = denoisers.output(denoiser, x_t, t)
   t = process.per_example(t, x_t)
   return denoiser.predict.mean(denoiser.schedule, x_t, out, t)

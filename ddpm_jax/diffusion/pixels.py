@@ -1,4 +1,4 @@
-"""Images as they are kept, uint8, and as the process sees them, [-1, 1]."""
+"""Conversion of images between uint8 and [-1, 1], and random flips."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def to_float(
 ) -> Float[Array, '*shape']:
   """uint8 [0, 255] -> float32 [-1, 1], without noise  (section 3.3).
 
-  What is float already, such as points, stays as it is.
+  Float inputs, such as points, are returned unchanged.
   """
   if jnp.issubdtype(images.dtype, jnp.floating):
     return images
@@ -22,7 +22,7 @@ def to_float(
 
 
 def to_uint8(x: Float[Array, '*shape']) -> UInt8[Array, '*shape']:
-  """float [-1, 1] -> the nearest uint8 [0, 255]; the rest is clipped."""
+  """float [-1, 1] -> the nearest uint8 [0, 255], with clipping."""
   return jnp.round(jnp.clip(x, -1, 1) * 127.5 + 127.5).astype(jnp.uint8)
 
 

@@ -21,14 +21,14 @@ Time = shapes.Time
 
 
 class Prediction(NamedTuple):
-  """A training target, and how the output of the network is read.
+  """A training target, and how the network's output is read.
 
   Attributes:
-    target: (schedule, x0, eps, t) -> what the network should predict from x_t.
+    target: (schedule, x0, eps, t) -> the training target.
     to_x0: (schedule, x_t, out, t) -> x̂_0; the inverse of `target`.
-    mean: (schedule, x_t, out, t) -> μ_θ, where x̂_0 is not clipped.
+    mean: (schedule, x_t, out, t) -> μ_θ, without clipping x̂_0.
     log_gain: (schedule, t) -> log |∂x̂_0/∂out|.
-    clips_mean: whether clipping x̂_0 changes μ_θ: not if μ_θ is predicted.
+    clips_mean: Whether clipping x̂_0 changes μ_θ; False if μ_θ is predicted.
   """
 
   target: Callable[[Schedule, X, X, Time], X]

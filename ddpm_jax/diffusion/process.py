@@ -1,7 +1,7 @@
 """The forward process q  (Ho et al. 2020, section 2).
 
-x may have any shape. t is a scalar in 1..T (0 is the clean image), or has one
-time for each example of a batch.
+x may have any shape. t is in 1..T (0 is the clean image): a scalar, or one time
+per example of a batch.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ Schedule = schedules.Schedule
 X = shapes.X
 XLike = shapes.XLike
 
-# A scalar t, or one for each example: (B,) for an x of (B, ...).
+# A scalar t, or one per example: (B,) for an x of (B, ...).
 Time = Int[Array | np.ndarray, '...'] | int
 
 
@@ -34,13 +34,13 @@ def q_sample(schedule: Schedule, x0: XLike, t: Time, eps: XLike) -> X:
   """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε  (eq. 4).
 
   Args:
-    schedule: of T steps.
-    x0: of any shape.
-    t: in 0..T; a scalar, or (B,) for x0 and eps of shape (B, ...).
-    eps: of N(0, I).
+    schedule: The noise schedule, with T steps.
+    x0: Clean examples, of any shape.
+    t: In 0..T; a scalar, or (B,) for x0 and eps of shape (B, ...).
+    eps: Noise from N(0, I).
 
   Raises:
-    ValueError: if t has a shape that is neither.
+    ValueError: If t has another shape.
   """
   t = per_example(t, x0)
   signal = schedule.sqrt_alpha_bar[t]
@@ -57,9 +57,9 @@ def q_step(schedule: Schedule, x_prev: XLike, t: Time, eps: XLike) -> X:
 def q_between(
   schedule: Schedule, x_s: XLike, s: Time, t: Time, eps: XLike
 ) -> X:
-  """x_t = √(ᾱ_t/ᾱ_s) x_s + √(1-ᾱ_t/ᾱ_s) ε, for s ≤ t: t - s times eq. 2.
+  """x_t = √(ᾱ_t/ᾱ_s) x_s + √(1-ᾱ_t/ᾱ_s) ε, for s ≤ t: t - s steps of eq. 2.
 
-  s and t as the t of `q_sample`.
+  s and t have the shapes that t has in `q_sample`.
   """
   s, t = per_example(s, x_s), per_example(t, x_s)
   log_kept = schedules.log_ratio(schedule, s, t)
@@ -67,10 +67,10 @@ def q_between(
 
 
 def per_example(t: Shaped[Array | np.ndarray, '...'] | float, x: XLike) -> Any:
-  """t in a shape that broadcasts against x: (), or (B,) for x of (B, ...).
+  """Reshapes t to broadcast against x: (), or (B,) for x of (B, ...).
 
   Raises:
-    ValueError: if t has another shape.
+    ValueError: If t has another shape.
   """
   shape, x_shape = jnp.shape(t), jnp.shape(x)
   if shape == () or shape == x_shape or x_shape == ():
@@ -78,7 +78,7 @@ def per_example(t: Shaped[Array | np.ndarray, '...'] | float, x: XLike) -> Any:
   if shape != x_shape[:1]:
     raise ValueError(
       f't has shape {shape} and x {x_shape}: give a scalar t, or one for each '
-      'example, (B,) for x of (B, ...); jax.vmap does other batches'
+      'example, (B,) for x of (B, ...); use jax.vmap for other batches'
     )
   return jnp.reshape(t, (-1, *(1,) * (len(x_shape) - 1)))
 
@@ -97,13 +97,13 @@ def q_sigma(
 ) -> tuple[X, shapes.Scale]:
   """Mean and variance σ² = η² β̃_t of q_σ(x_{t-1} | x_t, x_0).
 
-  The family of Song et al. 2021 (DDIM, eq. 7 and 16): all have the same
-  q(x_t | x_0). η = 1 is `q_posterior`, and with η = 0 nothing is random.
+  The family of DDIM (Song et al. 2021, eq. 7 and 16), which shares q(x_t |
+  x_0). η = 1 is `q_posterior`; η = 0 is deterministic.
   """
   t = per_example(t, x_t)
   signal, one_minus = schedule.sqrt_alpha_bar, schedule.one_minus_alpha_bar
   eps = (x_t - signal[t] * x0) / jnp.sqrt(one_minus[t])
-  # 1 - ᾱ_{t-1} - σ², so written that rounding cannot make it negative.
+  # 1 - ᾱ_{t-1} - σ² = (1 - ᾱ_{t-1}) rest, a form that cannot round below 0.
   rest = jnp.maximum(1 - eta**2 * schedule.beta[t] / one_minus[t], 0)
   mean = signal[t - 1] * x0
   mean += jnp.sqrt(one_minus[t - 1] * rest) * eps

@@ -4,7 +4,7 @@
 
   (denoiser, keys, x_t, t, previous) -> (x_{t-1}, x̂_0)
 
-Fewer steps than T are the same steps of another denoiser: `denoiser.strided`.
+To sample in fewer than T steps, use the denoiser from `denoiser.strided`.
 """
 
 from collections.abc import Callable
@@ -38,10 +38,10 @@ Batch = shapes.Batch
 
 
 class Previous(NamedTuple):
-  """What the previous step found, for steps that look back."""
+  """The prediction of the previous step, for multistep samplers."""
 
   x0_hat: Batch
-  t: shapes.Times  # when it was predicted; 0: there was no step
+  t: shapes.Times  # time of the prediction; 0: there is none
 
 
 Step = Callable[
@@ -87,9 +87,9 @@ def ddim(
 ) -> tuple[Batch, Batch]:
   """x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-σ_t²) ε̂ + σ_t z, σ_t² = η² β̃_t.
 
-  Song et al. 2021, eq. 12; ε̂ is (x_t - √ᾱ_t x̂_0) / √(1-ᾱ_t), of the x̂_0 that
-  may be clipped. With η = 0 x_0 is a function of x_T, and the order is 1; η = 1
-  is `ancestral` with σ² = β̃.
+  Song et al. 2021, eq. 12; ε̂ is (x_t - √ᾱ_t x̂_0) / √(1-ᾱ_t), with x̂_0 clipped
+  if `clip` is set. η = 0 is deterministic, of order 1; η = 1 is `ancestral`
+  with σ² = β̃.
   """
   del previous
   x0 = denoisers.x0_hat(denoiser, x_t, t)
@@ -105,7 +105,7 @@ def dpm_solver_pp_2m(
 ) -> tuple[Batch, Batch]:
   """DPM-Solver++(2M): `ddim` with x̂_0 extrapolated to the middle of the step.
 
-  Lu et al. 2022 (DPM-Solver++), Algorithm 2: order 2, one evaluation a step.
+  Lu et al. 2022 (DPM-Solver++), Algorithm 2: order 2, one evaluation per step.
   """
   x0 = denoisers.x0_hat(denoiser, x_t, t)
   middle = _extrapolated(denoiser.schedule, x0, t, previous)
@@ -136,11 +136,11 @@ def heun(
   t: shapes.Step,
   previous: Previous | None = None,
 ) -> tuple[Batch, Batch]:
-  """Heun's method on the probability-flow ODE: `ddim` by the mean of two x̂_0.
+  """Heun's method on the probability-flow ODE: `ddim` with a mean of two x̂_0.
 
   The ODE is dy/ds = x̂_0 with y = x_t / √(1-ᾱ_t) and s² = ᾱ_t / (1-ᾱ_t). Order
-  2, and two evaluations a step, except for the last, to s = ∞, which needs one
-  (as in Karras et al. 2022, Algorithm 1).
+  2, with two evaluations per step, except for the last, to s = ∞, which takes
+  one (as in Karras et al. 2022, Algorithm 1).
   """
   del previous
   x0 = denoisers.x0_hat(denoiser, x_t, t)
@@ -154,7 +154,7 @@ def heun(
 
 
 def nfe(name: str, steps: int) -> int:
-  """Network evaluations for an image, in `steps` steps of the sampler."""
+  """Number of network evaluations for an image, in `steps` steps."""
   return 2 * steps - 1 if name == 'heun' else steps
 
 
@@ -179,10 +179,11 @@ def _extrapolated(
   t: shapes.Step,
   previous: Previous | None,
 ) -> Batch:
-  """x̂_0 + h/(2 h') (x̂_0 - previous x̂_0), h and h' the last two steps of λ.
+  """x̂_0 + h/(2 h') (x̂_0 - previous x̂_0), for the steps h and h' of λ.
 
-  λ = ½ log SNR. Where the previous step was not at t + 1, or this one ends at
-  λ = ∞, x̂_0 itself: a step of order 1.
+  λ is ½ log SNR, h is this step and h' the previous one. Returns x̂_0, for a
+  step of order 1, if the previous step was not at t + 1 or this one ends at
+  λ = ∞.
   """
   if previous is None:
     return x0
@@ -194,11 +195,11 @@ def _extrapolated(
 
 
 class Sampled(NamedTuple):
-  """The samples of `sample`."""
+  """Result of `sample`."""
 
-  x_0: Batch  # or x_t where the last step ended
-  x0_hats: Float[Array, 'K B *shape']  # predictions on the way, in order
-  bad_t: shapes.Times  # the time of the first x that was not finite; 0: none
+  x_0: Batch  # or x_t, if the given times end earlier
+  x0_hats: Float[Array, 'K B *shape']  # intermediate predictions, in order
+  bad_t: shapes.Times  # time of the first x that is not finite; 0: none
 
 
 def sample(
@@ -214,20 +215,20 @@ def sample(
   """Runs `step` from t = T down to 1  (Algorithm 2), or at the times given.
 
   Args:
-    step: such as `ancestral`.
-    denoiser: the model, in as many steps as are wanted; see `denoiser.strided`.
+    step: A sampler step, such as `ancestral`.
+    denoiser: The model; `denoiser.strided` sets the number of steps.
     keys: (B,), for the noise of each image; step t folds t in.
-    x_T: (B, ...), of N(0, I); or x_t of the first time.
-    times: in 1..T, in the order of the steps; T, ..., 1 by default. Another
-      visit to a time has noise of its own.
-    previous: if x_T is the result of a step, what that step found.
-    snapshots: K, at most the number of steps: how many of the predictions x̂_0
-      are kept, evenly spaced. Memory is O(B·K), not O(B·T).
+    x_T: (B, ...), from N(0, I); or x_t for the first of `times`.
+    times: Times in 1..T in the order of the steps; T, ..., 1 by default. A
+      repeated time gets new noise.
+    previous: The prediction of the step that returned x_T, if there was one.
+    snapshots: K, the number of predictions x̂_0 to keep, evenly spaced; at most
+      the number of steps. Memory is O(B·K), not O(B·T).
   """
   T, K, B = denoiser.schedule.T, snapshots, len(x_T)
   order = np.array(range(T, 0, -1) if times is None else list(times))
   visit = [np.sum(order[:i] == t) for i, t in enumerate(order)]
-  # The slot of each step's x̂_0; slot K takes those that are not kept.
+  # The slot for each step's x̂_0; slot K is for those that are not kept.
   N = len(order)
   kept_steps = np.round(np.arange(1, K + 1) * N / max(K, 1)).astype(int) - 1
   slots = np.full(N, K)

@@ -42,19 +42,19 @@ Table = Float32[Array, 'T+1']
 
 
 class Schedule(NamedTuple):
-  """Tables, indexed by the paper's t; slot 0 is the image.
+  """Tables, indexed by the paper's t; slot 0 is the clean image.
 
-  A float32 `1 - alpha_bar` would be off by 1.7e-4 of itself at t = 1, so every
-  table is made in float64 and cast last. Below 1e-38 `alpha_bar` is 0, because
-  XLA flushes denormal numbers on CPUs: ratios are formed from `log_alpha_bar`,
-  and `sqrt_alpha_bar` is what may be divided by.
+  Tables are computed in float64 and cast last: in float32, `1 - alpha_bar`
+  would have a relative error of 1.7e-4 at t = 1. `alpha_bar` is 0 below 1e-38,
+  because XLA flushes denormal numbers on CPUs; so form ratios from
+  `log_alpha_bar`, and divide by `sqrt_alpha_bar`.
   """
 
   beta: Table  # β_t, the variance that step t adds; β_0 = 0
   alpha_bar: Table  # ᾱ_t = Π_{s≤t} (1 - β_s); ᾱ_0 = 1
   one_minus_alpha_bar: Table  # 1 - ᾱ_t
   beta_tilde: Table  # β̃_t, variance of q(x_{t-1} | x_t, x_0); β̃_1 = 0
-  time: Int32[Array, 'T+1']  # t of the network: t, or more (`stride`)
+  time: Int32[Array, 'T+1']  # the network's t: t, or more (`stride`)
   log_alpha_bar: Table  # log ᾱ_t; -∞ where nothing is left of x_0
   sqrt_alpha_bar: Table  # √ᾱ_t, at least LEAST_SIGNAL, or 0
 
@@ -63,17 +63,17 @@ class Schedule(NamedTuple):
     return len(self.beta) - 1
 
 
-# A float32 x_t of size 1 holds nothing of √ᾱ_t x_0 long before √ᾱ_t is this
-# small. The floor keeps x̂_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t finite, and changes
-# no x_t.
+# Long before √ᾱ_t is this small, a float32 x_t of size 1 loses √ᾱ_t x_0 to
+# rounding. So this floor changes no x_t, and x̂_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t
+# stays finite.
 LEAST_SIGNAL = 1e-30
 
 
 def from_beta(beta: Sequence[float] | np.ndarray) -> Schedule:
-  """The tables that follow from β_1..β_T.
+  """Computes the tables from β_1..β_T.
 
   Raises:
-    ValueError: if a β_t is not in (0, 1); the last may be 1.
+    ValueError: If a β_t is not in (0, 1); the last may be 1.
   """
   beta = np.asarray(beta, np.float64)
   inside = (beta > 0) & (beta < 1)
@@ -88,16 +88,16 @@ def from_beta(beta: Sequence[float] | np.ndarray) -> Schedule:
 def _tables(
   log_alpha_bar: Float64[np.ndarray, 'N'], time: Int[np.ndarray, 'N']
 ) -> Schedule:
-  """The tables that follow from log ᾱ_t, which falls from 0.
+  """Computes the tables from log ᾱ_t, which decreases from 0.
 
-  N is T+1. The last may be -∞: then β_T is 1.
+  N is T+1. The last entry may be -∞; then β_T is 1.
   """
   beta = -np.expm1(np.diff(log_alpha_bar))
   one_minus = -np.expm1(log_alpha_bar)  # exact where ᾱ_t is near 1
   beta_tilde = beta * one_minus[:-1] / one_minus[1:]  # eq. 7
   signal = np.exp(log_alpha_bar / 2)
   signal = np.where(signal > 0, np.maximum(signal, LEAST_SIGNAL), 0)
-  # A schedule may be made while something else is traced.
+  # Concrete arrays, even if this is called while a function is traced.
   with jax.ensure_compile_time_eval():
     return Schedule(
       beta=jnp.asarray(np.append(0.0, beta), jnp.float32),
@@ -119,12 +119,12 @@ def _log_products(
 
 
 def _log_alpha_bar(schedule: Schedule) -> Float64[np.ndarray, '{schedule.T}+1']:
-  """log ᾱ_t in float64, from β_t, which keeps it where ᾱ_t is near 1."""
+  """log ᾱ_t in float64, from β_t, which is accurate where ᾱ_t is near 1."""
   return _log_products(np.asarray(schedule.beta, np.float64)[1:])
 
 
 def log_ratio(schedule: Schedule, s: Time, t: Time) -> Float[Array, '*shape']:
-  """log (ᾱ_t / ᾱ_s) for s ≤ t: 0 for s = t, also where both ᾱ are 0."""
+  """log (ᾱ_t / ᾱ_s) for s ≤ t: 0 for s = t, even if both ᾱ are 0."""
   table = schedule.log_alpha_bar
   return jnp.where(jnp.equal(s, t), 0.0, table[t] - table[s])
 
@@ -135,12 +135,12 @@ def log_snr(schedule: Schedule, t: Time) -> Float[Array, '*shape']:
 
 
 def ends_in_noise(schedule: Schedule) -> bool:
-  """Whether ᾱ_T is 0: a zero terminal SNR, where ε does not tell x_0."""
+  """Whether ᾱ_T is 0 (zero terminal SNR), so that ε does not determine x_0."""
   return bool(np.isneginf(schedule.log_alpha_bar[-1]))
 
 
 def _line(first: float, last: float, T: int) -> Float64[np.ndarray, '{T}']:
-  """T numbers in equal steps; of one step it is the last that counts."""
+  """T evenly spaced numbers; for T = 1 only `last`."""
   return np.linspace(first, last, T) if T > 1 else np.array([last])
 
 
@@ -149,7 +149,7 @@ def linear(
 ) -> Schedule:
   """β_t from β_1 to β_T in equal steps  (Ho et al. 2020, section 4).
 
-  With T = 1 the only step has β_T, as in all schedules that take both.
+  With T = 1 the only step has β_T, as in all schedules with both arguments.
   """
   return from_beta(_line(beta_1, beta_T, T))
 
@@ -179,7 +179,7 @@ def sqrt(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
 
 
 def const(T: int = 1000, beta_T: float = 0.02) -> Schedule:
-  """β_t = β_T, always  (Ho et al. 2020's code)."""
+  """β_t = β_T for all t  (Ho et al. 2020's code)."""
   return from_beta(np.full(T, beta_T))
 
 
@@ -206,7 +206,7 @@ def _warmup(T: int, beta_1: float, beta_T: float, steps: int) -> Schedule:
 def jsd(T: int = 1000) -> Schedule:
   """β_t = 1/(T - t + 1), so that ᾱ_t = 1 - t/T  (Ho et al. 2020's code).
 
-  ᾱ_T is 0: the network must predict something else than ε.
+  ᾱ_T is 0, so the network must not predict ε.
   """
   return from_beta(1 / np.arange(T, 0, -1))
 
@@ -226,13 +226,13 @@ def cosine(T: int = 1000, s: float = 8e-3) -> Schedule:
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:
-  """√ᾱ_t shifted and stretched to be 0 at T and as it was at 1.
+  """Shifts and scales √ᾱ_t to be 0 at T and unchanged at 1.
 
-  So that x_T is noise alone, as it is when sampling  (Lin et al. 2023,
-  Algorithm 1). There ε tells nothing of x_0: let the network predict another.
+  Then x_T is pure noise, as it is in sampling  (Lin et al. 2023, Algorithm 1).
+  The network must not predict ε, which does not determine x_0 at T.
 
   Raises:
-    ValueError: if there is only one step.
+    ValueError: If there is only one step.
   """
   if schedule.T < 2:
     raise ValueError('a zero terminal SNR needs T of 2 or more')
@@ -248,13 +248,13 @@ def stride(
   steps: int,
   spacing: Callable[[int, int], Int[np.ndarray, 'steps+1']] = spacings.linear,
 ) -> Schedule:
-  """The schedule of `steps` ≤ T jumps over the same noise levels.
+  """Returns a schedule of `steps` ≤ T jumps between the same noise levels.
 
-  Sampling in fewer steps is the ordinary sampler on this schedule: x_k of it is
-  x_{time[k]} of the one given, and β_k the variance of the whole jump.
+  Sampling in fewer steps is ordinary sampling on this schedule: its x_k is
+  x_{time[k]} of the original, and its β_k the variance of the whole jump.
 
   Raises:
-    ValueError: if `steps` is not in 1..T.
+    ValueError: If `steps` is not in 1..T.
   """
   if not 1 <= steps <= schedule.T:
     raise ValueError(f'steps must be in 1..{schedule.T}, got {steps}')

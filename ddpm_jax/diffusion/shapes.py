@@ -1,4 +1,4 @@
-"""The shapes in the signatures of this package, by name."""
+"""Names for the array shapes in this package's signatures."""
 
 import numpy as np
 from jax import Array
@@ -7,17 +7,17 @@ from jaxtyping import Float
 from jaxtyping import Int
 from jaxtyping import Key
 
-# An array of any shape; all of one call have the same. `Like`: or its numbers.
+# Any shape, the same for all X of a call; an XLike may also be NumPy's.
 X = Float[Array, '*shape']
 XLike = Float[ArrayLike, '*shape']
 # Broadcasts against an X.
 Scale = Float[Array, '*#shape']
-# A time, or times in a shape that broadcasts against that of an X.
+# A time, or times that broadcast against an X.
 Time = Int[Array | np.ndarray, '*#shape'] | int
 
 # B examples, such as x_0, x_t or ε.
 Batch = Float[Array, 'B *shape']
-# One for each example.
+# One per example.
 Keys = Key[Array, 'B']
 Times = Int[Array, 'B']
 Values = Float[Array, 'B']

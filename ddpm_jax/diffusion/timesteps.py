@@ -1,8 +1,8 @@
-"""How the times of a training batch are drawn.
+"""How the times t of a training batch are drawn.
 
-Each function gives the time of example i of n under one key, so that every
-device can draw its own examples' times alone and all agree. `importance` also
-takes how likely each time is to be, and that follows from a `History`.
+Each function returns the time of example i of n, from one key for the batch, so
+that each device can draw its own examples' times and all agree. `importance`
+also takes the probability of each time, which follows from a `History`.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ def uniform(
 def antithetic(
   key: Key[Array, ''], i: Int[Array, ''] | int, n: int, T: int
 ) -> Int[Array, '']:
-  """Half of the batch draws t, the other half has T + 1 - t."""
+  """Half of the batch draws t; the other half gets T + 1 - t."""
   half = (n + 1) // 2
   t = uniform(key, i % half, n, T)
   return jnp.where(i < half, t, T + 1 - t)
@@ -40,8 +40,8 @@ def stratified(
 ) -> Int[Array, '']:
   """Example i draws from the i-th of n equal parts of the times.
 
-  Over the batch t is uniform; for one i it is not, so the examples must come in
-  random order, as they do from a shuffled data set.
+  t is uniform over the batch, but not for a given i, so examples must be in
+  random order, as in a shuffled data set.
   """
   u = jax.random.uniform(jax.random.fold_in(key, i))
   t = 1 + jnp.floor((i + u) / n * T).astype(jnp.int32)
@@ -55,10 +55,10 @@ def importance(
   T: int,
   p: Float[Array, '{T}'],
 ) -> Int[Array, '']:
-  """t with probability p, of `probabilities`; a loss weighs 1 / (T p_t).
+  """t with probability p_t, from `probabilities`; weight losses by 1 / (T p_t).
 
-  By Gumbel's maximum: rounding in p, which differs with the number of devices,
-  then changes a draw T times more rarely than by a cumulative sum.
+  By the Gumbel-max trick: the rounding of p, which depends on the number of
+  devices, then changes a draw T times less often than with a cumulative sum.
   """
   del n
   key = jax.random.fold_in(key, i)
@@ -66,10 +66,10 @@ def importance(
 
 
 class History(NamedTuple):
-  """The last losses at every t: what `importance` needs of the past."""
+  """The last K losses at every t, for `importance`."""
 
-  losses: Float[Array, 'T K']  # the row of t is t - 1
-  seen: Int32[Array, 'T']  # how many there have been
+  losses: Float[Array, 'T K']  # row t - 1 is for t
+  seen: Int32[Array, 'T']  # number of losses so far
 
 
 def no_history(T: int, K: int = 10) -> History:
@@ -79,8 +79,8 @@ def no_history(T: int, K: int = 10) -> History:
 def probabilities(history: History) -> Float[Array, 'T']:
   """p_t ∝ √E[L_t²], with a share of 0.001 uniform  (Nichol & Dhariwal 2021).
 
-  The least variance of L_t / (T p_t) of all p. Uniform until every t has been
-  seen as often as the history is long.
+  This p minimises the variance of L_t / (T p_t). Uniform until every t has K
+  losses.
   """
   T, K = history.losses.shape
   size = jnp.sqrt(jnp.mean(jnp.square(history.losses), axis=1))
@@ -94,10 +94,10 @@ def record(
   t: Int[Array, 'B'],
   losses: Float[Array, 'B'],
 ) -> History:
-  """The history after the losses at t of a batch.
+  """Adds the losses of a batch to the history.
 
-  `index`, the row of each in the whole batch, is the order in which they
-  count: the order of the arrays depends on the devices.
+  They are added in the order of `index`, the rows in the global batch, because
+  the order of the arrays depends on the devices.
   """
   T, K = history.losses.shape
   order = jnp.lexsort((index, t))
@@ -105,7 +105,7 @@ def record(
   start = jnp.searchsorted(t, t)
   rank = jnp.arange(len(t)) - start  # among those of the same t
   count = jnp.searchsorted(t, t, side='right') - start
-  # Of more than K at one t the last K stay; row T is none, and is dropped.
+  # The last K losses at one t are kept; row T does not exist and is dropped.
   row = jnp.where(rank >= count - K, t - 1, T)
   slot = (history.seen[t - 1] + rank) % K
   return History(

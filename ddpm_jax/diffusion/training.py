@@ -1,4 +1,4 @@
-"""The training step: pure, and blind to how many devices there are."""
+"""The training step: pure, and independent of the number of devices."""
 
 import typing
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from jaxtyping import Key
 from ddpm_jax.diffusion import timesteps
 
 
-# Flax says that `params` is a FrozenDict: here it is any tree.
+# Flax annotates `params` as a FrozenDict; here it is any pytree.
 @typing.no_type_check
 class TrainState(train_state.TrainState):
-  """What a checkpoint must hold; the rest follows from recipe and step."""
+  """Everything a checkpoint holds; the rest follows from recipe and step."""
 
   ema_params: Any
   history: timesteps.History | None = None  # if t is drawn by `importance`
@@ -46,17 +46,17 @@ def train_step(
   """One step of Algorithm 1.
 
   Args:
-    state: parameters, their average (EMA), the optimiser's state.
-    batch: arrays (B, ...), among them `index`, the row of each example in the
-      whole batch.
+    state: Parameters, their average (EMA) and the optimiser's state.
+    batch: Arrays (B, ...), including `index`, the row of each example in the
+      global batch.
     loss_fn: (params, key, batch, history) -> per-example losses (B,), and the
       (index, t, losses) that `timesteps.record` adds to a history.
-    key: of the run; the step is folded in.
-    ema: decay of the average of the parameters.
-    accumulate: parts that the batch is worked through in.
-    gather: brings together arrays that are spread over devices.
-    mean: (loss, gradients) of this device's examples -> those of all.
-    rows: arrays with a row for each of this device's examples -> for all.
+    key: Key of the run; the step is folded in.
+    ema: Decay of the average of the parameters.
+    accumulate: Number of parts that the batch is processed in, one by one.
+    gather: Gathers arrays that are sharded over devices.
+    mean: Averages this device's (loss, gradients) over all devices.
+    rows: Collects arrays with one row per example from all devices.
 
   Returns:
     The next state, and `loss` and `grad_norm` (before clipping).

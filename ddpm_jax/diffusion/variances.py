@@ -12,14 +12,14 @@ __all__ = ['beta', 'beta_tilde', 'learned', 'learned_range']
 
 Schedule = schedules.Schedule
 Time = shapes.Time
-Raw = shapes.X | None  # the network's output for it; None where it is fixed
+Raw = shapes.X | None  # the network's output for σ_t²; None if it is fixed
 
 
 def beta(schedule: Schedule, raw: Raw, t: Time) -> shapes.Scale:
   """σ² = β_t ("fixed large"): optimal for x_0 from N(0, I)  (section 3.2).
 
-  At t = 1, where it is the decoder's alone, it is that of `beta_tilde`, as in
-  the authors' code; the paper's bits/dim are of that.
+  At t = 1, where only the decoder uses it, it equals `beta_tilde`, as in the
+  authors' code and for the paper's bits/dim.
   """
   del raw
   return jnp.log(jnp.where(t > 1, schedule.beta[t], _at_1(schedule)))
@@ -28,7 +28,7 @@ def beta(schedule: Schedule, raw: Raw, t: Time) -> shapes.Scale:
 def beta_tilde(schedule: Schedule, raw: Raw, t: Time) -> shapes.Scale:
   """σ² = β̃_t ("fixed small"): optimal for one fixed x_0  (section 3.2).
 
-  β̃_1 is 0; in its place stands β̃_2, as in the authors' code.
+  β̃_2 replaces β̃_1 = 0, as in the authors' code.
   """
   del raw
   return jnp.log(jnp.where(t > 1, schedule.beta_tilde[t], _at_1(schedule)))
@@ -40,27 +40,27 @@ def _at_1(schedule: Schedule) -> shapes.Scale:
 
 
 def learned(schedule: Schedule, raw: Raw, t: Time) -> shapes.X:
-  """log σ² is what the network says: a learned diagonal Σ  (table 2)."""
+  """log σ² is the network's output: a learned diagonal Σ  (table 2)."""
   del schedule, t
-  return _given(raw)
+  return _required(raw)
 
 
 def learned_range(schedule: Schedule, raw: Raw, t: Time) -> shapes.X:
   """Between log β̃_t and log β_t: v log β_t + (1-v) log β̃_t, raw = 2v - 1.
 
-  Nichol & Dhariwal 2021, eq. 15; at t = 1, β_1 and β̃_2, as in their code.
+  Nichol & Dhariwal 2021, eq. 15; at t = 1 with β_1 and β̃_2, as in their code.
   """
-  v = (_given(raw) + 1) / 2
+  v = (_required(raw) + 1) / 2
   large, small = jnp.log(schedule.beta[t]), beta_tilde(schedule, None, t)
   return v * large + (1 - v) * small
 
 
-def _given(raw: Raw) -> shapes.X:
+def _required(raw: Raw) -> shapes.X:
   if raw is None:
-    raise ValueError('a learned variance needs a network of twice the channels')
+    raise ValueError('a learned variance needs twice the channels of x_t')
   return raw
 
 
 def is_learned(name: str) -> bool:
-  """Whether the network answers twice as many channels, for this variance."""
+  """Whether this variance needs a network with twice the channels."""
   return name.startswith('learned')

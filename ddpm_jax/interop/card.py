@@ -8,6 +8,7 @@ import json
 import logging
 import pathlib
 import re
+import shlex
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -149,10 +150,11 @@ def _summary(model: Model, *, has_samples: bool) -> list[str]:
 
 
 def _use(model: Model) -> list[str]:
-  classes = model.keys['condition.classes']
-  of_classes = f' \\\n  --config.condition.classes={classes}'
-  name = _plain(model.name)
-  run = f'runs/{name.rpartition("/")[2]}'
+  name, run = model.name, f'runs/{model.name.rpartition("/")[2]}'
+  classes = ''
+  if model.keys['condition.name']:  # not known from the folder alone
+    number = model.keys['condition.classes']
+    classes = f' \\\n  --config.condition.classes={number}'
   return [
     '## Use',
     '',
@@ -165,8 +167,9 @@ def _use(model: Model) -> list[str]:
     'With ddpm_jax, as a run to sample from, evaluate, and train further:',
     '',
     '```bash',
-    f'python -m ddpm_jax.main --mode=convert --input={name} --output={run}'
-    + (of_classes if model.keys['condition.name'] else ''),
+    f'python -m ddpm_jax.main --mode=convert '
+    f'--input={shlex.quote(name)} --output={shlex.quote(run)}'
+    f'{classes}',
     '```',
     '',
     '```python',

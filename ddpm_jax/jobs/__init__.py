@@ -1,1 +1,1 @@
-"""What a user asks for: `--mode=NAME` runs the file of that name."""
+"""The jobs: `--mode=NAME` runs the file of that name."""

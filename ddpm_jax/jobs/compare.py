@@ -17,12 +17,12 @@ from ddpm_jax.storage import results
 
 
 class Row(NamedTuple):
-  """One measurement of one run; cells by the title of their column."""
+  """One measurement of one run; the dicts are {column: cell}."""
 
   run: str
   step: int  # -1: not known
-  how: dict[str, str]  # it was made: may be compared where this is the same
-  what: dict[str, str]  # was found
+  settings: dict[str, str]  # Rows with the same ones are comparable.
+  found: dict[str, str]
 
 
 JOB = command.Job(
@@ -39,13 +39,13 @@ def flags(p: Any) -> None:
 
 
 def run(config: ConfigDict | None, args: argparse.Namespace) -> None:
-  """Prints, in Markdown, what `evaluate` and `score` found in the runs.
+  """Prints the results of `evaluate` and `score` as tables in Markdown.
 
-  A table for each kind of measurement, a row for each one that was made; those
-  made in the same way stand together.
+  There is one table for each kind of measurement, with one row for each
+  measurement. Rows with the same settings are next to each other.
 
   Raises:
-    UserError: if there are none in `--workdir`.
+    UserError: If there are no results in `--workdir`.
   """
   del config
   above = args.workdir or pathlib.Path('runs')
@@ -60,8 +60,8 @@ def run(config: ConfigDict | None, args: argparse.Namespace) -> None:
   }
   if not any(tables.values()):
     raise errors.UserError(
-      f'{above} holds no run that was evaluated or scored: name the '
-      'folder above them with --workdir'
+      f'{above} holds no run that was evaluated or scored: set --workdir to a '
+      'folder of runs'
     )
   shown = [f'{title}\n\n{table(x)}' for title, x in tables.items() if x]
   print('\n\n'.join(shown))
@@ -72,7 +72,7 @@ def _row(
   folder: pathlib.Path,
   entry: results.Entry,
 ) -> Row | None:
-  """The row of an entry; None, and a warning, if it is not one of ours."""
+  """Returns the row of an entry; warns and returns None if it is not valid."""
   try:
     return row(folder.name, entry)
   except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
@@ -82,17 +82,17 @@ def _row(
 
 
 def table(rows: list[Row]) -> str:
-  """In Markdown."""
-  rows = sorted(rows, key=lambda r: (list(r.how.values()), r.run, r.step))
+  """Formats rows as a table in Markdown."""
+  rows = sorted(rows, key=lambda r: (list(r.settings.values()), r.run, r.step))
   first = rows[0]
-  titles = ['run', 'step', *first.how, *first.what]
+  titles = ['run', 'step', *first.settings, *first.found]
   lines = [titles, ['---'] * len(titles)]
   lines += [
     [
       r.run,
       '' if r.step < 0 else str(r.step),
-      *r.how.values(),
-      *r.what.values(),
+      *r.settings.values(),
+      *r.found.values(),
     ]
     for r in rows
   ]
@@ -108,7 +108,7 @@ def scores_of_samples(folder: pathlib.Path) -> list[results.Entry]:
 
 
 def bound(run: str, e: results.Entry) -> Row:
-  how = {
+  settings = {
     **texts(e, 'data', 'weights', 'split', 'images'),
     'draws': 'all t' if e.get('exact_in_t') else draws(e),
     'σ²': str(e.get('variance', '')),
@@ -120,7 +120,7 @@ def bound(run: str, e: results.Entry) -> Row:
     'rate': 'rate',
     'distortion': 'distortion',
   }
-  return Row(run, step(e), how, numbers(e, titles))
+  return Row(run, step(e), settings, numbers(e, titles))
 
 
 def draws(e: results.Entry) -> str:
@@ -128,7 +128,7 @@ def draws(e: results.Entry) -> str:
 
 
 def small_data_score(run: str, e: results.Entry) -> Row:
-  how = {
+  settings = {
     **texts(e, 'weights'),
     'samples': str(e.get('fake_images', '')),
     'sampler': sampler(e),
@@ -140,36 +140,36 @@ def small_data_score(run: str, e: results.Entry) -> Row:
     'recall': 'recall',
     'sure': 'sure_share',
   }
-  return Row(run, step(e), how, numbers(e, titles))
+  return Row(run, step(e), settings, numbers(e, titles))
 
 
 def inception_score(run: str, e: results.Entry) -> Row:
-  how = {
+  settings = {
     **texts(e, 'weights', 'samples'),
     'sampler': sampler(e),
     'against': str(e.get('reference', '')),
     **texts(e, 'seed'),
   }
   name, fid = record.fid(e)
-  what = {'FID': f'{name} {fid:.2f}', 'IS': record.inception_score(e)}
-  return Row(run, step(e), how, what)
+  found = {'FID': f'{name} {fid:.2f}', 'IS': record.inception_score(e)}
+  return Row(run, step(e), settings, found)
 
 
 def step(entry: results.Entry) -> int:
-  """-1: it does not say."""
+  """Returns the step of an entry, or -1 if it has none."""
   found = entry.get('step', -1)
   if not isinstance(found, int):
-    raise TypeError(f'step {found!r} is no integer')
+    raise TypeError(f'step {found!r} is not an integer')
   return found
 
 
 def texts(entry: results.Entry, *keys: str) -> dict[str, str]:
-  """Cells; empty where an earlier version did not say."""
+  """Returns the cells of keys; empty if an earlier version did not save one."""
   return {key: str(entry.get(key, '')) for key in keys}
 
 
 def numbers(entry: results.Entry, titles: dict[str, str]) -> dict[str, str]:
-  """Cells of numbers by title, of the keys of the entry; empty likewise."""
+  """Like `texts`, for numbers; `titles` is {column: key}."""
   return {
     title: f'{entry[key]:.3f}' if key in entry else ''
     for title, key in titles.items()
@@ -177,14 +177,14 @@ def numbers(entry: results.Entry, titles: dict[str, str]) -> dict[str, str]:
 
 
 def sampler(entry: results.Entry) -> str:
-  """Name, steps, and the options that are not the recipe's own."""
+  """Returns the name and steps of the sampler, and guidance if it is used."""
   if 'sampler' not in entry:
     return ''
-  told = f'{entry["sampler"]}, {entry["sampler_steps"]} steps'
+  cell = f'{entry["sampler"]}, {entry["sampler_steps"]} steps'
   options = entry.get('sampler_options', {})
   if options.get('guidance', 1) != 1:
-    told += f', guidance {options["guidance"]:g}'
-  return told
+    cell += f', guidance {options["guidance"]:g}'
+  return cell
 
 
 KINDS: dict[str, tuple[Callable[..., Any], Callable[..., Row]]] = {

@@ -1,4 +1,4 @@
-"""`--mode=compress`: images as one file that can be cut off anywhere."""
+"""`--mode=compress`: writes images as one file; any prefix can be decoded."""
 
 import argparse
 import math
@@ -11,13 +11,14 @@ from ddpm_jax import flags as command
 from ddpm_jax import inputs
 from ddpm_jax import run as runs
 from ddpm_jax.compression import transmission
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.storage import logs
 from ddpm_jax.storage import paths
 from ddpm_jax.storage import workdir
 
 JOB = command.Job(
-  'writes images as one file that can be cut off', devices='one'
+  'writes images as one file, any prefix of which can be decoded',
+  devices='one',
 )
 
 
@@ -33,22 +34,23 @@ def flags(p: Any) -> None:
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
-  """Writes `--images` to `--output`, and prints what they take.
+  """Writes `--images` to `--output`, and prints their sizes.
 
   Raises:
-    UserError: if there is no run in `--workdir`, there are no images, or
+    UserError: If there is no run in `--workdir`, there are no images, or
       `--output` cannot be written.
   """
   if args.images is None or args.output is None:
     raise errors.UserError(
-      'name what to compress and where to, as --images=FOLDER --output=FILE'
+      'set what to compress and where to write it, such as --images=FOLDER '
+      '--output=FILE'
     )
   if args.output.is_dir():
-    raise errors.UserError(f'--output={args.output} is a folder: name a file')
+    raise errors.UserError(f'--output={args.output} is a folder: choose a file')
   x0 = inputs.read(args.images, config)
   workdir.create(args.output.parent)
   seed = config.seed if args.seed is None else args.seed
-  mesh = engines.make_mesh(1)
+  mesh = meshes.make_mesh(1)
   kind, step, params = runs.restore(config, mesh, args.workdir)
   n, S = len(x0), config.codec.steps
   k = math.ceil(n / config.codec.batch_size)

@@ -1,4 +1,4 @@
-"""`--mode=decompress`: images of what `--mode=compress` wrote, or a part."""
+"""`--mode=decompress`: decodes a file of `--mode=compress`, or a prefix."""
 
 import argparse
 import contextlib
@@ -15,21 +15,21 @@ from ddpm_jax import recipe
 from ddpm_jax import run as runs
 from ddpm_jax.compression import file_format
 from ddpm_jax.compression import transmission
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.storage import logs
 from ddpm_jax.storage import outputs
 
-JOB = command.Job('shows images that --mode=compress wrote', devices='one')
+JOB = command.Job('decodes the images of --mode=compress', devices='one')
 
 
 def flags(p: Any) -> None:
   """Adds the flags of this mode."""
-  command.output(p, 'where images go, as for --mode=sample')
+  command.output(p, 'where to write the images, as for --mode=sample')
   p.add_argument(
-    '--input', type=command.path, metavar='FILE', help='what was compressed'
+    '--input', type=command.path, metavar='FILE', help='the compressed file'
   )
   p.add_argument(
-    '--bytes', type=int, metavar='N', help='of --input, take the first N'
+    '--bytes', type=int, metavar='N', help='use the first N bytes of --input'
   )
 
 
@@ -37,12 +37,13 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   """Writes the images of `--input` to `--output`, a folder, .png or .npz.
 
   Raises:
-    UserError: if there is no run in `--workdir`; or `--input` is not of it, is
-      damaged, or does not hold a single step.
+    UserError: If there is no run in `--workdir`; or `--input` is from another
+      run, is damaged, or does not hold even one step.
   """
   if args.input is None or args.output is None:
     raise errors.UserError(
-      'name what to decompress and where to, as --input=FILE --output=FOLDER'
+      'set what to decompress and where to write it, such as --input=FILE '
+      '--output=FOLDER'
     )
   if args.bytes is not None and args.bytes < 0:
     raise errors.UserError(f'--bytes={args.bytes} is below 0')
@@ -51,7 +52,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   with of_file(path):
     header, _ = file_format.read_header(data)
   outputs.prepare(args.output)
-  mesh = engines.make_mesh(1)
+  mesh = meshes.make_mesh(1)
   kind, step, params = runs.restore(config, mesh, args.workdir)
   check_same(config, params, header, path)
   about = {
@@ -75,13 +76,13 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   outputs.save(args.output, iter([shown]), len(shown), about)
   used = f'the first {done} of {steps} steps, ' if done < steps else ''
   if not whole:
-    logs.say(f'{path} is cut off: {used}{read.ends[done]} bytes, are shown')
+    logs.say(f'{path} is cut off: {used}{read.ends[done]} bytes, are decoded')
   logs.say(f'{len(shown)} images: {args.output}')
 
 
 @contextlib.contextmanager
 def of_file(path: pathlib.Path) -> Iterator[None]:
-  """Names the file in what is said to be wrong with it."""
+  """Adds the path to the messages of errors raised inside."""
   try:
     yield
   except errors.UserError as e:
@@ -98,22 +99,22 @@ def read_bytes(path: pathlib.Path) -> bytes:
 def check_same(
   config: ConfigDict, params: Any, header: dict[str, Any], path: pathlib.Path
 ) -> None:
-  """Refuses a file of another model, and warns of one of other software.
+  """Refuses a file of another model; warns if other software wrote it.
 
   Raises:
-    UserError: saying which.
+    UserError: If the shapes of the images or the weights differ.
   """
   shape = list(recipe.shape(config))
   if header['shape'] != shape:
     raise errors.UserError(
       f'{path} is of images {transmission.describe(header["shape"])}, and '
-      f'this run is of images {transmission.describe(shape)}: name its own '
-      '--workdir'
+      f'this run is of images {transmission.describe(shape)}: set the '
+      '--workdir that it was compressed with'
     )
   if header['model'] != transmission.model_digest(config, params):
     raise errors.UserError(
       f'{path} was written with other weights than the newest in this workdir: '
-      'name the --workdir that it was compressed with'
+      'set the --workdir that it was compressed with'
     )
   here, there = transmission.software(), header['software']
   others = [
@@ -123,6 +124,6 @@ def check_same(
   ]
   if others:
     logs.say(
-      f'{path} was written with other software ({", ".join(others)}): its '
-      'numbers may differ, and if they do you will be told'
+      f'{path} was written with other software ({", ".join(others)}): numbers '
+      'may differ, which decoding detects'
     )

@@ -1,8 +1,8 @@
-"""`--mode=evaluate`: how good a run is, in bits a dimension or in FID.
+"""`--mode=evaluate`: measures a run in bits per dimension, or by FID.
 
-Without `--num_samples` it is the bound on the likelihood, of the data; with it,
-the scores of so many samples; with `--images`, those of images made elsewhere.
-All that was found stands in `evaluation.json`.
+By default it computes the bound on the likelihood of the data; with
+`--num_samples`, the scores of that many samples; with `--images`, the scores of
+existing images. All results are kept in `evaluation.json`.
 """
 
 import argparse
@@ -21,64 +21,64 @@ JOB = command.Job(
   unless='images',
   writes=True,
   processes=True,
-  reads=('sampler.variance',),  # the bound does, whatever the sampler
+  reads=('sampler.variance',),  # by the bound, whichever the sampler is
 )
 
 
 def flags(p: Any) -> None:
   """Adds the flags of this mode."""
   command.num_samples(
-    p, 'score this many samples: the papers take 50000 (default: the bound)'
+    p, 'score this many samples: papers use 50000 (default: the bound)'
   )
-  command.output(p, 'where the samples that are scored go, if they are kept')
+  command.output(p, 'where to keep the samples that are scored')
   p.add_argument(
     '--inception',
     type=command.local_path,
     metavar='FILE',
-    help='the weights of Inception-v3, .safetensors or .pth: FID and the like '
-    'need them',
+    help='the weights of Inception-v3, .safetensors or .pth, which the scores '
+    'of images need',
   )
   p.add_argument(
     '--reference',
     type=command.local_path,
     metavar='FILE.npz',
-    help='statistics to compare with, `mu` and `sigma`; default: of the data '
-    'set, computed once',
+    help='statistics to compare with, `mu` and `sigma` (default: those of the '
+    'data set, computed once)',
   )
   p.add_argument(
     '--images',
     type=command.local_path,
     metavar='PATH',
-    help='score these, a folder or an .npz, in the place of samples',
+    help='score these images, a folder or an .npz, in place of samples',
   )
   p.add_argument(
     '--step',
     type=int,
     metavar='N',
-    help='of the checkpoint to evaluate (default: the newest)',
+    help='the step of the checkpoint to evaluate (default: the newest)',
   )
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
-  """Evaluates, prints, and writes into `--workdir`.
+  """Evaluates the run, prints the results and adds them to `--workdir`.
 
   Raises:
-    UserError: for flags, files or a recipe that do not do.
+    UserError: If flags, files or the recipe are not valid.
   """
   if args.images and args.num_samples:
     raise errors.UserError(
-      '--images scores all that there are, --num_samples draws from a run: '
-      'name one of them'
+      '--images scores existing images, and --num_samples draws new ones: set '
+      'one of them'
     )
-  dataset.split_to_evaluate(config)  # refuses a split that is not there
+  dataset.split_to_evaluate(config)  # refuses a split that does not exist
   if args.images:
     scores.of_images(config, args)
   elif args.num_samples:
     scores.of_samples(config, args)
   elif args.inception or args.reference:
     raise errors.UserError(
-      '--inception and --reference are for scores of images: name '
-      '--num_samples=50000 too, or --images'
+      '--inception and --reference are for scores of images: add '
+      '--num_samples=50000 or --images'
     )
   else:
     bound.run(config, args)

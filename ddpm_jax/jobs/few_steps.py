@@ -1,6 +1,7 @@
-"""`--mode=few_steps`: what samplers make of how many looks at the network."""
+"""`--mode=few_steps`: scores samplers at few network evaluations."""
 
 import argparse
+import dataclasses
 import time
 from typing import Any
 
@@ -21,8 +22,9 @@ from ddpm_jax.storage import images
 from ddpm_jax.storage import logs
 from ddpm_jax.storage import results
 
-EVALUATIONS = (5, 10, 20, 50, 100)  # of the network, an image
-# All T as well: there the others are as good as ddim, and take long.
+EVALUATIONS = (5, 10, 20, 50, 100)  # of the network, per image
+# Samplers to score at T steps too. The others, which take long there, are as
+# good as ddim.
 UP_TO_T = ('ancestral', 'ddim')
 WAYS: dict[str, dict[str, Any]] = {
   'ancestral, σ² = β': dict(name='ancestral', variance='beta'),
@@ -41,7 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
   'heun': dict(name='heun'),
   'heun, quadratic': dict(name='heun', spacing='quadratic'),
 }
-TABLES = 'tables'  # of `few_steps.json`, one for each way of measuring
+TABLES = 'tables'  # the list in `few_steps.json`: a table for each setting
 COLUMNS = ('evaluations', 'frechet_distance', 'sure_share', 'images_per_second')
 
 JOB = command.Job('compares samplers at few steps', writes=True)
@@ -49,30 +51,30 @@ JOB = command.Job('compares samplers at few steps', writes=True)
 
 def flags(p: Any) -> None:
   """Adds the flags of this mode."""
-  command.num_samples(p, 'images of each sampler (default: 64)')
+  command.num_samples(p, 'images to draw with each sampler (default: 64)')
   p.set_defaults(num_samples=64)
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
-  """Scores `--num_samples` images of every sampler at 5, 10, ..., T looks.
+  """Scores `--num_samples` images of each sampler at 5, 10, ..., T evaluations.
 
   Adds to `few_steps.json` in `--workdir`, writes `few_steps.png`, and prints a
   table in Markdown.
 
   Raises:
-    UserError: if there is no run in `--workdir`, or its data have no labels.
+    UserError: If there is no run in `--workdir`, or its data have no labels.
   """
   if args.num_samples < classifier_score.LEAST:
     raise errors.UserError(
-      f'--num_samples={args.num_samples}: a score needs '
-      f'{classifier_score.LEAST}, and says little below 1000'
+      f'--num_samples={args.num_samples}: a score needs at least '
+      f'{classifier_score.LEAST} images, and is unreliable below 1000'
     )
   run = runs.load(config, args.workdir, seed=args.seed)
   data, classifier = small_data.judge(config, args.workdir)
   learnt, held_out = classifiers.split(len(data['image']))
   real = data['image'][learnt], data['label'][learnt]
 
-  others = 'spacing', 'eta', 'variance'  # which the samplers here set
+  others = 'spacing', 'eta', 'variance'  # set for each sampler here
   options = samples.options(config)
   result: dict[str, Any] = {
     'step': run.step,
@@ -86,9 +88,9 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   result['samplers'] = {}
   for title, changes in ways(config).items():
     result['samplers'][title] = {key: [] for key in COLUMNS}
-    for n in looks(changes, config.schedule.T):
+    for n in budgets(changes, config.schedule.T):
       c = changed(config, changes, n)
-      drawn, rate = timed(run._replace(config=c), args.num_samples)
+      drawn, rate = timed(dataclasses.replace(run, config=c), args.num_samples)
       score_of = classifier_score.score(*real, drawn, classifier)
       found = dict(errors.finite(score_of, 'score'))
       found['images_per_second'] = rate
@@ -109,9 +111,9 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
 
 
 def ways(config: ConfigDict) -> dict[str, dict[str, Any]]:
-  """Those that the network was made for: a learned variance, or a fixed one.
+  """Returns the samplers that fit the network's variance, learned or fixed.
 
-  One that was learned of single steps says nothing of jumps.
+  A variance that was learned for single steps does not fit longer ones.
   """
   variance = config.model.variance
   learns = variances.is_learned(variance)
@@ -123,15 +125,15 @@ def ways(config: ConfigDict) -> dict[str, dict[str, Any]]:
   }
 
 
-def looks(way: dict[str, Any], T: int) -> list[int]:
-  """How many evaluations to try it with."""
+def budgets(way: dict[str, Any], T: int) -> list[int]:
+  """Returns the numbers of evaluations to score a sampler at."""
   fewer = [n for n in EVALUATIONS if n < T]
   full = way['name'] in UP_TO_T and 'spacing' not in way
   return [*fewer, T] if full else fewer
 
 
 def changed(config: ConfigDict, changes: dict[str, Any], n: int) -> ConfigDict:
-  """The recipe with another sampler, of at most n evaluations."""
+  """Returns the recipe with another sampler, of at most n evaluations."""
   c = config.copy_and_resolve_references()
   c.sampler.spacing, c.sampler.eta = 'linear', 0.0
   c.sampler.update(changes)
@@ -146,25 +148,25 @@ def evaluations(config: ConfigDict) -> int:
 
 
 def timed(run: runs.Run, count: int) -> tuple[np.ndarray, float]:
-  """`count` images, and how many a second; compiling does not count."""
-  draw = runs.sampler(run.config, run.mesh, count, run.seed)
+  """Returns `count` images, and images per second without compilation."""
+  draw = runs.sampler(run.config, run.engine, count)
   sizes, ends = [], []
   batches = []
-  for batch, _ in draw(run.params):
+  for batch, _ in draw(run.params, seed=run.seed):
     batches.append(batch)
     sizes.append(len(batch))
     ends.append(time.perf_counter())
-  if len(sizes) == 1:  # Once more, for the program is compiled now.
-    for _ in draw(run.params):
+  if len(sizes) == 1:  # Draw again, as the first batch included compilation.
+    for _ in draw(run.params, seed=run.seed):
       sizes.append(sizes[0])
       ends.append(time.perf_counter())
-  # The last batch may have been cut, but was drawn whole.
+  # The last batch was drawn in full, even if it is shorter.
   rate = sizes[0] * (len(sizes) - 1) / (ends[-1] - ends[0])
   return np.concatenate(batches), rate
 
 
 def table(result: dict[str, Any]) -> str:
-  """For a person, in Markdown."""
+  """Formats the results as a table in Markdown."""
   rows = result['samplers']
   most = max((row['evaluations'] for row in rows.values()), key=len)
   columns = range(len(most))
@@ -202,7 +204,7 @@ def plot(result: dict[str, Any]) -> np.ndarray:
   panels = []
   for key, words in keys.items():
     rows = result['samplers'].items()
-    # With T of 5 or less all but the first have no row.
+    # If T ≤ 5, only `UP_TO_T` have results.
     curves = {
       title: (np.array(row['evaluations']), np.array(row[key]))
       for title, row in rows

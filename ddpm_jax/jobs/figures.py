@@ -1,9 +1,9 @@
-"""`--mode=figures --figure=NAME`: the figures of the paper, from any run.
+"""`--mode=figures --figure=NAME`: draws the figures of the paper, for any run.
 
 The figures are the functions in `__all__` of `pictures`, `curves` and
-`compression`. `--num_samples` is the argument `count` of a figure that has one,
-and `--images` its `path`.
-They are drawn anew from the weights, never from numbers that were stored.
+`compression`. `--num_samples` is their argument `count`, and `--images` their
+argument `path`, if they have one. All results in a figure are recomputed from
+the weights.
 """
 
 import argparse
@@ -32,26 +32,26 @@ JOB = command.Job('draws the figures of the paper', reads=('sampler.variance',))
 
 def flags(p: Any) -> None:
   """Adds the flags of this mode."""
-  command.num_samples(p, 'images in the figure (default: each has its own)')
-  command.output(p, 'the .png (default: figure_NAME.png in --workdir)')
+  command.num_samples(p, 'images in the figure (default: depends on --figure)')
+  command.output(p, 'the .png to write (default: figure_NAME.png in --workdir)')
   p.add_argument(
     '--figure',
     metavar='NAME',
-    help='which figure of the paper to draw; without it, they are listed',
+    help='the figure of the paper to draw; without it, lists their names',
   )
   p.add_argument(
     '--images',
     type=command.local_path,
     metavar='PATH',
-    help='for --figure=codec: what to send, a folder, an .npz or an image',
+    help='for --figure=codec: a folder, an .npz or an image to compress',
   )
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
-  """Writes `figure_NAME.png`, and .gif where time moves, into `--workdir`.
+  """Writes `figure_NAME.png`, and a .gif if it is animated, into `--workdir`.
 
   Raises:
-    UserError: if there is no such figure, no run in `--workdir`, or no images.
+    UserError: If there is no such figure, no run in `--workdir`, or no images.
   """
   figure = named(args.figure)
   options: dict[str, Any] = (
@@ -66,7 +66,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     raise errors.UserError(f'--output={path} must end in .png')
   outputs.prepare(path)
   if not recipe.image_size(config):
-    raise errors.UserError('figures are of images, and this run is of points')
+    raise errors.UserError('figures need images, and this run is of points')
   run = runs.load(config, args.workdir, seed=args.seed)
   logs.say(
     f'figure {args.figure}: the {run.weights} weights of step {run.step}'
@@ -85,20 +85,20 @@ def save(path: pathlib.Path, drawn: common.Drawn) -> None:
     shown = zip(drawn.frames, drawn.heads, strict=True)
     frames = [plots.labelled(tiles, head=head) for tiles, head in shown]
     images.save_gif(film, frames, 80)
-    logs.say(f'the same, moving     {film}')
+    logs.say(f'animated             {film}')
 
 
 def every() -> dict[str, Callable[..., common.Drawn]]:
-  """The figures, by name, in the order of the alphabet."""
-  rooms = (pictures, curves, compression)
-  known = {name: getattr(room, name) for room in rooms for name in room.__all__}
+  """Returns {name: figure}, sorted by name."""
+  modules = (pictures, curves, compression)
+  known = {name: getattr(m, name) for m in modules for name in m.__all__}
   return dict(sorted(known.items()))
 
 
 def named(name: str | None) -> Callable[..., common.Drawn]:
   known = every()
   if not name:
-    raise errors.UserError(f'name a --figure; known: {", ".join(known)}')
+    raise errors.UserError(f'choose a --figure; known: {", ".join(known)}')
   if name not in known:
     raise errors.unknown('figure', name, known)
   return known[name]

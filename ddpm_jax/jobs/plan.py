@@ -1,7 +1,7 @@
-"""`--mode=plan`: what a recipe would need, and take, on devices not here.
+"""`--mode=plan`: memory and time of a recipe on devices that are not here.
 
-The training step and the sampler are made as `train` and `sample` make them and
-compiled ahead of time; the numbers are the compiler's. Nothing is run.
+Builds the training step and the sampler as `train` and `sample` do, compiles
+them ahead of time, and reports the numbers of the compiler. Nothing is run.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from ddpm_jax.planning import topology as targets
 from ddpm_jax.storage import logs
 
 JOB = command.Job(
-  'says what devices that are not here would do',
+  'estimates memory and time on devices that are not here',
   run=False,
   devices='none',
 )
@@ -41,19 +41,19 @@ def flags(p: Any) -> None:
   p.add_argument(
     '--optimize',
     action='store_true',
-    help='compile as a run does, which takes minutes more',
+    help='compile with all optimizations, which takes minutes longer',
   )
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
-  """Prints a table, or with `--json` one object, of `--topology`.
+  """Prints the plan for `--topology` as a table, or with `--json` as JSON.
 
   Raises:
-    UserError: if the topology is not known, or does not fit the recipe.
+    UserError: If the topology is not known, or does not fit the recipe.
   """
   if not args.topology:
     raise errors.UserError(
-      'plan for which devices? such as --topology=v5e:4x4, h100:1x8 or cpu:8'
+      'choose the devices, such as --topology=v5e:4x4, h100:1x8 or cpu:8'
     )
   if config.parallel.engine != 'jit':
     raise errors.UserError(
@@ -62,7 +62,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   try:
     target = targets.find(args.topology)
   except (RuntimeError, AssertionError):
-    machine.look_for_devices()  # says it in one line
+    machine.look_for_devices()  # raises a UserError if JAX has no devices
     raise
   machine.look_for_devices()
   level: str = jax.config.jax_optimization_level  # type: ignore[attr-defined]
@@ -81,7 +81,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
 
 
 def plan(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
-  """All that is known, of one device: the training step's, and `sampler`'s."""
+  """Returns the plan, per device: of the training step, and of `sampler`."""
   mesh = build.mesh(config, devices=target.devices)
   logs.say(f'compiling the training step for {mesh.size} device(s)')
   train = measure.program(programs.train(config, mesh), target)
@@ -108,5 +108,5 @@ def plan(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
 
 
 def both(a: bool | None, b: bool | None) -> bool | None:
-  """Of both; None if that is not known."""
+  """Returns `a and b`; None if either is not known."""
   return None if None in (a, b) else a and b

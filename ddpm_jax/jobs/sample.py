@@ -1,4 +1,4 @@
-"""`--mode=sample`: images from the weights of a run."""
+"""`--mode=sample`: draws images with the weights of a run."""
 
 import argparse
 from typing import Any
@@ -16,17 +16,17 @@ from ddpm_jax.storage import images
 from ddpm_jax.storage import logs
 from ddpm_jax.storage import outputs
 
-JOB = command.Job('draws images from the weights of a run', processes=True)
+JOB = command.Job('draws images with the weights of a run', processes=True)
 
 
 def flags(p: Any) -> None:
   """Adds the flags of this mode."""
-  command.num_samples(p, 'images to draw (default: 64; of each prompt, 8)')
+  command.num_samples(p, 'images to draw (default: 64, or 8 of each prompt)')
   command.output(
     p,
-    'where images go: a folder (a PNG each), a .png (one grid) or an .npz '
-    '(uint8 NHWC, `images`); default: a folder in --workdir, named by the '
-    'settings',
+    'where to write images: a folder (one PNG per image), a .png (one grid) or '
+    'an .npz (uint8 NHWC, `images`); default: a folder in --workdir, named '
+    'after the settings',
   )
   samples.condition_flags(p)
 
@@ -35,7 +35,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   """Draws `--num_samples` images into `--output`.
 
   Raises:
-    UserError: if there is no run in `--workdir`, or `--output` is taken.
+    UserError: If there is no run in `--workdir`, or `--output` holds other
+      images.
   """
   samples.settle(args)
   ending = '' if recipe.image_size(config) else '.npz'
@@ -46,7 +47,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   wanted, condition = samples.asked(config, args)
   count = args.num_samples * max(len(wanted), 1)
   run = runs.load(config, args.workdir, seed=args.seed)
-  draw = runs.sampler(config, run.mesh, count, run.seed)
+  draw = runs.sampler(config, run.engine, count)
   about = samples.description(config, args, run.weights, run.step, wanted)
   settings = samples.settings(config, run.weights, run.step, run.seed, wanted)
   name = f'samples_{settings}{ending}'
@@ -63,11 +64,11 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     tiles = drawn.reshape(len(wanted), -1, *recipe.shape(config))
     return plots.labelled(tiles, labels=wanted)
 
-  drawn = (image for image, _ in draw(run.params, condition))
+  drawn = (image for image, _ in draw(run.params, condition, seed=run.seed))
   outputs.save(output, drawn, count, about, picture=picture)
   if len(wanted) > 1:
     logs.say(
-      f'{args.num_samples} of each of {len(wanted)} in turn, from '
+      f'{args.num_samples} of each of {len(wanted)}, in order from '
       f'{wanted[0]!r} to {wanted[-1]!r}'
     )
   logs.say(f'{count} images: {output}')

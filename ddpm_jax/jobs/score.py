@@ -1,4 +1,4 @@
-"""`--mode=score`: the small-data score of samples.
+"""`--mode=score`: scores samples with a small classifier of the data.
 
 See `metrics/classifier_score.py`.
 """
@@ -19,7 +19,7 @@ from ddpm_jax.storage import logs
 from ddpm_jax.storage import results
 from ddpm_jax.storage import workdir as workdirs
 
-JOB = command.Job('compares samples with small data', writes=True)
+JOB = command.Job('scores samples with a classifier of the data', writes=True)
 
 
 def flags(p: Any) -> None:
@@ -31,15 +31,16 @@ def flags(p: Any) -> None:
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
   """Draws `--num_samples` images and compares them with the data.
 
-  Adds to `score.json` in `--workdir`, writes `classifier.npz` once, and prints.
+  Prints the score and adds it to `score.json` in `--workdir`. The classifier is
+  trained once and kept in `classifier.npz`.
 
   Raises:
-    UserError: if there is no run in `--workdir`, or its data have no labels.
+    UserError: If there is no run in `--workdir`, or its data have no labels.
   """
   if args.num_samples < classifier_score.LEAST:
     raise errors.UserError(
-      f'--num_samples={args.num_samples}: a score needs '
-      f'{classifier_score.LEAST}, and says little below 1000'
+      f'--num_samples={args.num_samples}: a score needs at least '
+      f'{classifier_score.LEAST} images, and is unreliable below 1000'
     )
   run = runs.load(config, args.workdir, seed=args.seed)
   data, classifier = small_data.judge(config, args.workdir)
@@ -47,7 +48,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     f'drawing {args.num_samples} images with the {run.weights} weights of step '
     f'{run.step}'
   )
-  drawn = run.sample(args.num_samples)
+  drawn = run.draw(args.num_samples)
   learnt, held_out = classifiers.split(len(data['image']))
   found = classifier_score.score(
     data['image'][learnt],
@@ -67,7 +68,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     'sampler_options': samples.options(config),
   }
   path = args.workdir / small_data.NAME
-  keys = found.keys() - {'fake_images'}  # of which there may be more
+  keys = found.keys() - {'fake_images'}  # a setting, not a result
   results.add(path, small_data.SCORES, small_data.MARK, made | found, keys)
   print(classifier_score.table(made | found))
   logs.say(f'all of it            {path}')

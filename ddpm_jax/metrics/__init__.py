@@ -1,1 +1,1 @@
-"""How good samples are: functions of arrays, and the networks they need."""
+"""Measures of sample quality, and the networks that they need."""

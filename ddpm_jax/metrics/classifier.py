@@ -17,11 +17,11 @@ from flax import traverse_util
 from ddpm_jax import errors
 from ddpm_jax import npz
 
-BATCH = 500  # images whose features are computed at once
+BATCH = 500  # images per call of the network
 
 
 class Net(nn.Module):
-  """conv, norm, relu; halved until no side is over 4; features, logits."""
+  """conv, norm, relu and pooling until no side is over 4; features; logits."""
 
   classes: int
   width: int = 32
@@ -55,7 +55,7 @@ class Classifier(NamedTuple):
 
 
 def split(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-  """Which of n labelled images `train` learns from, and a fifth held out."""
+  """Splits n labelled images into indices for `train` and a held-out fifth."""
   order = np.random.default_rng(seed).permutation(n)
   return np.sort(order[n // 5 :]), np.sort(order[: n // 5])
 
@@ -69,30 +69,31 @@ def train(
   steps: int = 500,
   batch: int = 128,
 ) -> Classifier:
-  """Learns the classes of real images.
+  """Trains a classifier of real images.
 
   Args:
-    images: uint8 (n, H, W, C), best of 8 to 64 pixels a side.
-    labels: integers (n,) in 0..classes - 1, or -1 for none: left out.
-    classes: of the data set.
-    seed: of the parameters, the batches and the held-out fifth (`split` of the
-      labelled images). On a CPU the same seed gives the same classifier.
-    steps: of Adam, at a rate that falls to 0.
-    batch: images a step.
+    images: uint8 (n, H, W, C), best with 8 to 64 pixels per side.
+    labels: Integers (n,) in 0..classes - 1; -1 leaves an image out.
+    classes: Number of classes.
+    seed: Seed of the parameters, the batches and the held-out fifth (`split` of
+      the labelled images). On a CPU the same seed gives the same classifier.
+    steps: Steps of Adam, with a learning rate that decays to 0.
+    batch: Images per step.
 
   Raises:
-    UserError: there are not two classes to tell apart, or a wrong shape.
+    UserError: If there are fewer than two classes or ten labelled images, or an
+      array has a wrong shape.
   """
   _check_images(images)
   labels = np.asarray(labels)
   if labels.shape != images.shape[:1]:
     raise errors.UserError(
       f'{len(images)} images have labels of shape {labels.shape}; the '
-      'small-data score needs one label an image'
+      'small-data score needs one label per image'
     )
   if labels.size and not -1 <= labels.min() <= labels.max() < classes:
     raise errors.UserError(
-      f'labels reach from {labels.min()} to {labels.max()}, and there are '
+      f'labels range from {labels.min()} to {labels.max()}, but there are '
       f'{classes} classes'
     )
   images, labels = images[labels >= 0], labels[labels >= 0]
@@ -113,8 +114,7 @@ def train(
   y = jnp.asarray(labels[learn], jnp.int32)
   params = jax.jit(net.init)(k_init, x[:1])['params']
   state = optimizer.init(params)
-  # Not a scan: XLA compiles convolutions in a loop to ten times slower ones on
-  # a CPU.
+  # Not a scan: on a CPU, XLA makes convolutions in a loop ten times slower.
   for i in range(steps):
     params, state = _step(
       net, steps, batch, k_batch, jnp.int32(i), params, state, x, y
@@ -147,7 +147,7 @@ def _step(
   images: jax.Array,
   labels: jax.Array,
 ) -> tuple[Any, Any]:
-  """Step i of `steps`, on images drawn from all."""
+  """Step i of `steps`, on a random batch."""
   at = jax.random.randint(jax.random.fold_in(key, i), (batch,), 0, len(images))
 
   def loss(params: Any) -> jax.Array:
@@ -173,10 +173,10 @@ def features_and_probabilities(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Features (n, d) and probabilities (n, classes) of uint8 images.
 
-  The mean square of a feature is 1 over the images that were learnt from.
+  Over the training images, features have a mean square of 1.
 
   Raises:
-    UserError: the images are not of the classifier's shape.
+    UserError: If the images do not have the classifier's shape.
   """
   _check_images(images)
   if images.shape[1:] != tuple(classifier.shape):
@@ -188,7 +188,7 @@ def features_and_probabilities(
   outputs = []
   for start in range(0, len(images), BATCH):
     part = images[start : start + BATCH]
-    # The last batch is filled up, so that one program serves all.
+    # The last batch is padded, to compile only one program.
     full = np.zeros((BATCH, *part.shape[1:]), np.uint8)
     full[: len(part)] = part
     features, probabilities = _apply(net, classifier.params, full)
@@ -203,10 +203,10 @@ def features_and_probabilities(
 
 
 def save(path: str | os.PathLike, classifier: Classifier) -> None:
-  """Writes a .npz, whole or not at all."""
+  """Writes a .npz atomically."""
   path = pathlib.Path(path)
   flat = traverse_util.flatten_dict({'params': classifier.params}, sep='/')
-  # Others may be writing the same file.
+  # Other processes may be writing the same file.
   part = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.part')
   arrays: dict[str, Any] = {
     name: np.asarray(value) for name, value in flat.items()
@@ -219,10 +219,10 @@ def save(path: str | os.PathLike, classifier: Classifier) -> None:
 
 
 def load(path: str | os.PathLike) -> Classifier:
-  """What `save` wrote.
+  """Loads what `save` wrote.
 
   Raises:
-    UserError: the file is missing, damaged, or of another network.
+    UserError: If the file is missing, damaged, or from another network.
   """
   try:
     flat: dict[str, Any] = dict(npz.load(path))
@@ -238,7 +238,7 @@ def load(path: str | os.PathLike) -> Classifier:
       raise ValueError('its parameters are those of another network')
   except FileNotFoundError:
     raise errors.UserError(f'{path} is not a file') from None
-  except Exception as error:  # zipfile's, zlib's and NumPy's own
+  except Exception as error:  # from zipfile, zlib or NumPy
     raise errors.UserError(
       f'{path} is not a classifier that can be read '
       f'({" ".join(str(error).split())}); delete it, and it is trained again'

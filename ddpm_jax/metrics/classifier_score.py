@@ -1,7 +1,7 @@
 """The small-data score: no download, and comparable within one data set only.
 
-Its Fréchet and kernel distance are in the features of a classifier of this data
-set, so that they say nothing beside a number from another classifier.
+Its Fréchet and kernel distances use the features of a classifier of this data
+set, so they cannot be compared with numbers from another classifier.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from ddpm_jax.metrics import distances
 NAME = 'small-data score (features of a classifier of this data set)'
 SURE = 0.9
 LEAST = 10  # images
-YARDSTICK = 2000  # real images that are compared with the other real ones
+YARDSTICK = 2000  # real images that are compared with the others
 
 
 def score(
@@ -25,24 +25,24 @@ def score(
   classifier: classifiers.Classifier,
   held_out: np.ndarray | None = None,
 ) -> dict[str, Any]:
-  """How near samples are to a data set, in many ways.
+  """Compares samples with a data set, in several ways.
 
   Args:
     real: uint8 (n, H, W, C), the training images.
-    labels: integers (n,), -1 for none.
+    labels: Integers (n,), -1 for none.
     fake: uint8 (m, H, W, C), the samples.
-    classifier: of the data set; see `classifier.train`.
+    classifier: Classifier of the data set; see `classifier.train`.
     held_out: uint8 (l, H, W, C), real images that neither classifier nor model
-      has seen. They get the same score, as `held_out_...`: the yardstick. Most
-      distances depend on how many images there are, so let it be as many.
+      has seen. They are scored too, as `held_out_...`, for comparison. Most
+      distances depend on the number of images, so l should equal m.
 
   Returns:
-    Numbers and lists of numbers, as JSON has them; `table` says what they are.
-    Shares are in 0..1. Where no image is held out, the yardstick of
-    `nearest_rmse` is `real_nearest_rmse`, each real image to the nearest other.
+    Numbers and lists of numbers for JSON; `table` explains them. Shares are in
+    0..1. Without held-out images, compare `nearest_rmse` with
+    `real_nearest_rmse`, from each real image to the nearest other one.
 
   Raises:
-    UserError: there are too few images, or they do not fit the classifier.
+    UserError: If there are too few images, or they do not fit the classifier.
   """
   sets = {'real': real, 'fake': fake}
   if held_out is not None:
@@ -81,7 +81,7 @@ def _compare(
   images: np.ndarray,
   classifier: classifiers.Classifier,
 ) -> dict[str, Any]:
-  """The score of one set of images."""
+  """Scores one set of images."""
   features, probabilities = classifiers.features_and_probabilities(
     classifier, images
   )
@@ -114,7 +114,7 @@ def _shares(labels: np.ndarray, classes: int) -> list[float]:
 
 
 def table(score: dict[str, Any]) -> str:
-  """A score for people to read: samples, beside held-out real images."""
+  """Formats a score: samples next to held-out real images."""
   rows = [('', 'samples', 'held-out real', '')]
 
   def row(title: str, key: str, form: str, note: str = '') -> None:

@@ -1,7 +1,7 @@
-"""Distances between two sets of points (n, d), one a row: NumPy, in float64.
+"""Distances between two sets of points (n, d), by NumPy in float64.
 
-Whatever compares all pairs does so in blocks of `block` rows by `block` rows,
-so that memory does not grow with the square of n.
+Functions that compare all pairs work in blocks of `block` by `block` rows, so
+that memory does not grow with the square of n.
 """
 
 from collections.abc import Callable
@@ -34,10 +34,10 @@ def frechet(
 ) -> float:
   """‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2(Σ_a Σ_b)^½)  (Dowson & Landau 1982).
 
-  The squared 2-Wasserstein distance of two Gaussians; of Inception's features
+  The squared 2-Wasserstein distance of two Gaussians; for Inception's features
   it is FID (Heusel et al. 2017, eq. 6). With Σ = F Fᵀ, tr (Σ_a Σ_b)^½ is the
   sum of the singular values of F_aᵀ F_b: real and stable for a Σ of any rank,
-  where `scipy.linalg.sqrtm` needs a multiple of I added.
+  whereas `scipy.linalg.sqrtm` needs a multiple of I added.
   """
   mean_a, cov_a, mean_b, cov_b = (
     np.asarray(x, np.float64) for x in (mean_a, cov_a, mean_b, cov_b)
@@ -45,18 +45,18 @@ def frechet(
   product = _factor(cov_a).T @ _factor(cov_b)
   if len(product) > product.shape[1]:
     product = product.T
-  # Many times quicker than singular values, and exact enough: rounding of
-  # eigenvalues of 0 cannot enter, for the factors are of full rank.
+  # Many times faster than singular values, and accurate enough: the factors
+  # have full rank, so that there are no eigenvalues of 0 to be rounded.
   values = np.linalg.eigvalsh(product @ product.T)
   overlap = np.sqrt(np.maximum(values, 0)).sum()
   difference = mean_a - mean_b
   distance = difference @ difference + np.trace(cov_a + cov_b) - 2 * overlap
-  return float(np.maximum(distance, 0))  # a rounding below 0; NaN stays NaN
+  return float(np.maximum(distance, 0))  # against rounding; NaN stays NaN
 
 
 def _factor(cov: np.ndarray) -> np.ndarray:
   """F (d, rank) of Σ = F Fᵀ, by Cholesky's method with pivots."""
-  from scipy.linalg import lapack  # slow to import, and training needs it not
+  from scipy.linalg import lapack  # slow to import, not needed in training
 
   lower, pivots, rank, _ = lapack.dpstrf(cov, lower=1)
   factor = np.empty((len(cov), rank))
@@ -69,27 +69,26 @@ def kernel(
 ) -> Estimate:
   """Unbiased MMD² under the kernel (x·y/d + 1)³; it may be negative.
 
-  Gretton et al. 2012, eq. 3; of Inception's features it is the kernel inception
-  distance  (Bińkowski et al. 2018, section 4). All pairs count, where KID often
-  is the mean over subsets of 1000: the expectation is the same.
+  Gretton et al. 2012, eq. 3; for Inception's features it is the kernel
+  inception distance  (Bińkowski et al. 2018, section 4). It uses all pairs. KID
+  is often a mean over subsets of 1000, which has the same expectation.
 
-  The standard error is that of the jackknife, which leaves out one of `groups`
-  random groups of both sets at a time. Where a and b are alike it errs to the
-  wide side, by up to √2.
+  The standard error is a jackknife estimate, leaving out one of `groups` random
+  groups of both sets at a time. If a and b are alike, it is up to √2 too large.
 
   Raises:
-    ValueError: if there are fewer than 4 points.
+    ValueError: If there are fewer than 4 points.
   """
   rng = np.random.default_rng(0)
   a, b = _points(a, 4), _points(b, 4)
   groups = min(groups, len(a) // 2, len(b) // 2)
-  # (n, groups): a 1 in each row, where its group is.
+  # (n, groups): the group of each row, one-hot.
   of_a, of_b = (
     np.eye(groups)[rng.permutation(len(x)) % groups] for x in (a, b)
   )
 
   def sums(x: np.ndarray, of_x: np.ndarray) -> np.ndarray:
-    """Σ k over the pairs of each two groups of x, but a point and itself."""
+    """Σ k over pairs of different points, for each two groups of x."""
     own = (np.sum(x * x, axis=1) / x.shape[1] + 1) ** 3
     return _sum(_cubic, x, x, block, of_x, of_x) - np.diag(own @ of_x)
 
@@ -115,10 +114,10 @@ def kernel(
 def precision_recall(
   real: np.ndarray, fake: np.ndarray, *, k: int = 3, block: int = 1024
 ) -> tuple[float, float]:
-  """Share of fakes amid the real points, and of real ones amid the fakes.
+  """Share of fakes inside the real set, and of real points inside the fakes.
 
-  A point is amid a set if it is no farther from some point of it than that
-  point's k-th neighbour is  (Kynkäänniemi et al. 2019, eq. 1-2).
+  A point is inside a set if it is no farther from some point of the set than
+  that point's k-th neighbour is  (Kynkäänniemi et al. 2019, eq. 1-2).
   """
   real, fake = _points(real, k + 1), _points(fake, k + 1)
 
@@ -134,11 +133,11 @@ def precision_recall(
 def density_coverage(
   real: np.ndarray, fake: np.ndarray, *, k: int = 5, block: int = 1024
 ) -> tuple[float, float]:
-  """Fakes in a real point's ball over k, and share of balls that hold any.
+  """Mean number of real balls around a fake, over k; share of balls with fakes.
 
-  A ball reaches to the k-th neighbour, which is outside  (Naeem et al. 2020
-  and the authors' code). Where n real points and as many fakes are of the same
-  distribution, the density is 1 in expectation and the coverage near 1 - 2^-k.
+  A real point's ball reaches to its k-th neighbour, which is outside  (Naeem et
+  al. 2020 and the authors' code). For equally many reals and fakes of the same
+  distribution, the expected density is 1 and the coverage near 1 - 2^-k.
   """
   real, fake = _points(real, k + 1), _points(fake, 1)
   held, holds = _count(fake, real, _radii2(real, k, block), np.less, block)
@@ -152,20 +151,20 @@ def nearest(
   itself: np.ndarray | None = None,
   block: int = 1024,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The nearest training image of each image, in pixels.
+  """Finds the nearest training image of each image, by pixel differences.
 
   Sums of squares of uint8 are exact in float64: a copy is at distance 0.
 
   Args:
     images: (n, H, W, C), uint8.
     training_images: (m, H, W, C), uint8.
-    itself: (n,), a training image that is not to count for each image: its own
-      index, when real images are compared with the others.
-    block: images by images that are compared at once.
+    itself: (n,), a training image to exclude for each image: its own index, if
+      real images are compared with the others.
+    block: Images by images that are compared at once.
 
   Returns:
-    Root of the mean squared difference, in 0..255, (n,); indices (n,), of the
-    first where several are as near.
+    Root mean squared differences (n,), in 0..255; indices (n,), the first of
+    equally near images.
   """
   if images.shape[1:] != training_images.shape[1:]:
     raise ValueError(
@@ -195,10 +194,10 @@ def nearest(
 
 
 def energy(a: np.ndarray, b: np.ndarray, *, block: int = 1024) -> float:
-  """2 E‖X - Y‖ - E‖X - X'‖ - E‖Y - Y'‖ ≥ 0 of the two sets as they are.
+  """2 E‖X - Y‖ - E‖X - X'‖ - E‖Y - Y'‖ ≥ 0 of two sets, as distributions.
 
-  Székely & Rizzo 2013. A pair may be a point and itself, so that equal sets are
-  at 0 and no others are.
+  Székely & Rizzo 2013. Pairs of a point and itself count, so that it is 0 for
+  equal sets and for no others.
   """
   a, b = _points(a, 1), _points(b, 1)
 
@@ -217,10 +216,10 @@ def energy_p_value(
   permutations: int = 999,
   block: int = 1024,
 ) -> float:
-  """How often two halves of one set would be as far apart, by `energy`.
+  """p-value of `energy`, from random permutations of the pooled points.
 
-  The energy distance is -wᵀDw of the pool's distances D, w = 1/n for the points
-  of a and -1/m for those of b; a permutation shuffles w.
+  The energy distance is -wᵀDw, for the distances D of the pooled points, w =
+  1/n for points of a and w = -1/m for points of b. A permutation shuffles w.
   """
   pool = np.concatenate([_points(a, 1), _points(b, 1)])
   weights = np.empty((len(pool), permutations + 1))
@@ -239,13 +238,13 @@ def energy_p_value(
 def _p_value(observed: float, null: np.ndarray) -> float:
   if not np.isfinite(observed):
     raise ValueError(f'the statistic is {observed}')
-  # Equal statistics, summed in another order, count as equal.
+  # Statistics that differ only by the order of summation count as equal.
   as_large = null >= observed - 1e-10 * abs(observed)
   return float((1 + as_large.sum()) / (1 + len(null)))
 
 
 def _points(x: np.ndarray, least: int) -> np.ndarray:
-  """(n, d) in float64, with n at least `least`."""
+  """Converts to float64 (n, d), and checks that n is at least `least`."""
   x = np.asarray(x, np.float64)
   if x.ndim != 2 or len(x) < least:
     raise ValueError(
@@ -280,11 +279,11 @@ def _sum(
 
 def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   k = x @ y.T / x.shape[1] + 1
-  return k * k * k  # many times quicker than k**3
+  return k * k * k  # many times faster than k**3
 
 
 def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """‖x_i - y_j‖² as ‖x‖² + ‖y‖² - 2x·y, with what is only rounding made 0."""
+  """‖x_i - y_j‖² as ‖x‖² + ‖y‖² - 2x·y; what is only rounding becomes 0."""
   scale = np.sum(x * x, axis=1)[:, None] + np.sum(y * y, axis=1)
   d2 = scale - 2 * (x @ y.T)
   d2[d2 < 1e-12 * scale] = 0

@@ -1,7 +1,7 @@
 """FID, sFID, KID, IS, precision and recall, from Inception's features.
 
-Features come in batches, of which sums are kept: they can be added up in any
-order, over batches and over processes.
+Each batch of features is reduced to sums, which can be merged in any order,
+over batches and over processes.
 """
 
 import json
@@ -20,15 +20,15 @@ from ddpm_jax.metrics import inception
 from ddpm_jax.metrics import running
 
 SPLITS = 10  # of the Inception score
-LEAST = 10_000  # images, below which the name of a score says how many
+LEAST = 10_000  # images; below this, the name of a score has the number
 
 
 class Sums(NamedTuple):
-  """What is kept of a set of images, or of a part of it."""
+  """Sums over a set of images, or a part of it."""
 
   pool: running.Running
   spatial: running.Running
-  # Of each split: how many images, Σ p(y|x) and Σ_x Σ_y p(y|x) log p(y|x).
+  # For each split: number of images, Σ p(y|x) and Σ_x Σ_y p(y|x) log p(y|x).
   split_count: np.ndarray  # (SPLITS,)
   split_p: np.ndarray  # (SPLITS, classes)
   split_p_log_p: np.ndarray  # (SPLITS,)
@@ -36,13 +36,13 @@ class Sums(NamedTuple):
   features: np.ndarray  # (k, 2048)
 
 
-# How a `Sums` is put together from its arrays.
+# Tree structure of a `Sums`.
 _PART = running.Running(*[np.zeros(0)] * 3)
 TREE = jax.tree.structure(Sums(_PART, _PART, *[np.zeros(0)] * 5))
 
 
 class Statistics(NamedTuple):
-  """What scores need of a set of images; None where a file has it not."""
+  """What scores need from a set of images; None if a file does not have it."""
 
   pool: distances.Moments
   spatial: distances.Moments | None = None
@@ -52,17 +52,17 @@ class Statistics(NamedTuple):
 
 
 def chosen(count: int, most: int) -> np.ndarray:
-  """Which of `count` images are kept one by one: `most`, evenly spread."""
+  """Indices of the images whose features are kept: `most`, evenly spaced."""
   return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
 
 
 def sums(
   index: np.ndarray, features: inception.Features, kept: np.ndarray
 ) -> Sums:
-  """Of the images `index`, keeping the features of those in `kept`.
+  """Reduces the images `index`, and keeps the features of those in `kept`.
 
   Raises:
-    ValueError: if a feature is not a finite number.
+    ValueError: If a feature is not a finite number.
   """
   if not np.isfinite(features.logits).all():
     raise ValueError('not every feature is a finite number')
@@ -70,7 +70,7 @@ def sums(
   logits -= logits.max(axis=1, keepdims=True)
   log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
   p = np.exp(log_p)
-  # Every tenth image, so that a set in the order of its classes is split well.
+  # Every tenth image, so that a set sorted by class is split evenly.
   split = np.eye(SPLITS)[index % SPLITS].T
   stay = np.isin(index, kept)
   return Sums(
@@ -110,7 +110,7 @@ def statistics(x: Sums) -> Statistics:
 def inception_score(x: Sums) -> tuple[float, float]:
   """exp E_x KL(p(y|x) ‖ p(y)) of each split: mean and standard deviation.
 
-  Salimans et al. 2016. Images are in fewer splits where there are not ten.
+  Salimans et al. 2016. With fewer than ten images there are fewer splits.
   """
   some = x.split_count > 0
   n = x.split_count[some]
@@ -121,15 +121,15 @@ def inception_score(x: Sums) -> tuple[float, float]:
 
 
 def named(score: str, count: int) -> str:
-  """FID, or FID@N where there are too few images for the plain name."""
+  """Name of a score: FID, or FID@N for fewer than `LEAST` images."""
   return score if count >= LEAST else f'{score}@{count}'
 
 
 def scores(fake: Statistics, real: Statistics) -> dict[str, float]:
-  """All scores that can be had, by name.
+  """Computes all scores that the statistics allow, by name.
 
-  FID and sFID fall as images are more, so that below `LEAST` fakes their names
-  say how many there were.
+  FID and sFID are biased upwards for small samples, so with fewer than `LEAST`
+  fakes their names have the number.
   """
   count = fake.n or 0
   found = {
@@ -142,7 +142,7 @@ def scores(fake: Statistics, real: Statistics) -> dict[str, float]:
   if fake.inception_score:
     found['IS'], found['IS_deviation'] = fake.inception_score
   a, b = real.features, fake.features
-  # As many as the kernel and the third neighbour need.
+  # The kernel and the third neighbour need 4.
   if a is not None and b is not None and min(len(a), len(b)) >= 4:
     kernel = distances.kernel(a, b)
     found['KID'], found['KID_error'] = kernel.value, kernel.standard_error
@@ -152,7 +152,7 @@ def scores(fake: Statistics, real: Statistics) -> dict[str, float]:
 
 
 def save(file: Any, x: Statistics, provenance: dict[str, Any]) -> None:
-  """Writes an .npz into an open file: `mu`, `sigma` as others have them."""
+  """Writes an .npz to an open file, with the common names `mu`, `sigma`."""
   parts: dict[str, Any] = {'mu': x.pool.mean, 'sigma': x.pool.cov}
   if x.spatial:
     parts |= {'mu_s': x.spatial.mean, 'sigma_s': x.spatial.cov}
@@ -166,13 +166,13 @@ def save(file: Any, x: Statistics, provenance: dict[str, Any]) -> None:
 
 
 def load(path: pathlib.Path) -> tuple[Statistics, dict[str, Any]]:
-  """Statistics, and whence they are: {} for a file that does not say.
+  """Loads statistics and their provenance, {} if a file has none.
 
   Reads what `save` wrote, and the common .npz with `mu` and `sigma` (and
   perhaps `mu_s` and `sigma_s`).
 
   Raises:
-    UserError: there is no such file, or it is not of Inception's features.
+    UserError: If there is no such file, or it is not of Inception's features.
   """
   if not path.is_file():
     raise errors.UserError(
@@ -183,15 +183,15 @@ def load(path: pathlib.Path) -> tuple[Statistics, dict[str, Any]]:
     with path.open('rb') as file:
       parts = npz.load(file, lambda name: not name.startswith('arr_'))
       names = npz.names(file)
-  except Exception as error:  # zipfile's, zlib's and NumPy's own
+  except Exception as error:  # from zipfile, zlib or NumPy
     raise errors.UserError(
       f'{path} cannot be read ({" ".join(str(error).split())}); statistics '
       'are an .npz with `mu` and `sigma`'
     ) from error
   if 'mu' not in parts and {'images', 'arr_0'} & {*names}:
     raise errors.UserError(
-      f'{path} has images, not their statistics `mu` and `sigma`: compare with '
-      f'them as data, --config.data.name=arrays --config.data.path={path}'
+      f'{path} has images, not their statistics `mu` and `sigma`; use it as '
+      f'data: --config.data.name=arrays --config.data.path={path}'
     )
   pool = _moments(path, parts, 'mu', 'sigma', 2048)
   spatial = None
@@ -202,12 +202,12 @@ def load(path: pathlib.Path) -> tuple[Statistics, dict[str, Any]]:
   except (ValueError, TypeError, RecursionError) as error:
     raise errors.UserError(
       f'{path} is damaged ({" ".join(str(error).split())}); delete it, and '
-      'make it again'
+      'compute it again'
     ) from error
 
 
 def _extras(parts: dict[str, np.ndarray]) -> tuple[Any, Any, Any]:
-  """Features, the Inception score and the count, where a file has them."""
+  """Features, Inception score and count, each None if a file has none."""
   features = parts.get('features')
   if features is not None and (
     features.shape[1:] != (2048,) or not np.isfinite(features).all()
@@ -222,10 +222,10 @@ def _extras(parts: dict[str, np.ndarray]) -> tuple[Any, Any, Any]:
 
 
 def _provenance(parts: dict[str, np.ndarray]) -> dict[str, Any]:
-  told = jsonfile.parse(str(parts.get('provenance', '{}')))
-  if not isinstance(told, dict):
+  found = jsonfile.parse(str(parts.get('provenance', '{}')))
+  if not isinstance(found, dict):
     raise ValueError('`provenance` is not a JSON object')
-  return told
+  return found
 
 
 def _moments(
@@ -241,8 +241,8 @@ def _moments(
       raise errors.UserError(f'{path} has no `{name}`, only: {has}')
     if parts[name].shape != shape:
       raise errors.UserError(
-        f'`{name}` of {path} is {parts[name].shape}, not {shape}: it is not of '
-        "the 2015 Inception's features"
+        f'`{name}` of {path} is {parts[name].shape}, not {shape}: it is not '
+        "from the 2015 Inception's features"
       )
     if not np.isfinite(parts[name]).all():
       raise errors.UserError(f'`{name}` of {path} is not finite everywhere')

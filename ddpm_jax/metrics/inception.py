@@ -1,15 +1,15 @@
-"""Inception-v3 as FID means it: TensorFlow's network of 2015-12-05.
+"""Inception-v3 as FID uses it: TensorFlow's network of 2015-12-05.
 
-It is not torchvision's: 1008 classes, averages that leave the border out, a
-maximum where the last block of the article has an average. The names are those
-of pytorch-fid, whose weights it takes, with their batch norms folded in.
+It differs from torchvision's: it has 1008 classes, averages that exclude the
+border, and a maximum in the last block, where the paper has an average. Names
+are those of pytorch-fid, whose weights it loads, with batch norms folded in.
 
-There are two ways into it. `tensorflow` is the original's, of Heusel et al.
-2017 and of the papers that evaluate with TensorFlow (DDPM among them), ADM,
-StyleGAN, EDM and torch-fidelity. `pytorch_fid` is that package's: its pixels
-are up to half a pixel of the source elsewhere, 4 of 299 for an image of 32, so
-that features differ (by 4% of their spread, for photographs of that size and
-random weights). Both are published as FID. Statistics must be of the same way.
+There are two ways to resize its input. `tensorflow` is the original, used by
+Heusel et al. 2017 and other papers that evaluate with TensorFlow (DDPM among
+them), ADM, StyleGAN, EDM and torch-fidelity. `pytorch_fid` is that package's,
+which samples the source up to half a pixel away (4 of 299 pixels, for a side of
+32). Features differ by 4% of their spread, for photographs of that size and
+random weights. Both are published as FID; never compare one with the other.
 """
 
 from collections.abc import Mapping
@@ -25,14 +25,14 @@ from jax import lax
 
 SIDE = 299  # pixels
 CLASSES = 1008
-# A published number is of float32, which TPUs and GPUs would round.
+# Published scores are computed in float32; TPUs and GPUs would round.
 PRECISION = lax.Precision.HIGHEST
 
 
 class Features(NamedTuple):
   pool: jax.Array  # (B, 2048), the last mean over the image: FID, KID
-  spatial: jax.Array  # (B, 2023), 7 channels at 17 x 17 places: sFID
-  logits: jax.Array  # (B, 1008), without the bias, as IS takes them
+  spatial: jax.Array  # (B, 2023), 7 channels at 17 x 17 positions: sFID
+  logits: jax.Array  # (B, 1008), without the bias, as for IS
 
 
 # How images are resized: `config.evaluate.resize` names one.
@@ -42,7 +42,7 @@ __all__ = ['pytorch_fid', 'tensorflow']
 def tensorflow(images: jax.Array) -> jax.Array:
   """uint8 (B, H, W, 3) -> float32 (B, 299, 299, 3), as TensorFlow 1 does it.
 
-  Pixel i is at i H/299 in the source: the image shifts towards the top left.
+  Pixel i samples the source at i H/299, so the image shifts to the top left.
   """
   at = [np.arange(SIDE) * n / SIDE for n in images.shape[1:3]]
   return (_bilinear(images, *at) - 128) / 128
@@ -51,14 +51,14 @@ def tensorflow(images: jax.Array) -> jax.Array:
 def pytorch_fid(images: jax.Array) -> jax.Array:
   """uint8 (B, H, W, 3) -> float32 (B, 299, 299, 3), as pytorch-fid does it.
 
-  Pixel i is at (i + ½) H/299 - ½: centres on centres, without antialiasing.
+  Pixel i samples it at (i + ½) H/299 - ½: centres match; no antialiasing.
   """
   at = [(np.arange(SIDE) + 0.5) * n / SIDE - 0.5 for n in images.shape[1:3]]
   return _bilinear(images, *at) / 127.5 - 1
 
 
 def _bilinear(source: jax.Array, y: np.ndarray, x: np.ndarray) -> jax.Array:
-  """Images (B, H, W, 3) at y times x; what lies outside is as the edge."""
+  """Samples images (B, H, W, 3) at the grid y times x, clamped to the edge."""
 
   def weights(at: np.ndarray, n: int) -> np.ndarray:
     at = np.clip(at, 0, n - 1)
@@ -83,7 +83,7 @@ def _conv(
   stride: int = 1,
   padding: str = '',
 ) -> jax.Array:
-  """Convolution and relu; with stride 2 the border is dropped."""
+  """Convolution and relu; stride 2 has no padding."""
   padding = padding or ('SAME' if stride == 1 else 'VALID')
   conv = nn.Conv(
     channels, size, stride, padding, precision=PRECISION, name=name
@@ -96,7 +96,7 @@ def _shrink(x: jax.Array) -> jax.Array:
 
 
 def _mean(x: jax.Array) -> jax.Array:
-  """Of the neighbours that there are: the border does not count as 0."""
+  """3x3 average that excludes the padding."""
   return nn.avg_pool(x, (3, 3), (1, 1), 'SAME', count_include_pad=False)
 
 
@@ -105,7 +105,7 @@ def _max(x: jax.Array) -> jax.Array:
 
 
 class A(nn.Module):
-  channels: int  # of the branch that pools
+  channels: int  # of the pooling branch
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -130,7 +130,7 @@ class B(nn.Module):
 
 
 class C(nn.Module):
-  channels: int  # between the ends of the 7 x 7 branches
+  channels: int  # of the inner layers of the 7 x 7 branches
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -161,7 +161,7 @@ class D(nn.Module):
 
 
 class E(nn.Module):
-  last: bool  # where the 2015 network has a maximum, perhaps by mistake
+  last: bool  # with a maximum, as in the 2015 network, perhaps by mistake
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -196,7 +196,7 @@ class Inception(nn.Module):
     x = C(128, name='Mixed_6b')(x)
     x = C(160, name='Mixed_6c')(x)
     x = C(160, name='Mixed_6d')(x)
-    # Of TensorFlow's mixed_6/conv, as Nash et al. 2021 and ADM take them.
+    # Of TensorFlow's mixed_6/conv, as in Nash et al. 2021 and ADM.
     spatial = x[..., :7].reshape(len(x), -1)
     x = C(192, name='Mixed_6e')(x)
     x = D(name='Mixed_7a')(x)
@@ -214,10 +214,10 @@ def parameters() -> Any:
 
 
 def from_torch(state: Mapping[str, np.ndarray]) -> Any:
-  """Parameters from a state dict of pytorch-fid, batch norms folded in.
+  """Converts a state dict of pytorch-fid, and folds batch norms in.
 
   Raises:
-    ValueError: naming what is missing, too much, or of another shape.
+    ValueError: If an array is missing, unknown, or has a wrong shape.
   """
   rest = dict(state)
 
@@ -250,6 +250,6 @@ def from_torch(state: Mapping[str, np.ndarray]) -> Any:
     if name != 'fc.bias' and not name.endswith('.num_batches_tracked')
   ]
   if unused:
-    raise ValueError(f'it has a {unused[0]} too')
+    raise ValueError(f'it has an unknown {unused[0]}')
   params = {path: x.astype(np.float32) for path, x in params.items()}
   return traverse_util.unflatten_dict(params)

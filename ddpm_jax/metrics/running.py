@@ -1,4 +1,4 @@
-"""Mean and covariance of rows that come in parts, in float64."""
+"""Mean and covariance of rows that arrive in parts, in float64."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ class Running(NamedTuple):
 
 
 def of(x: np.ndarray) -> Running:
-  """Of the rows (n, d) of one part."""
+  """The moments of one part, rows (n, d)."""
   x = np.asarray(x, np.float64)
   mean = x.mean(axis=0)
   centred = x - mean
@@ -22,9 +22,9 @@ def of(x: np.ndarray) -> Running:
 
 
 def merge(a: Running, b: Running) -> Running:
-  """Of the rows of both  (Chan, Golub & LeVeque 1983).
+  """The moments of the rows of both  (Chan, Golub & LeVeque 1983).
 
-  Unlike Σ x xᵀ - n μ μᵀ it cancels nothing where the mean is large.
+  Unlike Σ x xᵀ - n μ μᵀ, this has no cancellation if the mean is large.
   """
   n = a.n + b.n
   shift = b.mean - a.mean

@@ -1,8 +1,8 @@
-"""Conditions, which a network takes beside x_t and t: a class or a text.
+"""Encoders of conditions: a class or a text that a network takes with x_t, t.
 
-`config.condition.name` names one of `__all__`, each an encoder: a linen module
-that makes a `Context` of a condition. Its method `nothing` returns what stands
-for no condition, which guidance needs (Ho & Salimans 2022).
+`config.condition.name` names one of `__all__`. Each returns a linen module that
+encodes a condition as a `Context`. Its method `nothing` returns the null
+condition, which guidance needs (Ho & Salimans 2022).
 """
 
 from typing import Any
@@ -21,36 +21,36 @@ from jaxtyping import UInt8
 
 __all__ = ['label', 'minilm', 'text']
 
-MINILM_FEATURES = 384  # of its states
+MINILM_FEATURES = 384  # width of its states
 
-Given = Array | np.ndarray  # as data come
+Given = Array | np.ndarray  # a condition, as in the data
 
 
 class Context(NamedTuple):
-  """What a condition says, for the network."""
+  """An encoded condition, for the network."""
 
   pooled: Float[Array, 'B D']  # added to the time embedding
   states: Float[Array, 'B L D'] | None = None  # attended to by every pixel
-  mask: Bool[Array, 'B L'] | None = None  # False where there is no state
+  mask: Bool[Array, 'B L'] | None = None  # False for padding
 
 
 def label(*, classes: int, width: int) -> 'Label':
-  """The encoder of a class."""
+  """Returns the encoder of a class."""
   return Label(classes, width)
 
 
 def text(*, length: int, width: int, depth: int) -> 'Text':
-  """The encoder of a text, which is trained with the network."""
+  """Returns the encoder of a text that is trained with the network."""
   return Text(length, width, depth)
 
 
 def minilm(*, length: int, width: int) -> 'Frozen':
-  """The encoder of a text, on top of a frozen MiniLM."""
+  """Returns the encoder of a text on top of a frozen MiniLM."""
   return Frozen(length, MINILM_FEATURES, width)
 
 
 class Label(nn.Module):
-  """A class in 0..classes-1, or -1 for nothing."""
+  """Encodes a class in 0..classes-1, or -1 for no condition."""
 
   classes: int
   width: int
@@ -65,10 +65,10 @@ class Label(nn.Module):
 
 
 class Text(nn.Module):
-  """A text as UTF-8 bytes, 0 after its end; '' is nothing.
+  """Encodes a text, given as UTF-8 bytes padded with 0; '' is no condition.
 
-  A transformer encoder of `depth` layers, normalised before each. Its first
-  state is that of a token of its own, so that '' has one too.
+  A pre-norm transformer encoder of `depth` layers. A start token comes before
+  the text, so that '' has a state too.
   """
 
   length: int
@@ -81,7 +81,7 @@ class Text(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: UInt8[Given, 'B {self.length}']) -> Context:
-    # No text holds byte 0, which stands for the first token as well.
+    # Byte 0 occurs in no text, so it is the start token too.
     row = jnp.pad(tokens, ((0, 0), (1, 0)))
     mask = (row > 0).at[:, 0].set(True)
     h = nn.Embed(256, self.width)(row)
@@ -97,10 +97,10 @@ class Text(nn.Module):
 
 
 class Frozen(nn.Module):
-  """States (B, length, features) that another encoder made of a text.
+  """Encodes a text, given as the states of a frozen encoder.
 
-  The condition is a dict of `states`, and `mask` (B, length), all False for
-  nothing. A state of its own comes first, as in `Text`.
+  A dict of `states` (B, length, features) and `mask` (B, length), which is all
+  False for no condition. A learned state comes first, as in `Text`.
   """
 
   length: int
@@ -126,7 +126,7 @@ class Frozen(nn.Module):
 def mean(
   states: Float[Array, 'B L D'], mask: Bool[Array, 'B L']
 ) -> Float[Array, 'B D']:
-  """Of the states that there are."""
+  """Mean over the states that are not masked."""
   return jnp.mean(states, axis=1, where=mask[:, :, None])
 
 
@@ -143,7 +143,7 @@ class Conditional(nn.Module):
     condition: Any = None,
     **options: Any,
   ) -> Float32[Array, 'B ...']:
-    """The output; without a condition it is that of `nothing`."""
+    """Returns the network's output; None is the null condition."""
     if condition is None:
       condition = self.encoder.nothing(len(x_t))
     return self.network(x_t, t, self.encoder(condition), **options)

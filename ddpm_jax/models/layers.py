@@ -1,6 +1,6 @@
 """The layers of the U-Net of Ho et al. 2020, appendix B, and of their code.
 
-Parameters and the statistics of norms are float32; `dtype` is that of
+Parameters and normalisation statistics are float32; `dtype` is the type of
 activations and products.
 """
 
@@ -28,8 +28,8 @@ Product = Callable[[Array, Array], Array]
 
 
 def init(scale: float = 1.0) -> Initializer:
-  """Uniform of variance scale / mean(fan_in, fan_out)."""
-  # The authors' code says 0 and means 1e-10.
+  """Uniform, with variance scale / mean(fan_in, fan_out)."""
+  # A scale of 0 means 1e-10, as in the authors' code.
   return nn.initializers.variance_scaling(
     max(scale, 1e-10), 'fan_avg', 'uniform'
   )
@@ -45,7 +45,7 @@ def multiply(
 def convolve(
   x: Float[Array, 'B H W C'], kernel: Float[Array, '3 3 C K']
 ) -> Float32[Array, 'B H W K']:
-  """A convolution of x with zeros around."""
+  """3x3 convolution of x, zero-padded."""
   if not winograd.is_large(x, kernel, 1):
     return precision.in_float32(precision.convolution, x, kernel)
   return jax.lax.platform_dependent(
@@ -56,7 +56,7 @@ def convolve(
 def convolve_doubled(
   x: Float[Array, 'B H W C'], kernel: Float[Array, '3 3 C K']
 ) -> Float32[Array, 'B 2*H 2*W K']:
-  """`convolve` of x at twice its size (nearest neighbour)."""
+  """`convolve` after upsampling x by 2 (nearest neighbour)."""
   if not winograd.is_large(x, kernel, 2):
     return precision.in_float32(precision.convolution_doubled, x, kernel)
   return jax.lax.platform_dependent(
@@ -69,7 +69,7 @@ def convolve_doubled(
 def convolve_halved(
   x: Float[Array, 'B H W C'], kernel: Float[Array, '3 3 C K']
 ) -> Float32[Array, 'B H//2 W//2 K']:
-  """A convolution at every other pixel, with zeros below and right."""
+  """3x3 convolution with stride 2, zero-padded below and right."""
   return precision.in_float32(precision.convolution_halved, x, kernel)
 
 
@@ -86,7 +86,7 @@ def time_embedding(
 def to_patches(
   x: Float[Array, 'B H W C'], side: int
 ) -> Float[Array, 'B H/{side} W/{side} C*{side}**2']:
-  """Squares of pixels become pixels of more channels."""
+  """Turns each square of side x side pixels into one pixel (space to depth)."""
   B, H, W, C = x.shape
   x = x.reshape(B, H // side, side, W // side, side, C)
   return x.swapaxes(2, 3).reshape(B, H // side, W // side, side**2 * C)
@@ -104,13 +104,13 @@ def from_patches(
 def dropout(
   keys: Key[Array, 'B'], x: Float[Array, 'B *shape'], rate: float
 ) -> Float[Array, 'B *shape']:
-  """Dropout by a key an example.
+  """Dropout with one key per example.
 
-  `nn.Dropout` draws one mask for the batch that it sees, which is not the same
-  batch on one device and on eight.
+  `nn.Dropout` draws one mask for the batch that it sees, which depends on the
+  number of devices.
   """
-  # 16 bits an element, two of a draw, take half as long on a CPU; but what puts
-  # them together moves 9% more bytes of a whole step on a TPU.
+  # Taking two elements of 16 bits from one draw is twice as fast on a CPU, but
+  # joining them adds 9% to the bytes that a whole step moves on a TPU.
   keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(
     keys
   )
@@ -118,10 +118,10 @@ def dropout(
 
 
 class GroupNorm(nn.Module):
-  """`nn.GroupNorm` of images, by the sums of channels.
+  """`nn.GroupNorm` for images, by way of the means of channels.
 
-  Adding pixels before channels leaves the channels where they are: to reshape
-  (..., C) to groups first moves all of x on a TPU, and is slower on a CPU.
+  Averaging pixels before channels keeps the layout of x. Reshaping (..., C) to
+  groups first would copy x on a TPU, and is slower on a CPU.
   """
 
   groups: int
@@ -143,7 +143,7 @@ class GroupNorm(nn.Module):
 
 
 def _mean(x: Float32[Array, 'B H W C'], groups: int) -> Float32[Array, 'B C']:
-  """Of pixels, then of the channels of a group."""
+  """Mean over pixels, then over the channels of a group."""
   B, _, _, C = x.shape
   x = jnp.mean(x, axis=(1, 2)).reshape(B, groups, -1)
   return jnp.repeat(x.mean(2), C // groups, axis=1)
@@ -166,7 +166,7 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-  """A 3x3 convolution, by `product`."""
+  """A 3x3 convolution, computed by `product`."""
 
   channels: int
   kernel_init: Initializer
@@ -183,13 +183,13 @@ class Conv(nn.Module):
 
 
 class Downsample(Conv):
-  """A 3x3 convolution at every other pixel."""
+  """A 3x3 convolution with stride 2."""
 
   product: Product = convolve_halved
 
 
 class Upsample(Conv):
-  """A 3x3 convolution of the image at twice its size."""
+  """A 3x3 convolution after upsampling by 2."""
 
   product: Product = convolve_doubled
 
@@ -200,7 +200,7 @@ def _with_bias(
   x: Float[Array, '... C'],
   shape: tuple[int, ...],
 ) -> Float[Array, '... K']:
-  """product(x, kernel) + bias, float32 until it is stored."""
+  """product(x, kernel) + bias, in float32 until the final cast."""
   kernel = module.param('kernel', module.kernel_init, shape)
   bias = module.param('bias', nn.initializers.zeros, shape[-1:])
   y = product(x.astype(module.dtype), kernel)
@@ -222,7 +222,7 @@ class ResBlock(nn.Module):
     temb: Float[Array, 'B D'],
     keys: Key[Array, 'B'] | None,
   ) -> Float[Array, 'B H W {self.channels}']:
-    """One block; `keys` (B,) are for dropout, None in sampling."""
+    """Applies the block; `keys` (B,) are for dropout, None disables it."""
     norm = functools.partial(GroupNorm, self.groups, self.dtype)
     conv = functools.partial(Conv, self.channels, dtype=self.dtype)
     dense = functools.partial(
@@ -281,10 +281,10 @@ class CrossAttention(nn.Module):
     dense = functools.partial(Dense, C, dtype=self.dtype)
     h = GroupNorm(self.groups, self.dtype, name='norm')(x)
     q, k, v = (
-      dense(kernel_init=init(), name=name)(of).reshape(
+      dense(kernel_init=init(), name=name)(inputs).reshape(
         B, -1, self.heads, C // self.heads
       )
-      for name, of in (('q', h), ('k', states), ('v', states))
+      for name, inputs in (('q', h), ('k', states), ('v', states))
     )
     h = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None])
     return x + dense(kernel_init=init(0), name='out')(h.reshape(B, H, W, C))

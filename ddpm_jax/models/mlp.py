@@ -14,9 +14,9 @@ class MLP(nn.Module):
   """ε_θ(x_t, t) for points of a few coordinates.
 
   Attributes:
-    out_channels: coordinates of the output.
-    channels: of every hidden layer.
-    blocks: hidden layers, each given the time.
+    out_channels: Number of coordinates of the output.
+    channels: Width of every hidden layer.
+    blocks: Number of hidden layers; each takes the time as input.
   """
 
   out_channels: int
@@ -31,8 +31,8 @@ class MLP(nn.Module):
     *,
     keys: Key[Array, 'B'] | None = None,
   ) -> Float32[Array, 'B {self.out_channels}']:
-    """The answer to x_t, at t in 1..T."""
-    del keys  # nothing is random here
+    """Returns the network's output for x_t, at t in 1..T."""
+    del keys  # no dropout
     temb = layers.time_embedding(t - 1, self.channels)
     temb = nn.swish(nn.Dense(self.channels)(temb))
     h = nn.Dense(self.channels)(x_t)

@@ -1,7 +1,7 @@
-"""The networks that a recipe can name: `config.model.name` is in `__all__`.
+"""Networks by name: `config.model.name` names one of `__all__`.
 
-Each is called with the image size, (height, width) or () for points, and the
-channels of its output, and takes the keys of `config.model` that it reads.
+Each takes the image size, (height, width) or () for points; the number of
+output channels; and, as keywords, the keys of `config.model` that it uses.
 """
 
 from collections.abc import Sequence
@@ -28,17 +28,17 @@ def unet(
   remat: bool,
   patch: int,
 ) -> unets.UNet:
-  """The U-Net of a recipe, for images of (height, width) pixels.
+  """Builds the U-Net of a recipe, for images of (height, width) pixels.
 
-  `attention` holds sides in pixels of a level: one whose shorter side is among
-  them has attention after every block. The other keys are those of `UNet`.
+  A level has attention after every block if its shorter side, in pixels, is in
+  `attention`. The other keys are those of `UNet`.
 
   Raises:
-    ValueError: if the image cannot be halved so often, or `groups` does not
-      divide the channels.
+    ValueError: If the image cannot be halved at every level, or `groups` does
+      not divide the channels.
   """
   if len(image_size) != 2:
-    raise ValueError('config.model.name=unet is for images; points take mlp')
+    raise ValueError('config.model.name=unet is for images; use mlp for points')
   factor = patch * 2 ** (len(multipliers) - 1)
   if any(side % factor for side in image_size):
     raise ValueError(
@@ -49,8 +49,8 @@ def unet(
     )
   if any(channels * m % groups for m in multipliers):
     raise ValueError(
-      f'config.model.groups={groups} does not divide the channels '
-      f'{[channels * m for m in multipliers]} of every level'
+      f'config.model.groups={groups} does not divide the channels of every '
+      f'level, {[channels * m for m in multipliers]}'
     )
   sides = [
     min(image_size) // patch // 2**level for level in range(len(multipliers))
@@ -76,14 +76,14 @@ def mlp(
   channels: int,
   blocks: int,
 ) -> mlps.MLP:
-  """The MLP of a recipe, for points of `image_channels` coordinates.
+  """Builds the MLP of a recipe, for points of `image_channels` coordinates.
 
   Raises:
-    ValueError: if the data are images.
+    ValueError: If the data are images.
   """
   if image_size != ():
     raise ValueError(
       'config.model.name=mlp is for points (config.data.image_size=()); '
-      'images take unet'
+      'use unet for images'
     )
   return mlps.MLP(image_channels, channels, blocks)

@@ -1,4 +1,4 @@
-"""Products of channels and convolutions, to float32 whatever they are of."""
+"""Matrix products and convolutions with float32 results."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +15,13 @@ Product = Callable[[Array, Array, Any], Array]
 
 
 def in_float32(product: Product, x: Array, kernel: Array) -> Array:
-  """product(x, kernel), of factors in x's dtype, in float32 where it is free.
+  """product(x, kernel), with factors in x's dtype and a float32 result.
 
-  With gradients, on a TPU, that dtype is float32. So are then the gradients of
-  kernels before devices add them up, with those of norms and biases, in one sum
-  and not in one for each type. A GPU's convolutions would have to convert their
-  factors; and what needs no gradients would write more.
+  In bfloat16, the product is rounded to bfloat16 before the cast, except on a
+  TPU under differentiation. There it is float32, and so are the gradients of
+  kernels: devices can add them up in one sum with those of norms and biases,
+  not in one sum per dtype. On a GPU, convolutions would have to convert their
+  factors, and without gradients a float32 product would write more bytes.
   """
   kernel = kernel.astype(x.dtype)
   if x.dtype != jnp.bfloat16:
@@ -44,7 +45,7 @@ def convolution(
   stride: int = 1,
   zeros: tuple[int, int] = (1, 1),
 ) -> Float[Array, 'B H//{stride} W//{stride} K']:
-  """A convolution of x, with so many `zeros` before and after."""
+  """3x3 convolution of x, padded with `zeros` (before, after) on each axis."""
   return jax.lax.conv_general_dilated(
     *(x, kernel, (stride, stride), (zeros, zeros)),
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
@@ -55,14 +56,14 @@ def convolution(
 def convolution_doubled(
   x: Image, kernel: Kernel, dtype: Any = None
 ) -> Float[Array, 'B 2*H 2*W K']:
-  """Of x at twice its size (nearest neighbour), with zeros around."""
+  """`convolution` after upsampling x by 2 (nearest neighbour)."""
   return convolution(x.repeat(2, axis=1).repeat(2, axis=2), kernel, dtype)
 
 
 def convolution_halved(
   x: Image, kernel: Kernel, dtype: Any = None
 ) -> Float[Array, 'B H//2 W//2 K']:
-  """At every other pixel, with zeros below and right."""
+  """`convolution` with stride 2, zero-padded below and right."""
   return convolution(x, kernel, dtype, 2, (0, 1))
 
 

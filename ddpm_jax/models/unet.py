@@ -18,20 +18,21 @@ from ddpm_jax.models import layers
 
 
 class UNet(nn.Module):
-  """ε_θ(x_t, t) for images whose sides `patch` and the levels divide.
+  """ε_θ(x_t, t) for images; H and W are multiples of patch 2^(levels - 1).
 
   Attributes:
-    out_channels: of the output.
-    channels: of the first level.
-    multipliers: of `channels`, one a level; each level but the last halves.
-    attention: the levels (0 is the full size) with attention after each block.
-    blocks: residual blocks of a level going down; going up has one more.
-    groups: of group normalisation; must divide every level's channels.
-    dropout: rate, in training.
-    dtype: of activations and products.
-    remat: recompute each block in the backward pass, to save memory.
-    patch: side of the squares of pixels that the first level has as one pixel
-      of more channels (Hoogeboom et al. 2023, "simple diffusion").
+    out_channels: Channels of the output.
+    channels: Channels of the first level.
+    multipliers: Multiples of `channels`, one per level; each level but the last
+      halves the image.
+    attention: Levels (0 is the full size) with attention after each block.
+    blocks: Residual blocks of a level going down; going up has one more.
+    groups: Groups of group normalisation; must divide every level's channels.
+    dropout: Dropout rate, in training.
+    dtype: Type of activations and products.
+    remat: Whether to recompute blocks in the backward pass, to save memory.
+    patch: Side of the squares of pixels that become one pixel of the first
+      level (Hoogeboom et al. 2023, "simple diffusion").
   """
 
   out_channels: int
@@ -54,16 +55,16 @@ class UNet(nn.Module):
     *,
     keys: Key[Array, 'B'] | None = None,
   ) -> Float32[Array, 'B H W {self.out_channels}']:
-    """What the network makes of x_t.
+    """Returns the network's output for x_t.
 
     Args:
-      x_t: noisy images.
-      t: in 1..T.
-      context: what a condition says, a `condition.Context`.
-      keys: of the dropout of each example; None is without dropout.
+      x_t: Noisy images.
+      t: Times in 1..T.
+      context: The encoded condition, a `condition.Context`, or None.
+      keys: (B,), for dropout; None disables it.
 
     Raises:
-      ValueError: if H or W cannot be halved often enough.
+      ValueError: If H or W cannot be halved often enough.
     """
     levels = range(len(self.multipliers))
     factor = self.patch * 2 ** (len(levels) - 1)
@@ -72,7 +73,7 @@ class UNet(nn.Module):
         f'images {x_t.shape} are not (B, H, W, C) with H and W multiples of '
         f'{factor}, as {len(levels)} levels of patch {self.patch} need'
       )
-    # One call that draws a key for every block compiles faster than one each.
+    # One split for all blocks compiles faster than one per block.
     drops: Any = itertools.repeat(None)
     if keys is not None and self.dropout:
       n = len(levels) * (2 * self.blocks + 1) + 2
@@ -97,7 +98,7 @@ class UNet(nn.Module):
         )(h, context.states, context.mask)
       return h
 
-    # The network was published with times from 0: it gets t - 1.
+    # Published weights expect times from 0: embed t - 1.
     temb = layers.time_embedding(t - 1, self.channels)
     dense = functools.partial(
       layers.Dense,

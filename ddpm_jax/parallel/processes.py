@@ -1,9 +1,9 @@
-"""Several processes: how they find each other, and that they end together.
+"""Several processes: how they meet, and how they end together.
 
-JAX tells of a lost process by its heartbeats alone, and aborts; an exception in
-one process leaves the others waiting for ever. So a connection is held open
-between process 0 and each other: one that breaks, or that brings bad news, ends
-all of them, in one line and at once.
+JAX notices a lost process only by missing heartbeats, and then aborts; after an
+exception in one process the others wait for ever. So each process keeps a
+connection to process 0. If a connection breaks, or an error is reported over
+it, all processes end at once, with one line.
 """
 
 import contextlib
@@ -35,22 +35,22 @@ from ddpm_jax import streams
 
 # Seconds.
 CONNECT = 20.0
-GREETING = 5.0  # that a connection may take to say who it is
-LINGER = 5.0  # that a process which ends all waits for the others to leave
-SILENT = 64  # connections that have not said it; the oldest gives way
-LATER = 30  # that JAX waits for a sign of life longer than we do
-
-# The variable that says to JAX at which HOST:PORT process 0 is to listen.
+GREETING = 5.0  # for a new connection to identify itself
+LINGER = 5.0  # for the others to exit, after they are told to
+LATER = 30  # added to `peer_timeout` for the heartbeats of JAX
+# Connections that may wait to identify themselves; one more closes the oldest.
+PENDING = 64
+# The variable that tells JAX at which HOST:PORT process 0 listens.
 BIND = 'JAX_COORDINATOR_BIND_ADDRESS'
 
 
 def is_primary() -> bool:
-  """Whether this is the process that speaks and writes for all."""
+  """Whether this is process 0, which prints and writes for all."""
   return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def wait(what: str) -> None:
-  """For all processes to come here."""
+  """Waits until all processes have called this."""
   multihost_utils.sync_global_devices(f'ddpm_jax: {what}')
 
 
@@ -65,33 +65,33 @@ def together(
   grace: float = 2.0,
   can_stop: bool = False,
 ) -> Iterator[None]:
-  """Joins the other processes, if there are any; and ends with them.
+  """Joins the other processes, if there are any, and ends with them.
 
-  What is raised inside, in one of several processes, is told by process 0 (see
-  `errors.verdict`) and ends all: it is not raised further.
+  If one of several processes raises inside, process 0 prints the error (see
+  `errors.verdict`) and all processes exit: the error does not propagate.
 
   Args:
-    coordinator: HOST:PORT where process 0 is to be found. If None, a cluster
-      that JAX knows is looked for (see `found`).
-    count: of processes; 1 looks for none.
-    index: of this process.
-    start_timeout: seconds until all must have come.
-    peer_timeout: seconds without a sign of life until one is given up. A
-      process that is killed is noticed at once; this is for one that hangs, and
-      for lost machines.
-    grace: seconds that a process which fails waits for the others to say why,
-      before it ends them itself.
-    can_stop: that SIGTERM waits for `stop.requests` to look.
+    coordinator: HOST:PORT of process 0. If None, JAX detects the cluster, if
+      there is one (see `found`).
+    count: Number of processes; 1 does not look for others.
+    index: Number of this process.
+    start_timeout: Seconds within which all processes must have joined.
+    peer_timeout: Seconds after which a silent process counts as lost. A process
+      that is killed is noticed at once; this is for processes that hang and for
+      lost machines.
+    grace: Seconds that a failing process waits for the others to report the
+      cause, before it ends them itself.
+    can_stop: Whether SIGTERM is a request that `stop.requests` reads.
 
   Raises:
-    UserError: a flag is missing or wrong.
+    UserError: If a flag is missing or wrong.
   """
   global _links
   check(coordinator, count, index, start_timeout, peer_timeout)
   if count == 1 or not (coordinator or found()):
     yield
     return
-  # Else SIGTERM would wait for a loop that asks, and there may be none.
+  # With this service SIGTERM does nothing until a loop looks for it.
   jax.config.update('jax_enable_preemption_service', can_stop)
   who = 'this process' if index is None else f'process {index} of {count}'
   where = f' at {coordinator}' if coordinator else ''
@@ -99,8 +99,8 @@ def together(
     with _within(
       start_timeout,
       f'stopped: {who} has not met the others{where} within {start_timeout} '
-      'seconds (--start_timeout): start them all, alike but for --process_id; '
-      'or name --num_processes=1, if it is alone',
+      'seconds (--start_timeout): start all of them with the same flags except '
+      '--process_id, or set --num_processes=1 if there is only one',
     ):
       try:
         if coordinator and count is not None and index is not None:
@@ -110,15 +110,16 @@ def together(
           count,
           index,
           cluster_detection_method='deactivate' if coordinator else None,
-          initialization_timeout=start_timeout + 60,  # else it aborts, in pages
-          heartbeat_timeout_seconds=peer_timeout + LATER,  # it aborts too
+          # Longer than our own timeouts, as JAX aborts with pages of output.
+          initialization_timeout=start_timeout + 60,
+          heartbeat_timeout_seconds=peer_timeout + LATER,
           coordinator_bind_address=_bind_address(coordinator),
         )
       except (errors.UserError, errors.RunError):
         raise
       except (OSError, RuntimeError, ValueError) as error:
         raise errors.UserError(
-          f'{who} cannot join others ({" ".join(str(error).split())}): name '
+          f'{who} cannot join others ({" ".join(str(error).split())}): set '
           '--coordinator, --num_processes and --process_id; or '
           '--num_processes=1'
         ) from error
@@ -131,16 +132,16 @@ def together(
     try:
       with one_fails_all():
         yield
-    finally:  # All went well, or all exit with the same code.
+    finally:  # Reached after success, or if all exit with the same code.
       _links.finish()
       jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
 def one_fails_all(*but: type[BaseException]) -> Iterator[None]:
-  """What is raised inside, but those, ends all processes; if there are more.
+  """Ends all processes if an exception is raised inside, except types `but`.
 
-  To be put inside of whatever waits for the others when it is left.
+  Put it inside of contexts that wait for the other processes on exit.
   """
   try:
     yield
@@ -151,7 +152,7 @@ def one_fails_all(*but: type[BaseException]) -> Iterator[None]:
 
 
 def end_all(error: BaseException) -> None:
-  """Ends all processes because of `error`; if there are more than this one."""
+  """Ends all processes because of `error`; returns if there is only one."""
   if _links:
     _links.fail(error)
 
@@ -160,8 +161,8 @@ def only_one(what: str) -> None:
   """Raises UserError if there are several processes."""
   if jax.distributed.is_initialized() and jax.process_count() > 1:
     raise errors.UserError(
-      f'{what} is for one process, and here are {jax.process_count()}: start '
-      'it alone, with --num_processes=1'
+      f'{what} is for one process, and there are {jax.process_count()}: start '
+      'only one, with --num_processes=1'
     )
 
 
@@ -204,11 +205,11 @@ def check(
 
 
 def found() -> bool:
-  """Whether this is one of several processes that JAX can find by itself.
+  """Whether this is one of several processes that JAX can detect by itself.
 
-  Slurm and MPI say how many there are; a Kubernetes pod that it is one of an
-  indexed job; GKE which TPU hosts there are. A TPU VM is told by its chips and
-  their library: how many hosts there are, JAX asks its metadata server.
+  Slurm and MPI set the number of processes, a Kubernetes pod that it belongs to
+  an indexed job, and GKE the TPU hosts. A TPU VM is recognized by its chips and
+  their library; JAX asks its metadata server for the number of hosts.
   """
   env = os.environ
   if _is_task_of_slurm():
@@ -232,11 +233,11 @@ def found() -> bool:
 def _is_task_of_slurm() -> bool:
   """Whether srun started this program as one of several tasks.
 
-  What it sets is inherited by every program after it. A shell of `salloc` or
-  `srun --pty` is alone, whatever was asked for.
+  All programs that a task starts inherit the variables of srun. A shell of
+  `salloc` or `srun --pty` is one process, however many tasks were requested.
 
   Raises:
-    UserError: if the variables are of another program's tasks.
+    UserError: If the variables belong to the tasks of another program.
   """
   env = os.environ
   asked = env.get('SLURM_NTASKS', '1')
@@ -248,28 +249,28 @@ def _is_task_of_slurm() -> bool:
   task = env.get('SLURM_TASK_PID', '')
   if count != asked or (task and task not in _ancestors()):
     raise errors.UserError(
-      f'the variables of Slurm here are of {asked} tasks, and this process was '
-      'not started as one of them: name --num_processes=1 if it is alone, else '
+      f'the variables of Slurm are for {asked} tasks, and this process was not '
+      'started as one of them: set --num_processes=1 if there is only one, or '
       '--coordinator, --num_processes and --process_id'
     )
   return True
 
 
 def _ancestors() -> list[str]:
-  """The ids of this process, its parent, and so on; where /proc has them."""
+  """Returns the ids of this process, its parent and so on, read from /proc."""
   every, process = [], str(os.getpid())
   with contextlib.suppress(OSError):
     while process != '0':
       every.append(process)
       with open(f'/proc/{process}/stat') as file:
-        # Its name, in brackets, may hold anything.
+        # The name of the process is in brackets and may contain any characters.
         process = file.read().rpartition(')')[2].split()[1]
   return every
 
 
 @contextlib.contextmanager
 def _within(seconds: float, message: str) -> Iterator[None]:
-  """Ends this process if what is inside takes longer."""
+  """Ends this process if the block inside takes longer."""
   timer = threading.Timer(seconds, leave, (1, message))
   timer.daemon = True
   timer.start()
@@ -280,10 +281,10 @@ def _within(seconds: float, message: str) -> Iterator[None]:
 
 
 class _Links:
-  """The connections that are held open: of process 0 to all, or to it.
+  """The open connections: of process 0 to all others, or of this one to it.
 
-  Over them go lines of JSON: `["here"]`, again and again, as a sign of life;
-  `["done"]`, or `["end", code, message]`.
+  They carry lines of JSON: `["here"]`, the heartbeat; `["done"]`; and
+  `["end", code, message]`.
   """
 
   def __init__(self, host: str, peer_timeout: float, grace: float) -> None:
@@ -291,85 +292,85 @@ class _Links:
     self.peer_timeout = peer_timeout
     self.grace = grace
     self.done = {index: threading.Event() for index in self.sockets}
-    self.last_word = threading.Lock()  # once taken, it is kept
+    self.ending = threading.Lock()  # never released: only one thread ends all
     self.over = threading.Event()
     self.silent = dict.fromkeys(self.sockets, 0.0)  # seconds
     for index in self.sockets:
       threading.Thread(target=self.listen, args=(index,), daemon=True).start()
     threading.Thread(target=self.watch, daemon=True).start()
 
-  def tell(self, *words: Any) -> None:
+  def send(self, *message: Any) -> None:
     for link in self.sockets.values():
       with contextlib.suppress(OSError):
-        link.sendall(json.dumps(words).encode() + b'\n')
+        link.sendall(json.dumps(message).encode() + b'\n')
 
   def listen(self, index: int) -> None:
-    """To the process `index`, for as long as it is there."""
+    """Handles the messages of process `index` until its connection closes."""
     with contextlib.suppress(OSError):
       for line in self.sockets[index].makefile():
-        word, *said = json.loads(line)
+        kind, *rest = json.loads(line)
         self.silent[index] = 0.0
-        if word == 'here':
+        if kind == 'here':
           continue
-        if word == 'done':
+        if kind == 'done':
           self.done[index].set()
         elif is_primary():
-          time.sleep(self.grace)  # We may come to say the same.
-          self.end(*said)
+          time.sleep(self.grace)  # This process may fail for the same cause.
+          self.end(*rest)
         else:
-          leave(said[0], '')
+          leave(rest[0], '')
     if not self.done[index].is_set():
       self.end(
         1,
-        f'stopped: process {index} of {jax.process_count()} went away; it was '
-        'killed, or its machine was. Start all again: a run goes on from its '
-        'newest checkpoint',
+        f'stopped: process {index} of {jax.process_count()} is gone: it was '
+        'killed, or its machine was lost. Start all again: a run resumes from '
+        'its newest checkpoint',
       )
 
   def watch(self) -> None:
-    """Gives signs of life, and ends all when one gives none for too long.
+    """Sends heartbeats, and ends all processes if one is silent for too long.
 
-    Pauses are added up, not read from a clock: where all were stopped for an
-    hour and go on, none is to blame.
+    Adds up its own pauses instead of reading a clock: if all processes were
+    suspended for an hour and continue, none counts as lost.
     """
     pause = min(2.0, self.peer_timeout / 5)
-    self.tell('here')
+    self.send('here')
     while not self.over.wait(pause):
-      self.tell('here')
+      self.send('here')
       for index in self.silent:
         self.silent[index] += pause
         if self.silent[index] > self.peer_timeout:
           self.end(
             1,
-            f'stopped: process {index} of {jax.process_count()} has given no '
-            f'sign of life for {self.peer_timeout:g} seconds (--peer_timeout): '
-            'it hangs, or its machine was lost. Start all again: a run goes on '
+            f'stopped: process {index} of {jax.process_count()} has sent no '
+            f'heartbeat for {self.peer_timeout:g} seconds (--peer_timeout): it '
+            'hangs, or its machine was lost. Start all again: a run resumes '
             'from its newest checkpoint',
           )
 
   def fail(self, error: BaseException) -> NoReturn:
     """Ends all processes because of `error`."""
-    # A process that went away makes the others raise all sorts of things.
+    # The cause may be a lost process, which `listen` reports in this time.
     time.sleep(self.grace)
     code, message = errors.verdict(error)
     if not errors.expected(error):
       traceback.print_exception(error)
     if not is_primary():
-      self.tell('end', code, f'{message} (process {jax.process_index()})')
-      time.sleep(3 * self.grace)  # Process 0 says it, and bids us end.
+      self.send('end', code, f'{message} (process {jax.process_index()})')
+      time.sleep(3 * self.grace)  # Process 0 prints it, and ends this process.
     self.end(code, message)
 
   def end(self, code: int, message: str) -> NoReturn:
-    self.last_word.acquire()
-    self.tell('end', code, message)
-    self.wait_for_the_others_to_leave()
+    self.ending.acquire()
+    self.send('end', code, message)
+    self.wait_for_others_to_leave()
     leave(code, message)
 
-  def wait_for_the_others_to_leave(self) -> None:
-    """Until their connections are closed, or for `LINGER` seconds.
+  def wait_for_others_to_leave(self) -> None:
+    """Waits until their connections are closed, for at most `LINGER` seconds.
 
-    To close a socket with unread bytes resets the connection and drops what is
-    still to be sent: the others would not learn why they are to end.
+    Closing a socket with unread bytes resets the connection and drops unsent
+    bytes: the others would not receive the reason to end.
     """
     late = time.monotonic() + LINGER
     for link in self.sockets.values():
@@ -380,24 +381,24 @@ class _Links:
             break
 
   def finish(self) -> None:
-    """Waits until all have come to their end."""
+    """Waits until all processes are done."""
     if not is_primary():
-      self.tell('done')
+      self.send('done')
     for done in self.done.values():
       done.wait()
     if is_primary():
-      self.tell('done')
+      self.send('done')
     self.over.set()
 
 
-# Of this process, once it has joined others.
+# Set once this process has joined others.
 _links: _Links | None = None
 
 
 def leave(code: int, message: str) -> NoReturn:
-  """Ends at once. Python's usual end would wait for the other processes."""
+  """Exits at once. A usual exit of Python would wait for other processes."""
   try:
-    # Clears a progress bar. It is not drawn again, as this block never ends.
+    # Clears a progress bar, which is not drawn again: this block never ends.
     with tqdm.tqdm.external_write_mode(sys.stderr):
       if message:
         print(message, file=sys.stderr)
@@ -409,15 +410,15 @@ def leave(code: int, message: str) -> NoReturn:
 
 
 def _meet(coordinator: str, count: int, index: int) -> None:
-  """Compares the flags of all processes, at the address that JAX takes next.
+  """Compares the flags of all processes, at the address that JAX uses next.
 
-  JAX would abort where their numbers differ, or let the others wait. For who
-  comes when all are there, it is as if nobody were.
+  If they differed, JAX would abort or wait for ever. A process that comes after
+  all have met gets no answer.
 
   Raises:
-    UserError: not all were told the same `count`, or two the same `index`.
-    RunError: the others have begun without this one.
-    OSError: process 0 cannot listen.
+    UserError: If `count` differs between processes, or two have one `index`.
+    RunError: If the others have begun without this process.
+    OSError: If process 0 cannot listen.
   """
   host, port = _host(coordinator), int(coordinator.rpartition(':')[2])
   if not index:
@@ -433,36 +434,36 @@ def _meet(coordinator: str, count: int, index: int) -> None:
       return
     if said.startswith('error: '):
       raise errors.UserError(said.removeprefix('error: '))
-    if said and late == math.inf:  # a run of before, which may have to end
+    if said and late == math.inf:  # It may be an earlier run that is ending.
       late = time.monotonic() + CONNECT
     time.sleep(0.2)
   raise errors.RunError(
     f'at {coordinator} others have begun without process {index} of {count}, '
-    'or another program listens: were all told the same --num_processes?'
+    'or another program listens: start all with the same --num_processes'
   )
 
 
 def _ask(host: str, port: int, hello: bytes) -> str:
-  """What process 0 answers, which may take long; '' if nobody does."""
+  """Returns the answer of process 0, or '' if nobody answers."""
   answer = b''
   with (
     contextlib.suppress(OSError),
     socket.create_connection((host, port), CONNECT) as link,
   ):
-    link.settimeout(None)  # until all have come; `_within` has a limit
+    link.settimeout(None)  # until all have joined; `_within` has a limit
     link.sendall(hello)
     while more := link.recv(_ANSWER - len(answer)):
       answer += more
   return answer.decode(errors='replace').strip()
 
 
-# Bytes of what processes say to each other when they meet.
+# Bytes of the messages that processes exchange when they meet.
 _HELLO = 64
 _ANSWER = 256
 
 
 def _meet_all(server: socket.socket, count: int) -> None:
-  """Welcomes all others, or tells all of them what does not fit."""
+  """Welcomes all other processes, or tells all of them what is wrong."""
   came: dict[int, socket.socket] = {}
   links: list[socket.socket] = []
   wrong = ''
@@ -477,8 +478,8 @@ def _meet_all(server: socket.socket, count: int) -> None:
       if total != count:
         wrong = (
           f'process {index} was started with --num_processes={total}, and '
-          f'process 0 with --num_processes={count}: start all alike but for '
-          '--process_id'
+          f'process 0 with --num_processes={count}: start all with the same '
+          'flags except --process_id'
         )
       elif index == 0 or (index in came and _is_there(came[index])):
         wrong = f'two processes were started with --process_id={index}'
@@ -496,7 +497,7 @@ def _meet_all(server: socket.socket, count: int) -> None:
 
 
 def _read_hello(said: bytes) -> tuple[int, int] | None:
-  """The number of processes, and which one it is; None from a stranger."""
+  """Returns (count, index) of a greeting, or None if it is not one of ours."""
   try:
     name, total, index = json.loads(said)
   except (ValueError, TypeError, RecursionError):
@@ -508,7 +509,7 @@ def _read_hello(said: bytes) -> tuple[int, int] | None:
 
 
 def _is_there(link: socket.socket) -> bool:
-  """Whether the other side, which says nothing now, has not gone away."""
+  """Whether the other side, which sends nothing now, is still connected."""
   try:
     return link.recv(1, socket.MSG_DONTWAIT) != b''
   except BlockingIOError:
@@ -518,7 +519,7 @@ def _is_there(link: socket.socket) -> bool:
 
 
 def _connect(host: str) -> dict[int, socket.socket]:
-  """{process: connection}; process 0 is to be found at `host`."""
+  """Returns {process: connection}, given the host of process 0."""
   me, count = jax.process_index(), jax.process_count()
   with contextlib.ExitStack() as stack:
     port = 0
@@ -537,28 +538,31 @@ def _connect(host: str) -> dict[int, socket.socket]:
     except OSError as error:
       logging.warning(
         'process %d: no connection between process 0 (%s, port %d) and others '
-        '(%s): that one fails or is killed is noticed late, by JAX alone',
+        '(%s): only JAX will notice, late, if one fails or is killed',
         *(me, host, port, error),
       )
       return {}
 
 
 def _of_the_first(data: bytes) -> bytes:
-  """What process 0 gives here; all give as many bytes."""
+  """Returns the `data` of process 0; all processes pass the same length."""
   return multihost_utils.broadcast_one_to_all(
     np.frombuffer(data, np.uint8)
   ).tobytes()
 
 
 def shared_name() -> str:
-  """A new name, the same in all processes and in no other run."""
+  """Returns a new random name, the same in all processes."""
   return _of_the_first(secrets.token_hex(8).encode()).decode()
 
 
 def _accept(
   server: socket.socket, count: int, token: str
 ) -> dict[int, socket.socket]:
-  """Those who know the token, until all have come, or for too long none."""
+  """Returns the connections of the others, which must send the token.
+
+  Stops when all are connected, or after `CONNECT` seconds without a new one.
+  """
   links: dict[int, socket.socket] = {}
   if count == 1:
     return links
@@ -577,10 +581,11 @@ def _accept(
 def _greetings(
   server: socket.socket, size: int, patience: float = math.inf
 ) -> Iterator[tuple[socket.socket, bytes]]:
-  """Connections, each with the first `size` bytes that came over it.
+  """Yields new connections, each with the first `size` bytes it has sent.
 
-  Anybody may connect: one that does not say as much in time is closed, and so
-  is the oldest of too many. Ends when for `patience` seconds none has come.
+  Any program may connect. A connection is closed if it does not send that many
+  bytes in time, and the oldest one if too many are waiting. Ends after
+  `patience` seconds without a new one.
   """
   waiting: dict[socket.socket, tuple[float, bytes]] = {}
   server.setblocking(False)
@@ -611,7 +616,7 @@ def _greetings(
           link.close()
       now = time.monotonic()
       for link, (begun, _) in list(waiting.items()):
-        if now > begun + GREETING or len(waiting) > SILENT:
+        if now > begun + GREETING or len(waiting) > PENDING:
           del waiting[link]
           link.close()
   finally:
@@ -620,7 +625,7 @@ def _greetings(
 
 
 def _listen(address: str, port: int) -> socket.socket:
-  """At one address of this machine, or at all of them, ''."""
+  """Listens at one address of this machine, or with '' at all of them."""
   if not address and socket.has_dualstack_ipv6():
     return socket.create_server(
       ('', port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128
@@ -630,15 +635,15 @@ def _listen(address: str, port: int) -> socket.socket:
 
 
 def _own_address(host: str) -> str:
-  """The address of this machine that `host` is; '' if that is not clear.
+  """Returns the address of this machine that `host` is; '' if it is not clear.
 
-  Listening there, and not at all addresses, keeps strangers out. A name may be
-  known to other machines by another address, as that of many a machine is to
-  itself 127.0.1.1. The variable BIND has the last word.
+  To listen only there, not at all addresses, keeps other programs out. A name
+  may have another address on other machines: many machines resolve their own
+  to 127.0.1.1. The variable BIND overrides all this.
   """
-  told = _host(os.environ.get(BIND, ''))
-  if told:
-    return '' if told in ('0.0.0.0', '::') else told
+  bound = _host(os.environ.get(BIND, ''))
+  if bound:
+    return '' if bound in ('0.0.0.0', '::') else bound
   if host == 'localhost':
     return '127.0.0.1'
   try:
@@ -664,7 +669,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _bind_address(coordinator: str | None) -> str | None:
-  """Where JAX is to listen; None: at all addresses, or as the user told it."""
+  """Returns where JAX listens; None: at all addresses, or as BIND says."""
   if not coordinator or BIND in os.environ:
     return None
   address = _own_address(_host(coordinator))
@@ -679,7 +684,7 @@ def _host(address: str) -> str:
 
 
 def _address() -> str:
-  """Of this machine, as others see it; nothing is sent to find out."""
+  """Returns the address of this machine in its network; sends nothing."""
   with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
     try:
       probe.connect(('192.0.2.1', 9))
@@ -690,7 +695,7 @@ def _address() -> str:
 
 @contextlib.contextmanager
 def _stdout_of_the_first() -> Iterator[None]:
-  """Process 0 prints, the others do not; nor does Gloo, past Python."""
+  """Silences stdout in all processes but 0, and what Gloo prints in all."""
   sys.stdout.flush()
   kept = os.dup(1)
   with streams.results(kept) as real, open(os.devnull, 'w') as null:

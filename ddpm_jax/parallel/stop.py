@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM, as a request that a loop can honour at the next step.
+"""Turns signals into requests that a loop honours at its next step.
 
-So are SIGHUP, of a terminal that is lost, and SIGUSR1, which Slurm can send;
-but where they were ignored at the start, as by nohup, they stay so.
+The signals are Ctrl-C, SIGTERM, SIGHUP (from a terminal that is lost) and
+SIGUSR1 (which Slurm can send). SIGHUP and SIGUSR1 stay ignored if they are
+ignored at the start, as under nohup.
 """
 
 import contextlib
@@ -21,19 +22,19 @@ from ddpm_jax.storage import logs
 
 _STOPPING = 'stopping after this step'
 _AGAIN = f'{_STOPPING}; press again to quit'
-# A second one of these ends the program at once. Of others it may well come by
-# itself: a shell passes on the SIGHUP that the terminal has sent too.
+# A second one of these ends the program at once. Other signals may arrive twice
+# by themselves: terminal and shell both send SIGHUP.
 _INSISTENT = signal.SIGINT, signal.SIGTERM
 
 
 @contextlib.contextmanager
 def requests() -> Iterator[Callable[[int], bool]]:
-  """Gives a function that tells, before each step, whether to stop there.
+  """Yields a function of the step that says whether to stop before it.
 
-  Of several processes one is asked, and all stop at the same step. The first
-  signal is answered at once, and a second SIGINT or SIGTERM ends the program at
-  once, even while XLA compiles. What is being saved then is as after a kill:
-  the checkpoint before it is whole.
+  If one of several processes gets the signal, all stop at the same step. The
+  first signal is acknowledged at once. A second SIGINT or SIGTERM ends the
+  program at once, even while XLA compiles. A checkpoint that is being saved
+  then is lost, as after a kill; the one before it is intact.
   """
   if jax.process_count() > 1:
     with _of_many() as asked_at:
@@ -54,9 +55,10 @@ def requests() -> Iterator[Callable[[int], bool]]:
 
 @contextlib.contextmanager
 def second_quits() -> Iterator[None]:
-  """Ctrl-C raises KeyboardInterrupt as ever; a second one ends the program.
+  """Makes a second Ctrl-C end the program; the first raises as usual.
 
-  The first may have to wait for a compilation or for a batch, and says so.
+  Python raises KeyboardInterrupt only after a compilation or a batch, so a
+  message says that the first one has been noticed.
   """
   asked: list[int] = []
 
@@ -72,9 +74,10 @@ def second_quits() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _of_many() -> Iterator[Callable[[int], bool]]:
-  """SIGTERM is heard by JAX, which tells the others; the rest become one.
+  """Like `requests`, for several processes.
 
-  JAX keeps SIGTERM to itself until the step at which all stop.
+  JAX handles SIGTERM and agrees with the other processes on the step to stop
+  at. Other signals are turned into a SIGTERM.
   """
   asked: list[int] = []
 
@@ -101,13 +104,13 @@ def _of_many() -> Iterator[Callable[[int], bool]]:
 
 
 def _others() -> list[int]:
-  """SIGHUP and SIGUSR1, where this program was not told to ignore them."""
+  """Returns SIGHUP and SIGUSR1, without those that are ignored."""
   numbers = signal.SIGHUP, signal.SIGUSR1
   return [s for s in numbers if signal.getsignal(s) != signal.SIG_IGN]
 
 
 def _quit(signum: int) -> None:
-  """Ends this program, and the other processes of a run, at once."""
+  """Ends this process and the others of the run at once."""
   if signum == signal.SIGTERM:
     processes.leave(128 + signum, '')
   error = KeyboardInterrupt()
@@ -117,7 +120,7 @@ def _quit(signum: int) -> None:
 
 @contextlib.contextmanager
 def _heard(hear: Callable[[int], None], *signals: int) -> Iterator[None]:
-  """Calls hear(signum) at once, in a thread, in the place of a handler."""
+  """Calls hear(signum) at once, in a thread, and disables Python's handlers."""
   before = {s: signal.signal(s, lambda *_: None) for s in signals}
   try:
     with _listener(hear, *signals):
@@ -131,8 +134,9 @@ def _heard(hear: Callable[[int], None], *signals: int) -> Iterator[None]:
 def _listener(hear: Callable[[int], None], *signals: int) -> Iterator[None]:
   """Calls hear(signum) at once, in a thread, beside Python's handlers.
 
-  Handlers in Python wait until a call of C++ returns, and a compilation is one
-  call of half a minute. The byte that Python writes into a socket does not.
+  Handlers in Python run only after a call of C++ returns, and a compilation is
+  one call of half a minute. The byte that Python writes into the wake-up socket
+  arrives at once.
   """
   inside, outside = socket.socketpair()
 

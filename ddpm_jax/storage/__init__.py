@@ -1,1 +1,1 @@
-"""What runs write and read: workdirs, checkpoints, logs."""
+"""Files that runs write and read: workdirs, checkpoints, logs."""

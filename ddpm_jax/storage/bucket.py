@@ -1,7 +1,7 @@
-"""Paths of object storage: etils' epath by way of gcsfs, without TensorFlow.
+"""Paths in object storage (gs://): etils.epath on gcsfs, without TensorFlow.
 
-A bucket has no folders, no append and no rename: an object appears as a whole,
-or is replaced as a whole.
+A bucket has no folders, no append and no rename: an object is created or
+replaced as a whole.
 """
 
 import concurrent.futures
@@ -17,10 +17,10 @@ from typing import IO
 from typing import Any
 from typing import Self
 
-# Before epath looks: it would take TensorFlow where that is installed.
+# Set before epath is imported, which would use TensorFlow if it is installed.
 os.environ['EPATH_USE_TF'] = 'false'
-# Else gcsfs asks for the kind of a bucket before each call, and warns each time
-# where it may not; only zonal buckets need it.
+# By default gcsfs asks for the kind of a bucket before each call, and warns if
+# it may not. Only zonal buckets need that.
 os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
 
 import fsspec
@@ -29,13 +29,13 @@ from google.cloud import storage
 
 from ddpm_jax import errors
 
-# TensorStore and other processes write too: what was listed before is stale.
+# TensorStore and other processes write too, so cached listings would be stale.
 fsspec.config.conf.setdefault('gs', {})['use_listings_cache'] = False
 
-# It logs pages of what it raises anyway.
+# gcsfs logs pages about errors that it raises anyway.
 logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
 
-SECONDS = 30  # between two puts of a log that grows
+SECONDS = 30  # between two uploads of a log
 
 
 def path(text: str) -> 'Path':
@@ -43,7 +43,10 @@ def path(text: str) -> 'Path':
 
 
 class Path(gpath.PosixGPath):
-  """A path of gs://, with what epath lacks of pathlib, and one-line errors."""
+  """A path of gs:// with the pathlib methods that epath lacks.
+
+  Errors of the storage are raised as a `RunError` of one line.
+  """
 
   @property
   def _fs(self) -> Any:
@@ -57,7 +60,7 @@ class Path(gpath.PosixGPath):
     return self
 
   def mkdir(self, *args: Any, **kwargs: Any) -> None:
-    """Does nothing: a bucket that is missing is not made by mistake."""
+    """Does nothing: buckets have no folders, and none is created by mistake."""
 
   def exists(self) -> bool:
     with self._named():
@@ -79,14 +82,14 @@ class Path(gpath.PosixGPath):
         return iter(())
 
   def glob(self, pattern: str) -> Iterator[Self]:
-    """By name and not by fsspec, to which [ and * in a folder are patterns."""
+    """Like pathlib; fsspec would read [ and * in a folder name as patterns."""
     first, _, rest = pattern.partition('/')
     for found in self.iterdir():
       if fnmatch.fnmatchcase(found.name, first):
         yield from found.glob(rest) if rest else [found]
 
   def open(self, mode: str = 'r', **kwargs: Any) -> IO[Any]:
-    """For reading; `write_bytes` and `put` write, in one piece."""
+    """Opens for reading; `write_bytes` and `put` write, in one piece."""
     del kwargs
     file = io.BytesIO(self.read_bytes())
     return file if 'b' in mode else io.TextIOWrapper(file, encoding='utf-8')
@@ -109,7 +112,7 @@ class Path(gpath.PosixGPath):
     return self.write_bytes(data.encode())
 
   def put(self, file: os.PathLike[str]) -> None:
-    """Takes the content of a local file."""
+    """Uploads a local file to this path."""
     with self._named():
       self._fs.put_file(os.fspath(file), str(self))
 
@@ -129,10 +132,10 @@ class Path(gpath.PosixGPath):
       super().rmtree(missing_ok)
 
   def check(self, *, write: bool) -> None:
-    """Asks the server for something; for a folder to write, writes something.
+    """Tries to list the path, and with `write` to write into it.
 
     Raises:
-      UserError: it is not there, or does not allow that.
+      UserError: If there is no such bucket, or access is denied.
     """
     name = self.parts[2]
     try:
@@ -140,16 +143,16 @@ class Path(gpath.PosixGPath):
         'GET', 'b/{}/o', name, maxResults=1, prefix='/'.join(self.parts[3:])
       )
       if write:
-        # As Orbax asks, much later, before it removes an old checkpoint.
+        # Orbax makes this request, much later, to remove an old checkpoint.
         storage.Client().get_bucket(name)
         probe = self / f'.write_test_{secrets.token_hex(4)}'
         self._fs.pipe_file(str(probe), b'')
         self._fs.rm_file(str(probe))
     except FileNotFoundError:
       raise errors.UserError(
-        f'{self}: there is no bucket {name}: make it, or name another'
+        f'{self}: there is no bucket {name}: create it, or choose another'
       ) from None
-    except Exception as e:  # of aiohttp, google.auth, gcsfs
+    except Exception as e:  # aiohttp, google.auth and gcsfs have own types.
       what = 'written' if write else 'read'
       raise errors.UserError(
         f'{self} cannot be {what} ({_line(e)}); `gcloud auth '
@@ -160,7 +163,7 @@ class Path(gpath.PosixGPath):
 
   @contextlib.contextmanager
   def _named(self) -> Iterator[None]:
-    """gcsfs has tried again for a minute: the run can go on another time."""
+    """Raises errors with this path, after gcsfs has retried for a minute."""
     try:
       yield
     except FileNotFoundError:
@@ -170,7 +173,7 @@ class Path(gpath.PosixGPath):
 
 
 class Log(io.TextIOBase):
-  """A text object that grows: put again as a whole, in the background."""
+  """A text object to append to, uploaded as a whole in the background."""
 
   def __init__(self, path: Path) -> None:
     self._path = path
@@ -189,7 +192,7 @@ class Log(io.TextIOBase):
     return len(text)
 
   def flush(self) -> None:
-    """Returns when all is in the bucket."""
+    """Returns when all of the text is in the bucket."""
     if self._under_way:
       concurrent.futures.wait([self._under_way])
     if self._sent < len(self._text):

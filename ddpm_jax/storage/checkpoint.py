@@ -1,9 +1,9 @@
-"""Saving a run, and finding its newest whole checkpoint again (with Orbax).
+"""Saves checkpoints with Orbax, and restores the newest intact one.
 
 A checkpoint is `state`, `ema`, and `about`: JSON with the caller's `data` and
 `config`, the type and a fingerprint of every array, and its own CRC. The
-fingerprints are there because neither Orbax nor its storage notices flipped
-bits in array data: nearly all of them load in silence.
+fingerprints are needed because neither Orbax nor its storage format notices
+flipped bits in array data: nearly all of them load without an error.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from ddpm_jax import errors
 from ddpm_jax.parallel import processes
 from ddpm_jax.storage import fingerprint
 
-# What is missing from a checkpoint, or stands in the place of something else.
+# A file of a checkpoint is missing, or is a folder, or the reverse.
 _ABSENT = FileNotFoundError, NotADirectoryError, IsADirectoryError
 _STORAGE = re.compile(
   'PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|'
@@ -40,8 +40,8 @@ _UNTOUCHED = 'those already there are as they were'
 Path = str | os.PathLike[str]
 
 
-# The save that each writer has begun, until it is waited for: only its result
-# ends the thread, and closes the files, that Orbax opens for a save.
+# The save that each checkpointer has started, until `wait`: the thread and the
+# files that Orbax opens for a save are only released by asking for its result.
 _under_way: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
@@ -56,13 +56,13 @@ class Restored(NamedTuple):
 def open(
   path: Path, *, keep: int = 2, keep_every: int = 0
 ) -> ocp.training.Checkpointer:
-  """A writer of checkpoints in the folder `path`, which is made if need be.
+  """Opens the folder `path` for checkpoints; makes it if needed.
 
-  The newest `keep` stay, and for good every multiple of `keep_every` (0:
-  none). What interrupted saves have left behind is removed.
+  Keeps the newest `keep` checkpoints, and those at multiples of `keep_every`
+  (0: none). Removes what interrupted saves have left behind.
 
   Raises:
-    UserError: `keep` < 1, or `path` is not a folder that one can write to.
+    UserError: If `keep` < 1, or `path` is not a writable folder.
   """
   if keep < 1:
     raise errors.UserError(f'keep = {keep}: at least 1 must be kept')
@@ -92,10 +92,10 @@ def save(
   """Saves in the background; the arrays may be donated once this returns.
 
   `state` and `ema` are pytrees of arrays, `data` and `config` are JSON (so
-  tuples come back as lists). Does nothing for a step that is saved already.
+  tuples are restored as lists). Does nothing if the step is saved already.
 
   Raises:
-    UserError: this save, or the one before it, failed.
+    UserError: If this save or the one before it has failed.
   """
   wait(checkpointer)
   if step in [saved.step for saved in checkpointer.checkpoints]:
@@ -109,14 +109,14 @@ def save(
   }
   items['about'] = {**about, 'crc32': fingerprint.crc32(about)}
   with _saving(checkpointer.directory, checkpointer):
-    # Forced, or Orbax skips what its own policy thinks too early.
+    # Without `force` Orbax skips saves that its own policy finds too early.
     _under_way[checkpointer] = checkpointer.save_checkpointables_async(
       step, items, force=True
     )
 
 
 def trained(state: Any) -> dict[str, Any]:
-  """What a checkpoint holds of a training state beside the EMA weights."""
+  """Returns the item `state` of a training state: all but the EMA weights."""
   kept = {
     'step': state.step,
     'params': state.params,
@@ -126,7 +126,7 @@ def trained(state: Any) -> dict[str, Any]:
 
 
 def wait(checkpointer: ocp.training.Checkpointer) -> None:
-  """Returns when all is on disk. Raises UserError if saving failed."""
+  """Waits until the save is finished. Raises UserError if it has failed."""
   with _saving(checkpointer.directory, checkpointer):
     try:
       checkpointer.wait()
@@ -136,7 +136,7 @@ def wait(checkpointer: ocp.training.Checkpointer) -> None:
 
 
 def close(checkpointer: ocp.training.Checkpointer) -> None:
-  """Waits, then frees. Raises UserError if saving failed."""
+  """Waits for the save, then closes. Raises UserError if it has failed."""
   try:
     with processes.one_fails_all():  # else closing waits for the others
       wait(checkpointer)
@@ -145,10 +145,10 @@ def close(checkpointer: ocp.training.Checkpointer) -> None:
 
 
 def steps(path: Path) -> list[int]:
-  """The finished checkpoints, oldest first; none if there is no such folder.
+  """Returns the steps of finished checkpoints, ascending; [] without a folder.
 
   Raises:
-    UserError: `path` is a file, or cannot be read.
+    UserError: If `path` is a file, or cannot be read.
   """
   names = ocp.path.step.standard_name_format()
   try:
@@ -162,15 +162,15 @@ def restore(
   abstract_state: Any,
   abstract_ema: Any,
 ) -> Restored | None:
-  """The newest whole checkpoint, or None if there is none at all.
+  """Restores the newest intact checkpoint; None if there is no checkpoint.
 
-  The abstract trees are `jax.ShapeDtypeStruct`s with the shardings wanted
-  now, whatever they were when saved. Damaged checkpoints are warned of and
-  passed over. Given a checkpointer, they are also renamed once an older one
-  has loaded, as the run will come to save those steps again.
+  The abstract trees are `jax.ShapeDtypeStruct`s with the shardings to restore
+  to, which may differ from the saved ones. Damaged checkpoints are skipped with
+  a warning. If `source` is a checkpointer, they are also renamed once an older
+  one has loaded, as the run will save these steps again.
 
   Raises:
-    UserError: all are damaged, or the newest whole one is of another model.
+    UserError: If all are damaged, or the newest intact one is of another model.
   """
   writer = source if isinstance(source, ocp.training.Checkpointer) else None
   path = writer.directory if writer else source
@@ -188,11 +188,14 @@ def restore(
 def restore_item(
   path: Path, item: str, abstract: Any, step: int | None = None
 ) -> tuple[int, Any]:
-  """(step, `ema` or `state`) of the newest whole checkpoint, or at `step`.
+  """Restores one item of the newest intact checkpoint, or of that at `step`.
+
+  Returns:
+    (step, item).
 
   Raises:
-    UserError: there is none, it is damaged, or it is of another model.
-    RunError: it holds numbers that are not finite.
+    UserError: If there is none, it is damaged, or it is of another model.
+    RunError: If the item holds numbers that are not finite.
   """
   known = steps(path)
   if not known or step not in (None, *known):
@@ -210,12 +213,12 @@ def restore_item(
 
 
 def newest_config(path: Path) -> Any:
-  """The `config` of the newest checkpoint that has one; None if none has.
+  """Returns the `config` of the newest checkpoint that has one, or None.
 
-  The arrays are not looked at. For one process, whatever the others do.
+  Does not read the arrays, and does not wait for other processes.
 
   Raises:
-    UserError: a file cannot be read, whatever it holds.
+    UserError: If the storage fails.
   """
   for step in reversed(steps(path)):
     folder = os.path.join(_absolute(path), str(step))
@@ -238,17 +241,17 @@ def _newest_whole(
       return step, items
     logging.warning('checkpoint %s is damaged, not used: %s', folder, wrong)
   names = ', '.join(map(str, known))
-  raise errors.UserError(f'no whole checkpoint in {path}; damaged: {names}')
+  raise errors.UserError(f'no intact checkpoint in {path}; damaged: {names}')
 
 
 def _try(folder: str, abstract: dict[str, Any]) -> tuple[dict[str, Any], str]:
-  """The items of a whole checkpoint and '', or {} and what is wrong with it.
+  """Returns (items, '') of an intact checkpoint, ({}, reason) of a damaged one.
 
   Raises:
-    UserError: it cannot be read, whatever it holds.
+    UserError: If the storage fails.
   """
   items, wrong, unreadable = {}, '', False
-  # The fault of the caller or of the device, not of the checkpoint.
+  # These are errors of the caller or the device, not of the checkpoint.
   others = errors.UserError, jax.errors.JaxRuntimeError, MemoryError
   with _hushed():
     try:
@@ -258,16 +261,16 @@ def _try(folder: str, abstract: dict[str, Any]) -> tuple[dict[str, Any], str]:
         raise
       wrong, unreadable = _line(error), _unreadable(error)
       if closed := None if unreadable else _closed_folder(folder):
-        # Orbax takes what is in there to be absent.
+        # Orbax treats the content of such a folder as missing.
         wrong, unreadable = _line(closed), True
     if wrong:
-      # Let the reads in flight end while no one hears them.
+      # Let the abandoned reads finish while their messages are suppressed.
       gc.collect()
       time.sleep(0.5)
       gc.collect()
   if unreadable:
     raise _cannot_read(folder, wrong)
-  # Each process reads its own part, but all must go on with the same step.
+  # Each process reads its own part, but all must use the same step.
   if not np.all(multihost_utils.process_allgather(np.array(not wrong))):
     return {}, wrong or 'another process could not read it'
   saved = items['about']['arrays']
@@ -278,20 +281,20 @@ def _try(folder: str, abstract: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 def _cannot_read(folder: str, wrong: str) -> errors.UserError:
   return errors.UserError(
-    f'cannot read checkpoint {folder} ({wrong}): nothing is changed; mend '
+    f'cannot read checkpoint {folder} ({wrong}): nothing is changed; correct '
     'that, and try again'
   )
 
 
 def _unreadable(error: BaseException) -> bool:
-  """Whether the storage failed, which says nothing of what it holds."""
+  """Whether the storage has failed: the checkpoint itself may be intact."""
   seen: BaseException | None = error
   while seen:
     if isinstance(seen, OSError) and not isinstance(seen, _ABSENT):
-      # Those that Python itself raises for the content have no number.
+      # An OSError about the content, raised by Python itself, has no errno.
       return seen.errno is not None
-    # TensorStore raises a ValueError with a code of Abseil and, of a file
-    # system, that of the system.
+    # TensorStore raises a ValueError whose text has Abseil's code and, for file
+    # systems, that of the operating system.
     if _STORAGE.search(str(seen)) and not _CONTENT.search(str(seen)):
       return True
     seen = seen.__cause__ or seen.__context__
@@ -299,7 +302,7 @@ def _unreadable(error: BaseException) -> bool:
 
 
 def _closed_folder(folder: str) -> OSError | None:
-  """Why a folder in the checkpoint cannot be listed; None if all can."""
+  """Returns why a folder in the checkpoint cannot be listed, or None."""
   failed: list[OSError] = []
   for _ in os.walk(folder, onerror=failed.append):
     pass
@@ -307,7 +310,7 @@ def _closed_folder(folder: str) -> OSError | None:
 
 
 def _load(folder: str, abstract: dict[str, Any]) -> dict[str, Any]:
-  """The items of `abstract`, and `about`; raises anything if damaged."""
+  """Returns the items of `abstract`, and `about`; any error means damage."""
   about = _about(folder)
   with _context(alone=True):
     _check_model(folder, about['arrays'], abstract)
@@ -315,12 +318,12 @@ def _load(folder: str, abstract: dict[str, Any]) -> dict[str, Any]:
 
 
 def _about(folder: str) -> dict[str, Any]:
-  """Raises anything if it is damaged."""
+  """Returns `about`; any error means damage."""
   with _context(alone=True):
     about = ocp.load_checkpointables(folder, {'about': None})['about']
   if about.pop('crc32') != fingerprint.crc32(about):
     raise ValueError('the bytes of about have changed')
-  # Those of earlier versions do not say.
+  # Checkpoints of earlier versions have no step.
   step = about.get('step')
   if step is not None and str(step) != os.path.basename(folder):
     raise ValueError(f'it is of step {step}, under another name')
@@ -330,7 +333,7 @@ def _about(folder: str) -> dict[str, Any]:
 def _check_model(
   folder: str, saved: dict[str, Any], abstract: dict[str, Any]
 ) -> None:
-  # Orbax casts dtypes in silence; a wrong shape is an obscure error there.
+  # Orbax casts dtypes silently, and its error for a wrong shape is obscure.
   here = {
     name: fingerprint.type_name(x) for name, x in fingerprint.named(abstract)
   }
@@ -359,18 +362,22 @@ def _set_aside(
 
 
 def _context(*, alone: bool = False) -> ocp.Context:
-  """Orbax's settings; `alone`: without waiting for the other processes."""
-  logging.getLogger('absl').addFilter(_worth_reading)
+  """Returns settings of Orbax.
+
+  Args:
+    alone: Whether this process reads without waiting for the others.
+  """
+  logging.getLogger('absl').addFilter(_drop_orbax)
   context = ocp.Context()
   registry = ocp.handlers.local_registry()
-  # By default a dict of numbers would be saved as arrays, one by one.
+  # By default each number of a dict would be saved as an array.
   registry.add(ocp.handlers.JsonHandler, checkpointable_name='about')
   context.checkpointables.registry = registry
   context.array.saving.use_compression = False  # 7% smaller, 40% slower.
-  # In the background, one that cannot be made is noticed five minutes late.
+  # Created in the background, a folder that fails is noticed five minutes late.
   context.asynchronous.create_directories_asynchronously = False
   if alone:
-    # Else those that could read wait 20 minutes for the one that could not.
+    # Otherwise, if one process cannot read, the others wait 20 minutes for it.
     me = jax.process_index()
     context.multiprocessing.primary_host = me
     context.multiprocessing.active_processes = {me}
@@ -378,15 +385,14 @@ def _context(*, alone: bool = False) -> ocp.Context:
   return context
 
 
-def _worth_reading(record: logging.LogRecord) -> bool:
-  # Orbax tells INFO by the page, warns of any save that takes over a second,
-  # and logs a dozen times each error that it raises anyway. What others log
-  # through absl stays.
+def _drop_orbax(record: logging.LogRecord) -> bool:
+  # Orbax logs pages of INFO, warns about every save that takes over a second,
+  # and logs each error that it raises a dozen times. Other records stay.
   if os.path.join('orbax', 'checkpoint') not in record.pathname:
     return True
   error = record.exc_info[1] if record.exc_info else None
   if isinstance(error, Exception) and record.threadName == 'async_save':
-    # Raised only after the others were waited for, for up to 20 minutes.
+    # Orbax raises it only after waiting up to 20 minutes for the others.
     message = f'cannot save a checkpoint ({_line(error)}); {_UNTOUCHED}'
     processes.end_all(errors.UserError(message))
   return False
@@ -394,7 +400,7 @@ def _worth_reading(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-  """When a read fails, Orbax abandons the others, and Python prints pages."""
+  """Suppresses the pages that Python prints about reads that Orbax abandons."""
   hooks = sys.unraisablehook, sys.excepthook
   asyncio = logging.getLogger('asyncio')
   try:
@@ -416,7 +422,7 @@ def _saving(
     yield
   except Exception as error:
     if checkpointer:
-      checkpointer.reload()  # Else it counts the failed step as saved.
+      checkpointer.reload()  # Otherwise the failed step counts as saved.
     raise errors.UserError(
       f'cannot save checkpoints in {path} ({_line(error)}); {_UNTOUCHED}'
     ) from error

@@ -1,4 +1,4 @@
-"""What tells whether an array is still the one that was saved."""
+"""Fingerprints of arrays, to detect changed bits in a checkpoint."""
 
 import json
 import math
@@ -21,8 +21,8 @@ def type_name(x: Any) -> str:
 
 
 def describe(tree: Any) -> dict[str, list[Any]]:
-  """{name: [type, fingerprint]} of arrays, the same in every process."""
-  # One at a time: many all-reduces in flight can stall virtual devices.
+  """Returns {name: [type, fingerprint]}, the same in every process."""
+  # One at a time: many concurrent all-reduces can stall virtual devices.
   jax.block_until_ready(tree)
   return {name: [type_name(x), int(of_array(x))] for name, x in named(tree)}
 
@@ -31,9 +31,9 @@ def describe(tree: Any) -> dict[str, list[Any]]:
 def of_array(x: jax.Array) -> jax.Array:
   """Σ_i (2i + 1) w_i mod 2³² over the words w of `x`.
 
-  Integers, so it is the same for any sharding; odd weights, so any one
-  changed word shows; no reshape, so nothing is gathered. A jit for each
-  shape, as one for a whole tree would compile for long.
+  The sum of integers is the same for any sharding, and with odd weights any
+  single changed word changes it. Without a reshape nothing is gathered. It is
+  compiled once per shape: compiling it for a whole tree would take long.
   """
   if x.dtype == bool:
     x = x.astype(jnp.uint8)
@@ -47,7 +47,7 @@ def of_array(x: jax.Array) -> jax.Array:
 
 
 def first_not_finite(tree: Any) -> str | None:
-  """The name of the first array that holds NaN or ∞; None if none does."""
+  """Returns the name of the first array that holds NaN or ∞, or None."""
   found = first_beyond(tree)
   return found[0] if found else None
 
@@ -55,7 +55,7 @@ def first_not_finite(tree: Any) -> str | None:
 def first_beyond(
   tree: Any, bound: float = math.inf
 ) -> tuple[str, float] | None:
-  """The first array with an |element| of `bound` or more, or NaN; and that."""
+  """Returns (name, max |x|) of the first array with max |x| ≥ bound or NaN."""
   for name, x in named(tree):
     if jnp.issubdtype(x.dtype, jnp.inexact):
       largest = float(_largest(x))

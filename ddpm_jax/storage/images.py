@@ -1,4 +1,4 @@
-"""Images as files: PNG, GIF, .npz; grids of them."""
+"""Writes images as PNG, GIF or .npz, and tiles them into grids."""
 
 import io
 import math
@@ -15,11 +15,11 @@ from ddpm_jax.storage import paths
 def encode(
   image: np.ndarray, form: str, quality: int
 ) -> tuple[np.ndarray, int, int]:
-  """A uint8 (H, W, 1 or 3) image as JPEG or WEBP shows it.
+  """Encodes a uint8 (H, W, 1 or 3) image as JPEG or WEBP, and decodes it.
 
   Returns:
-    What it looks like then; the bytes it takes; and those of them that are not
-    headers or tables, but the coded image.
+    (decoded, size, coded): the decoded image, the bytes of the file, and those
+    of them that are the coded image, not headers or tables.
   """
   file = io.BytesIO()
   flat = image[..., 0] if image.shape[-1] == 1 else image
@@ -47,7 +47,7 @@ def save_png(path: pathlib.Path, image: np.ndarray) -> None:
 def save_gif(
   path: pathlib.Path, frames: Sequence[np.ndarray], milliseconds: int
 ) -> None:
-  """Writes uint8 (H, W, 3) frames that begin anew after a second's rest."""
+  """Writes uint8 (H, W, 3) frames as a loop with a pause of one second."""
   first, *others = (Image.fromarray(frame) for frame in frames)
   with paths.atomic_write(path) as part:
     first.save(
@@ -61,7 +61,7 @@ def save_gif(
 
 
 def save_npz(path: pathlib.Path, images: np.ndarray) -> None:
-  """Writes uint8 (N, H, W, C) as `images`."""
+  """Writes uint8 (N, H, W, C) as the array `images`."""
   with paths.atomic_write(path) as part, part.open('wb') as file:
     np.savez(file, images=images)
 
@@ -69,10 +69,10 @@ def save_npz(path: pathlib.Path, images: np.ndarray) -> None:
 def grid(
   images: np.ndarray, columns: int | None = None, width: int = 800
 ) -> np.ndarray:
-  """Tiles images (N, H, W, C) row by row, with a border, enlarged.
+  """Tiles images (N, H, W, C) row by row, with borders.
 
-  Small images are repeated pixel by pixel until the whole is about `width`
-  pixels wide, so that a person can see them.
+  Small images are enlarged by repeating pixels until the grid is about `width`
+  pixels wide.
   """
   N, H, W, C = images.shape
   columns = columns or math.ceil(math.sqrt(N))

@@ -1,10 +1,9 @@
-"""One writer at a time in a workdir.
+"""A lock, so that only one program at a time writes into a workdir.
 
-The lock is one of POSIX on the file `.lock`, which ends with its process
-however that ends, and which NFS, Lustre and the like share between machines.
-Where a file system has none (object storage), the file is a heartbeat instead:
-it is written anew every `BEAT` seconds, and one that stands still is of a
-program that is gone.
+It is a POSIX lock on the file `.lock`: it is released however its process ends,
+and NFS, Lustre and the like share it between machines. File systems without
+locks and object storage use a heartbeat: the holder rewrites the file every
+`BEAT` seconds, and a file that does not change is from a program that is gone.
 """
 
 import contextlib
@@ -27,9 +26,9 @@ from ddpm_jax.storage import paths
 
 NAME = '.lock'
 BEAT = 20.0  # seconds
-# For the last program to save: who starts a run again may be faster.
+# Time for an ending program to save: a run may be restarted before that.
 WAIT = 20.0
-# Without a beat for so long a program counts as gone.
+# A program without a heartbeat for this long counts as gone.
 GONE = 3 * BEAT
 _HELD = errno.EACCES, errno.EAGAIN
 _NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL
@@ -37,14 +36,14 @@ _NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL
 
 @contextlib.contextmanager
 def held(folder: pathlib.Path, *, new: bool = False) -> Iterator[None]:
-  """Makes this program the only writer in `folder`, which is made if need be.
+  """Makes this program the only writer in `folder`; makes the folder if needed.
 
-  A folder that was made for this, or is `new`, is removed in the end if nothing
-  was written into it. Of several processes, the first holds the lock for all.
+  A folder that was made here, or is `new`, is removed at the end if nothing was
+  written into it. Process 0 holds the lock for all processes.
 
   Raises:
-    UserError: another program holds it.
-    OSError: the folder cannot be written.
+    UserError: If another program holds the lock.
+    OSError: If the folder cannot be written.
   """
   if not processes.is_primary():
     yield
@@ -86,7 +85,7 @@ def _refuse(file: pathlib.Path, text: str) -> errors.UserError:
     who = ''
   return errors.UserError(
     f'another program is writing into {file.parent}{who}: wait for it, stop '
-    'it, or name another --workdir'
+    'it, or choose another --workdir'
   )
 
 
@@ -95,7 +94,7 @@ def _posix(path: pathlib.Path) -> Iterator[None]:
   late = time.monotonic() + WAIT
   said = False
   while True:
-    # Not emptied when it is opened: it may be another's.
+    # Do not truncate it yet: another program may hold it.
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), 'r+') as file:
       try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,7 +112,7 @@ def _posix(path: pathlib.Path) -> Iterator[None]:
         time.sleep(0.2)
         continue
       if not _is_still(file.fileno(), path):
-        continue  # Its last holder has just removed it.
+        continue  # Its previous holder has just removed it.
       file.truncate(0)
       file.write(json.dumps(_me()) + '\n')
       file.flush()
@@ -128,7 +127,7 @@ def _posix(path: pathlib.Path) -> Iterator[None]:
 
 
 def _is_still(descriptor: int, path: pathlib.Path) -> bool:
-  """Whether the open file is the one of that name."""
+  """Whether `path` is still the open file."""
   with contextlib.suppress(FileNotFoundError):
     return os.path.samestat(os.fstat(descriptor), os.stat(path))
   return False
@@ -138,7 +137,7 @@ def _is_still(descriptor: int, path: pathlib.Path) -> bool:
 def _beating(path: pathlib.Path) -> Iterator[None]:
   before = path.read_text() if path.exists() else ''
   if before.strip():
-    logs.say(f'{path} is there: waiting {GONE:.0f} s, to see if it is in use')
+    logs.say(f'{path} exists: waiting {GONE:.0f} s to see if it is in use')
     late = time.monotonic() + GONE
     while time.monotonic() < late:
       time.sleep(min(1.0, BEAT / 4))
@@ -154,13 +153,13 @@ def _beating(path: pathlib.Path) -> Iterator[None]:
 
   beat()
   time.sleep(min(1.0, BEAT / 4))
-  if not mine():  # another came at the same moment
+  if not mine():  # Another program has written it at the same moment.
     raise _refuse(path, path.read_text())
   ended = threading.Event()
 
   def beats() -> None:
     while not ended.wait(BEAT):
-      # Storage that fails now and then must not end a run.
+      # An occasional failure of the storage must not end a run.
       with contextlib.suppress(Exception):
         beat()
 

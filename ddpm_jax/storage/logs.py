@@ -1,6 +1,7 @@
 """The logs of a run: metrics.jsonl, TensorBoard, W&B, the progress bar."""
 
 import contextlib
+import contextvars
 import functools
 import importlib.util
 import io
@@ -36,13 +37,36 @@ T = TypeVar('T')
 WANDB_INSTALL = "pip install -e '.[wandb]'"
 
 
-def say(message: str) -> None:
-  """Prints a line to stderr, above the progress bar.
+_shown: contextvars.ContextVar[bool] = contextvars.ContextVar(
+  'shown', default=True
+)
 
-  With several processes, only the first one prints.
-  """
-  if processes.is_primary():
+
+@contextlib.contextmanager
+def shown(progress: bool) -> Iterator[None]:
+  """Shows or hides messages and progress bars, as a Python caller wants."""
+  token = _shown.set(progress)
+  try:
+    yield
+  finally:
+    _shown.reset(token)
+
+
+def _is_shown() -> bool:
+  """Whether this process prints: the first of several, if not hidden."""
+  return processes.is_primary() and _shown.get()
+
+
+def say(message: str) -> None:
+  """Prints a line to stderr, above the progress bar, if shown."""
+  if _is_shown():
     tqdm.tqdm.write(message, file=sys.stderr)
+
+
+def result(message: str) -> None:
+  """Prints a line to stdout, if shown."""
+  if _is_shown():
+    print(message)
 
 
 def read(path: pathlib.Path) -> list[dict[str, float]]:
@@ -489,7 +513,7 @@ def _bar(
     initial=initial,
     unit=unit,
     postfix=shown,
-    disable=not processes.is_primary(),
+    disable=not _is_shown(),
     file=sys.stderr if terminal else _Lines(sys.stderr),
     dynamic_ncols=True,
     leave=None,  # keep it, unless it is inside another bar

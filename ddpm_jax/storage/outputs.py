@@ -1,8 +1,8 @@
-"""Where images go: a folder of PNG files, one grid (.png) or an array (.npz).
+"""Writes images: a folder of PNG files, one grid (.png) or an array (.npz).
 
-How they were made stands beside them as JSON: `samples.json` in a folder,
-`a.json` beside `a.png` or `a.npz`. A folder never holds images that were made
-in different ways.
+A JSON file beside them says how they were made: `samples.json` in a folder,
+`a.json` beside `a.png` or `a.npz`. All images in a folder are made with the
+same settings.
 """
 
 import json
@@ -21,39 +21,39 @@ from ddpm_jax.storage import paths
 from ddpm_jax.storage import workdir
 
 ABOUT = 'samples.json'
-# Names that end so are of files, and not of the kinds that are written here.
+# Suffixes of files that are not written here; other names are folders.
 OTHER_FILES = (
   *('.apng', '.avif', '.bmp', '.csv', '.gif', '.gz', '.h5', '.heic', '.jp2'),
   *('.jpeg', '.jpg', '.json', '.jxl', '.mp4', '.npy', '.pdf', '.pgm', '.pkl'),
   *('.ppm', '.pt', '.svg', '.tar', '.tga', '.tif', '.tiff', '.txt', '.webp'),
   '.zip',
 )
-# These may differ where images are made again.
+# Keys that may differ if images are made again.
 FREE = ('images', 'complete')
 
 About = dict[str, Any]
 
 
 def kind(output: pathlib.Path) -> str:
-  """'.png', '.npz', or '' for a folder.
+  """Returns '.png', '.npz', or '' for a folder.
 
   Raises:
-    UserError: the name is of a file of another kind.
+    UserError: If the suffix is that of another kind of file.
   """
   suffix = output.suffix.lower()
   if suffix in OTHER_FILES:
     raise errors.UserError(
-      f'--output={output}: {suffix} files are not written; name a folder (a '
-      'PNG each), a .png (one grid) or an .npz'
+      f'--output={output}: {suffix} files are not supported; choose a folder '
+      '(one PNG per image), a .png (one grid) or an .npz'
     )
   return suffix if suffix in ('.png', '.npz') else ''
 
 
 def prepare(output: pathlib.Path) -> None:
-  """Makes the folders, before minutes are spent.
+  """Makes the folders and checks that they can be written.
 
   Raises:
-    UserError: it cannot be written, or holds images of unknown origin.
+    UserError: If they cannot, or hold images of unknown origin.
   """
   ending = kind(output)
   workdir.create(output.parent if ending else output)
@@ -63,7 +63,7 @@ def prepare(output: pathlib.Path) -> None:
   if found and not _about_path(output).exists():
     raise errors.UserError(
       f'{output} holds other images, such as {found[0]}, and no {ABOUT} that '
-      'says how they were made: name another --output'
+      'says how they were made: choose another --output'
     )
 
 
@@ -71,8 +71,8 @@ def check(output: pathlib.Path, count: int, about: About) -> None:
   """Prepares `output`, and refuses to mix `count` images with others there.
 
   Raises:
-    UserError: it cannot be written, or holds images made in another way, or
-      more images.
+    UserError: If it cannot be written, or holds images that were made with
+      other settings, or more than `count` images.
   """
   prepare(output)
   there, found = _read(_about_path(output)), _found(output)
@@ -80,7 +80,7 @@ def check(output: pathlib.Path, count: int, about: About) -> None:
     return
   here = json.loads(json.dumps(about))
   if output.resolve().is_relative_to(here['run']):
-    here['run'] = there['run']  # The run may have been moved, images and all.
+    here['run'] = there['run']  # The run may have been moved with its images.
   differ = [
     f'{key} ({there.get(key, "absent")!r} there, {here.get(key, "absent")!r} '
     'here)'
@@ -89,14 +89,14 @@ def check(output: pathlib.Path, count: int, about: About) -> None:
   ]
   if differ:
     raise errors.UserError(
-      f'{output} holds images that were made in another way; these differ: '
-      f'{", ".join(differ)}. Name another --output'
+      f'{output} holds images made with other settings; these differ: '
+      f'{", ".join(differ)}. Choose another --output'
     )
   others = set(found) - set(_names(count))
   if others:
     raise errors.UserError(
       f'{output} holds other images, such as {min(others)}, beyond the {count} '
-      'asked for: name another --output'
+      'requested: choose another --output'
     )
 
 
@@ -108,16 +108,16 @@ def save(
   *,
   picture: Callable[[np.ndarray], np.ndarray] = images.grid,
 ) -> None:
-  """Writes `count` images, and last how they were made.
+  """Writes `count` images, and then the JSON file that describes them.
 
-  Of several processes the first one writes; all must draw.
+  Only process 0 writes, but all processes must iterate over `batches`.
 
   Args:
-    output: a folder, a .png or an .npz.
-    batches: the images, a batch (b, H, W, C) at a time.
-    count: how many there will be.
-    about: how they are made.
-    picture: makes one picture of all (N, H, W, C), for a .png.
+    output: A folder, a .png or an .npz.
+    batches: The images, in batches (b, H, W, C).
+    count: Number of images.
+    about: How they are made.
+    picture: Makes one image of all (N, H, W, C), for a .png.
   """
   if not processes.is_primary():
     for _ in batches:
@@ -126,13 +126,13 @@ def save(
   ending, path = kind(output), _about_path(output)
   if ending:
     drawn = np.concatenate(list(batches))
-    path.unlink(missing_ok=True)  # It is of the file that is replaced now.
+    path.unlink(missing_ok=True)  # It describes the file that is replaced.
     if ending == '.npz':
       images.save_npz(output, drawn)
     else:
       images.save_png(output, picture(drawn))
   else:
-    # Should this be killed, what is there can be told apart, and made again.
+    # Written first, so that after a kill the images can be recognized.
     _write(path, {**about, 'images': count, 'complete': False})
     name, written = iter(_names(count)), [path]
     try:
@@ -140,7 +140,7 @@ def save(
         for image in batch:
           written.append(output / next(name))
           images.save_png(written[-1], image)
-    except errors.RunError:  # Some are not finite: all or none.
+    except errors.RunError:  # Some are not finite: write all or none.
       for file in written:
         file.unlink(missing_ok=True)
       raise
@@ -148,7 +148,7 @@ def save(
 
 
 def _found(output: pathlib.Path) -> list[str]:
-  """The images of a folder; none of a file, which is replaced as a whole."""
+  """Returns the images in a folder; [] for a file, which would be replaced."""
   if kind(output):
     return []
   return sorted(path.name for path in output.glob('*.png'))
@@ -163,10 +163,10 @@ def _about_path(output: pathlib.Path) -> pathlib.Path:
 
 
 def _read(path: pathlib.Path) -> About | None:
-  """How the images beside it were made; None if there is no such file.
+  """Reads how the images beside a file were made; None if it does not exist.
 
   Raises:
-    UserError: it is a file of something else, which must not be lost.
+    UserError: If the file is about something else, and must not be replaced.
   """
   if not path.exists():
     return None
@@ -176,8 +176,8 @@ def _read(path: pathlib.Path) -> About | None:
     values = None
   if not isinstance(values, dict) or not {'mode', 'run'} <= values.keys():
     raise errors.UserError(
-      f'{path} is there, and would be replaced, but is not about images: name '
-      'another --output, or remove it'
+      f'{path} would be replaced, but does not describe images: choose another '
+      '--output, or remove it'
     )
   return values
 

@@ -1,7 +1,7 @@
-"""Where a run may be: a folder of this machine, or gs://BUCKET/FOLDER.
+"""Paths on this machine or in object storage, gs://BUCKET/FOLDER.
 
-Only here is it decided which. A path of gs:// has the methods of `pathlib.Path`
-that are used in this package, so annotations say `pathlib.Path` for both.
+Only this module distinguishes them. A path of gs:// has the methods of
+`pathlib.Path` that this package uses, so annotations say `pathlib.Path`.
 """
 
 import contextlib
@@ -22,19 +22,19 @@ from ddpm_jax import errors
 T = TypeVar('T')
 
 GS = 'gs://'
-# `gs:/bucket` is what is left of gs:// where a script has tidied it up.
+# `gs:/bucket` is gs:// after a script has normalized the path.
 _URL = re.compile(
   r'://|^\s*(gs|gcs|s3|s3a|az|abfs|hf|https?|hdfs|file):', re.IGNORECASE
 )
-# Patterns and parts of URLs, to Orbax and fsspec.
+# Orbax and fsspec read these as patterns or parts of URLs.
 _ODD = re.compile(r'://|[*?#%\[\]\x00-\x1f]')
 
 
 def path(text: str) -> pathlib.Path:
-  """The path that a user has named.
+  """Returns the path that a user has given, local or of gs://.
 
   Raises:
-    UserError: it is of storage that cannot be used, or gcsfs is missing.
+    UserError: If its storage is not supported, or gcsfs is not installed.
   """
   if not text.startswith(GS):
     return local(text)
@@ -54,10 +54,10 @@ def path(text: str) -> pathlib.Path:
 
 
 def local(text: str) -> pathlib.Path:
-  """Like `path`, where only files of this machine can be read.
+  """Like `path`, for local files only.
 
   Raises:
-    UserError: it is a URL, of gs:// too.
+    UserError: If it is a URL, including gs://.
   """
   if text.startswith(GS):
     raise errors.UserError(
@@ -65,14 +65,14 @@ def local(text: str) -> pathlib.Path:
     )
   if _URL.search(text):
     raise errors.UserError(
-      f'{text} is not a path that can be used: name a folder or file of this '
+      f'{text} is not a supported path: choose a folder or file of this '
       'machine, or gs://BUCKET/NAME'
     )
   return pathlib.Path(text)
 
 
 def of_key(key: str, text: str, read: Callable[[str], T]) -> T:
-  """`read(text)`, with the key of the recipe in what is wrong with it."""
+  """Returns `read(text)`; its error messages begin with the recipe's key."""
   try:
     return read(text)
   except errors.UserError as e:
@@ -80,15 +80,15 @@ def of_key(key: str, text: str, read: Callable[[str], T]) -> T:
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-  """Whether it is in object storage, not on this machine."""
+  """Whether a path is in object storage."""
   return os.fspath(path).startswith(GS)
 
 
 def check(path: Any, *, write: bool = False) -> None:
-  """Tries a path of gs://; all others are left to who uses them.
+  """Tries to access a path of gs://; does not check local paths.
 
   Raises:
-    UserError: there is no such bucket, or it may not be read (or written).
+    UserError: If there is no such bucket, or it may not be read (or written).
   """
   if path is not None and is_remote(path):
     path.check(write=write)
@@ -96,10 +96,10 @@ def check(path: Any, *, write: bool = False) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A file to write that becomes `path` when it is done: never half a file.
+  """Yields a temporary file that replaces `path` when it is complete.
 
-  It has a name of its own: others may be writing the same file. For gs:// it is
-  a local file, which is sent in one piece.
+  Its name is unique, as others may write the same file. For gs:// it is a local
+  file, which is uploaded in one piece.
   """
   if is_remote(path):
     with tempfile.TemporaryDirectory() as folder:
@@ -116,9 +116,9 @@ def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def move(path: pathlib.Path, name: str) -> pathlib.Path:
-  """Gives a file another name in its folder; returns that."""
+  """Renames a file within its folder; returns the new path."""
   other = path.with_name(name)
-  if is_remote(path):  # which has no rename
+  if is_remote(path):  # Object storage has no rename.
     other.write_bytes(path.read_bytes())
     path.unlink()
   else:
@@ -127,7 +127,7 @@ def move(path: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def append(path: pathlib.Path) -> TextIO:
-  """A text file to add lines to; `flush` returns when all are in it."""
+  """Opens a text file to append lines; `flush` returns when all are stored."""
   if is_remote(path):
     return path.append()  # type: ignore[attr-defined]
   return path.open('a', buffering=1)
@@ -135,9 +135,9 @@ def append(path: pathlib.Path) -> TextIO:
 
 @contextlib.contextmanager
 def mirrored(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A local folder to write into: `path`, or one whose files are sent there.
+  """Yields a local folder to write into: `path`, or a temporary one for gs://.
 
-  They are sent in the end, and by `send` before that.
+  Its files are then uploaded at the end, and whenever `send` is called.
   """
   if not is_remote(path):
     yield path
@@ -150,14 +150,14 @@ def mirrored(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def send(folder: pathlib.Path, path: pathlib.Path) -> None:
-  """Puts the files of a local folder into `path`, if that is of gs://."""
+  """Uploads the files of a local folder to `path`, if that is of gs://."""
   if is_remote(path):
     for file in folder.iterdir():
       (path / file.name).put(file)  # type: ignore[attr-defined]
 
 
 def remove_tree(path: pathlib.Path) -> None:
-  """Removes a folder and all that is in it."""
+  """Removes a folder and its content."""
   if is_remote(path):
     path.rmtree()  # type: ignore[attr-defined]
   else:

@@ -1,7 +1,7 @@
-"""JSON files of results: a list of entries, one for each way of measuring.
+"""JSON files of results: lists of entries, one for each setting.
 
-An entry says how it was made and what was found. What is measured again takes
-the place of an entry that was made in the very same way, and of no other.
+An entry holds the settings of a measurement and its results. A new measurement
+replaces only the entry with exactly the same settings.
 """
 
 import json
@@ -19,12 +19,12 @@ Entry = dict[str, Any]
 
 
 def read(path: pathlib.Path, name: str, mark: str) -> dict[str, Any]:
-  """The lists of a file, by name; {} if there is no file.
+  """Returns {name: entries} of a file; {} if there is no file.
 
-  A file of an earlier version is one entry, which has the key `mark`: it comes
-  back as a list `name` of it, beside the lists of objects that were in it. A
-  damaged file is warned of and counts as none: it must not cost what was
-  measured now. `add` keeps it under another name.
+  A file of an earlier version is a single entry, recognized by the key `mark`.
+  It is returned as a list `name` of one entry, beside the lists of objects that
+  it holds. A damaged file counts as missing, with a warning, so that new
+  results are not lost; `add` renames it.
   """
   try:
     return _read(path, name, mark)
@@ -61,10 +61,10 @@ def _is_list(value: Any) -> bool:
 
 
 def text(values: dict[str, Any], path: pathlib.Path) -> str:
-  """What to write into the file.
+  """Returns the text to write into the file.
 
   Raises:
-    RunError: a number is not finite.
+    RunError: If a number is not finite.
   """
   try:
     return json.dumps(values, indent=2, allow_nan=False) + '\n'
@@ -80,22 +80,21 @@ def add(
   """Adds an entry to a list of the file, and returns the list.
 
   Args:
-    path: the file, which is written anew. A damaged one is kept, under another
-      name.
-    name: of the list.
-    mark: see `read`.
-    entry: how it was made, and what was found.
-    found: the keys of what was found; all others say how.
+    path: The file, which is rewritten. A damaged one is renamed first.
+    name: Name of the list.
+    mark: See `read`.
+    entry: The settings and the results.
+    found: The keys of the results; all others are settings.
 
   Raises:
-    RunError: a number is not finite.
+    RunError: If a number is not finite.
   """
 
   def made(entry: Entry) -> Entry:
     return {k: v for k, v in entry.items() if k not in found}
 
   entry = json.loads(text(entry, path))  # tuples are lists, as in the file
-  # Read only now: another program may have added to it in the meantime.
+  # Read as late as possible: another program may have added an entry.
   try:
     before = _read(path, name, mark)
   except errors.UserError as e:

@@ -1,5 +1,5 @@
 """The folder of a run: config.json, classes.json, data.npz, changes.json,
-metrics.jsonl, checkpoints/, pictures.
+metrics.jsonl, checkpoints/ and images.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ from ddpm_jax.storage import paths
 
 
 def default(recipe: str) -> pathlib.Path:
-  """Makes a new folder named after the recipe and the time, under runs/.
+  """Makes a new folder under runs/, named after the recipe and the time.
 
   Raises:
-    UserError: runs/ cannot be written.
+    UserError: If runs/ cannot be written.
   """
   now = datetime.datetime.now().strftime('%Y-%m-%d_%H-%M-%S')
   first = pathlib.Path('runs') / f'{recipe}_{now}'
@@ -37,17 +37,17 @@ def default(recipe: str) -> pathlib.Path:
     with contextlib.suppress(FileExistsError):  # begun in the same second
       first.with_name(name).mkdir(parents=True)
       return first.with_name(name)
-  raise AssertionError('there is no end of numbers')
+  raise AssertionError('unreachable')
 
 
 def cache() -> pathlib.Path | None:
-  """Where what is dear to make is kept for other runs; None: nowhere.
+  """Returns the cache that runs share, or None if it cannot be written.
 
-  A user may have no home, or one that cannot be written.
+  A user may have no home folder, or one that is not writable.
   """
   home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   path = pathlib.Path(home) / 'ddpm_jax'
-  if not path.is_absolute():  # the ~ of nobody
+  if not path.is_absolute():  # ~ is not expanded for a user without a home.
     return None
   try:
     create(path)
@@ -57,10 +57,10 @@ def cache() -> pathlib.Path | None:
 
 
 def check(path: pathlib.Path) -> None:
-  """Refuses a folder that `create` would refuse, and makes nothing.
+  """Like `create`, without making the folder.
 
   Raises:
-    UserError: if it is a file, or cannot be written.
+    UserError: If it is a file, or cannot be written.
   """
   if paths.is_remote(path):
     paths.check(path, write=True)
@@ -70,16 +70,16 @@ def check(path: pathlib.Path) -> None:
 
 
 def create(path: pathlib.Path) -> None:
-  """Makes the folder, if need be, and tries to write into it.
+  """Makes the folder if needed, and tries to write into it.
 
   Raises:
-    UserError: if it is a file, or cannot be written.
+    UserError: If it is a file, or cannot be written.
   """
   _try(path, path)
 
 
 def _try(path: pathlib.Path, there: pathlib.Path) -> None:
-  """Makes the folder `there`, and tries to write into it, for `path`."""
+  """Makes and tries `there`, which is `path` or its nearest existing parent."""
   if paths.is_remote(there):
     paths.check(there, write=True)
     return
@@ -89,21 +89,21 @@ def _try(path: pathlib.Path, there: pathlib.Path) -> None:
       pass
   except (FileExistsError, NotADirectoryError):
     raise errors.UserError(
-      f'{path} is a file, or inside one: name a folder'
+      f'{path} is a file, or inside one: choose a folder'
     ) from None
   except OSError as e:
     raise errors.UserError(f'cannot write into {path}: {e.strerror}') from None
 
 
 def check_writable(path: pathlib.Path, otherwise: str) -> None:
-  """Refuses a run that cannot be written into, before there is any work.
+  """Checks, before any work, that the folder of a run can be written.
 
   Args:
-    path: its folder.
-    otherwise: what to do, for the message.
+    path: The folder.
+    otherwise: What to do if not, for the message.
 
   Raises:
-    UserError: it cannot be written.
+    UserError: If it cannot be written.
   """
   try:
     check(path)
@@ -112,10 +112,10 @@ def check_writable(path: pathlib.Path, otherwise: str) -> None:
 
 
 def check_run(path: pathlib.Path | None) -> None:
-  """Refuses a folder that holds no run, or none.
+  """Checks that `path` is a folder with a run.
 
   Raises:
-    UserError: naming the newest runs, if there are any under runs/.
+    UserError: If it is not, with the newest runs under runs/.
   """
   parts = 'config.json', 'checkpoints'
   if path is not None and any((path / part).exists() for part in parts):
@@ -132,7 +132,7 @@ def check_run(path: pathlib.Path | None) -> None:
 
 
 def has_checkpoint(path: pathlib.Path) -> bool:
-  """Whether the run has saved a checkpoint, be it damaged."""
+  """Whether the run has saved a checkpoint, even a damaged one."""
   return any(
     re.fullmatch(r'\d+(\.damaged-.*)?', folder.name)
     for folder in (path / 'checkpoints').glob('*')
@@ -140,12 +140,12 @@ def has_checkpoint(path: pathlib.Path) -> bool:
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any] | None:
-  """The resolved recipe of the run, or None if none has begun here.
+  """Returns the resolved recipe of the run, or None if there is no run.
 
   Raises:
-    UserError: if config.json is damaged.
+    UserError: If config.json is damaged.
   """
-  return _read(path / 'config.json', dict, 'no recipe')
+  return _read(path / 'config.json', dict, 'a recipe')
 
 
 def write_config(path: pathlib.Path, config: dict[str, Any]) -> None:
@@ -153,12 +153,12 @@ def write_config(path: pathlib.Path, config: dict[str, Any]) -> None:
 
 
 def read_classes(path: pathlib.Path) -> tuple[str, ...] | None:
-  """The names of the classes 0, 1, ... of the run, or None if none are saved.
+  """Returns the names of the classes 0, 1, ... of the run, or None.
 
   Raises:
-    UserError: if classes.json is damaged.
+    UserError: If classes.json is damaged.
   """
-  names = _read(path / 'classes.json', list, 'no names of classes')
+  names = _read(path / 'classes.json', list, 'a list of class names')
   return None if names is None else tuple(map(str, names))
 
 
@@ -167,19 +167,19 @@ def write_classes(path: pathlib.Path, names: Sequence[str]) -> None:
 
 
 def keeps_no_classes(path: pathlib.Path) -> bool:
-  """Whether a run was begun here before there was a classes.json."""
-  # In this order: a run that begins writes classes.json first.
+  """Whether an earlier version, without classes.json, began the run."""
+  # Check in this order, as a new run writes classes.json first.
   begun = any((path / name).exists() for name in ('config.json', 'checkpoints'))
   return begun and not (path / 'classes.json').exists()
 
 
-def _read(file: pathlib.Path, kind: type, otherwise: str) -> Any:
-  """The JSON of a file, None if there is none; refused where not of `kind`."""
+def _read(file: pathlib.Path, kind: type, what: str) -> Any:
+  """Returns the value of a JSON file, or None; refuses one not of `kind`."""
   if not file.is_file():
     return None
   found = jsonfile.read(file)
   if not isinstance(found, kind):
-    raise errors.UserError(f'{file} is damaged: it holds {otherwise}')
+    raise errors.UserError(f'{file} is damaged: it does not hold {what}')
   return found
 
 
@@ -189,9 +189,9 @@ def _write(file: pathlib.Path, values: Any) -> None:
 
 
 def read_data(path: pathlib.Path) -> tuple[np.ndarray, ...] | None:
-  """The arrays that `write_data` has kept; None if there are none.
+  """Returns the arrays that `write_data` has saved, or None.
 
-  A damaged file is warned of, and counts as none.
+  A damaged file counts as missing, with a warning.
   """
   file = path / 'data.npz'
   if not file.exists():
@@ -199,13 +199,13 @@ def read_data(path: pathlib.Path) -> tuple[np.ndarray, ...] | None:
   try:
     with file.open('rb') as whole:
       return tuple(npz.load(whole).values())
-  except Exception as e:  # zipfile's, zlib's and NumPy's own
+  except Exception as e:  # zipfile, zlib and NumPy have own types.
     logging.warning('%s is damaged, not used: %s', file, e)
     return None
 
 
 def write_data(path: pathlib.Path, arrays: Sequence[np.ndarray]) -> None:
-  """Writes data.npz: hashes of the data, to notice that they have changed."""
+  """Writes data.npz: hashes of the data, to detect changes."""
   with paths.atomic_write(path / 'data.npz') as part, part.open('wb') as file:
     np.savez(file, *arrays)
 
@@ -214,37 +214,37 @@ def add_change(path: pathlib.Path, change: dict[str, Any]) -> None:
   """Appends an entry to changes.json: what changed, and at which step."""
   file = path / 'changes.json'
   try:
-    before = _read(file, list, 'no list') or []
+    before = _read(file, list, 'a list') or []
   except errors.UserError as e:
-    logging.warning('%s; it is begun anew', e)
+    logging.warning('%s; it is replaced', e)
     before = []
   _write(file, [*before, change])
 
 
 def mark_imported(path: pathlib.Path, whence: str) -> None:
-  """Keeps in the folder that its run began from weights made elsewhere."""
+  """Marks the run in the folder as begun from imported weights."""
   text = json.dumps({'weights': whence}, indent=2)
   (path / 'imported.json').write_text(text + '\n')
 
 
 def is_imported(path: pathlib.Path) -> bool:
-  """Whether the run began from weights made elsewhere, not from random ones."""
+  """Whether the run began from imported weights, not from random ones."""
   return (path / 'imported.json').exists()
 
 
 def wait_for_config(
   path: pathlib.Path, config: dict[str, Any], seconds: float = 90
 ) -> None:
-  """Returns when config.json, which another process writes, says that.
+  """Waits until config.json, which process 0 writes, holds `config`.
 
   Raises:
-    UserError: if it does not come to.
+    UserError: If it does not within `seconds`.
   """
   late = time.monotonic() + seconds  # Some network file systems take a minute.
   while read_config(path) != config:
     if time.monotonic() > late:
       raise errors.UserError(
         f'{path} is not one folder for all processes, or they were given '
-        'different recipes: name a --workdir on a disk that they share'
+        'different recipes: choose a --workdir on a disk that they share'
       )
     time.sleep(0.2)

@@ -9,6 +9,7 @@ lines of the package, its longest function and its longest file.
 """
 
 import ast
+import functools
 import pathlib
 import sys
 import types
@@ -30,10 +31,15 @@ def called(work: Callable[[], object]) -> dict[types.CodeType, str]:
   """{code: file} of our functions that `work` calls."""
   found: dict[types.CodeType, str] = {}
 
+  @functools.cache
+  def ours(filename: str) -> str | None:
+    path = pathlib.Path(filename).resolve()
+    here = any(path.is_relative_to(x) for x in OURS)
+    return str(path.relative_to(ROOT)) if here else None
+
   def profile(frame: types.FrameType, event: str, _: object) -> None:
-    path = pathlib.Path(frame.f_code.co_filename).resolve()
-    if event == 'call' and any(path.is_relative_to(x) for x in OURS):
-      found[frame.f_code] = str(path.relative_to(ROOT))
+    if event == 'call' and (file := ours(frame.f_code.co_filename)):
+      found[frame.f_code] = file
 
   sys.setprofile(profile)
   try:
@@ -70,8 +76,11 @@ def sample() -> None:
   config = recipe.resolve('configs/cifar.py', None, {})
   validate.check(config)
   params = jax.eval_shape(lambda: build.init_state(config)).params
-  index = jax.ShapeDtypeStruct((4,), jnp.int32)
-  jax.eval_shape(sampling.sampler(config, 0), params, index)
+  rows = {
+    'seed': jax.ShapeDtypeStruct((4,), jnp.uint32),
+    'index': jax.ShapeDtypeStruct((4,), jnp.int32),
+  }
+  jax.eval_shape(sampling.sampler(config), params, rows)
 
 
 def functions(path: pathlib.Path) -> list[tuple[int, str]]:
