@@ -29,7 +29,7 @@ from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import spacings
 from ddpm_jax.diffusion import variances
-from ddpm_jax.jobs import few_steps
+from ddpm_jax.study import few_steps
 
 T = 4096
 S = schedules.linear(T, 0.1 / T, 20 / T)
