@@ -715,8 +715,8 @@ def test_flags_that_do_not_go_together_are_told(tmp_path, converted):
     ([f'--input={model}'], 'convert takes'),
     (['--output=x'], 'convert takes'),
     ([f'--input={model}', f'--workdir={run}', '--output=x'], 'convert takes'),
-    ([f'--input={model}', f'--output={run}'], 'is there already'),
-    ([f'--workdir={run}', f'--output={run}'], 'is there already'),
+    ([f'--input={model}', f'--output={run}'], 'exists already'),
+    ([f'--workdir={run}', f'--output={run}'], 'exists already'),
     ([f'--workdir={tmp_path}/no', '--output=x'], 'no run in'),
     (
       [f'--input={model}', '--output=x', '--config.model.channels=8'],
