@@ -33,6 +33,7 @@ from ddpm_jax.diffusion import variances
 from ddpm_jax.models import condition as encoders
 from ddpm_jax.models import networks
 from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 
 
 def member(module: ModuleType, name: str, what: str) -> Any:
@@ -419,6 +420,26 @@ def mesh(
     UserError: if there are not as many.
   """
   wanted = config.parallel
-  return engines.make_mesh(
+  return meshes.make_mesh(
     *(wanted.data, wanted.fsdp, wanted.spatial), local=local, devices=devices
   )
+
+
+def engine(
+  config: ConfigDict,
+  *,
+  local: bool = False,
+  on: jax.sharding.Mesh | None = None,
+) -> engines.Engine:
+  """The recipe's engine, `jit` or `pmap`, on its devices.
+
+  Args:
+    config: The recipe.
+    local: Whether to use the devices of this process alone.
+    on: Another mesh than the recipe's.
+
+  Raises:
+    UserError: If there are too few devices.
+  """
+  made = mesh(config, local=local) if on is None else on
+  return engines.ENGINES[config.parallel.engine](made)

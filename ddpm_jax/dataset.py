@@ -231,6 +231,48 @@ def of_data(config: ConfigDict, source: store.Source, count: int) -> Any:
   return build.condition(config, {'text': batch['text']})
 
 
+def conditions(
+  config: ConfigDict,
+  prompts: Sequence[str],
+  labels: Sequence[str],
+  *,
+  folder: pathlib.Path | None,
+) -> Any:
+  """Prompts or labels as arrays with a row for each; None without either.
+
+  Args:
+    config: The recipe.
+    prompts: Texts, for a model of texts.
+    labels: Names or numbers of classes, for a model of classes.
+    folder: The workdir, which holds the names of the classes.
+
+  Raises:
+    UserError: If the model has no such condition, or no such class, or needs
+      a prompt and none is given.
+  """
+  kind = config.condition.name
+  if labels and kind != 'label':
+    raise errors.UserError(
+      '--label is for models of config.condition.name=label'
+    )
+  if prompts and kind in ('', 'label'):
+    raise errors.UserError(
+      '--prompt is for models of config.condition.name=text'
+    )
+  if labels:
+    saved = (folder and workdir.read_classes(folder)) or ()
+    numbers = [class_number(config, x, saved) for x in labels]
+    return np.array(numbers, np.int32)
+  if prompts:
+    return encode(config, prompts)
+  if kind not in ('', 'label') and config.condition.drop == 0:
+    raise errors.UserError(
+      'name a --prompt: with config.condition.drop=0 the network was never '
+      'trained without one'
+    )
+  return None
+
+
 def class_number(
   config: ConfigDict, name: str, saved: Sequence[str] = ()
 ) -> int:

@@ -14,6 +14,7 @@ import traceback
 import types
 from collections.abc import Collection
 from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -50,19 +51,21 @@ FROM_DATA = ('condition.classes', 'data.max_value')
 
 
 def resolve(
-  spec: str | None,
+  spec: str | ConfigDict | None,
   folder: pathlib.Path | None,
   changes: dict[str, str],
   *,
+  values: Mapping[str, Any] | None = None,
   allow: Collection[str] = (),
   recover: bool = False,
 ) -> ConfigDict:
   """The recipe of --config or else of --workdir, with `changes` made.
 
   Args:
-    spec: of --config.
+    spec: --config, or a recipe.
     folder: --workdir.
     changes: {key: text} of the command line.
+    values: {key: value} of Python.
     allow: see `check_same`.
     recover: whether a config.json that is damaged or missing is read from the
       newest checkpoint instead, with a warning; else it is refused.
@@ -73,7 +76,9 @@ def resolve(
       with another.
   """
   begun = saved(folder, recover=recover) if folder else None
-  if spec:
+  if isinstance(spec, ConfigDict):
+    config = spec
+  elif spec:
     config = load(spec)
   elif begun:
     config = begun.copy_and_resolve_references().lock()
@@ -81,7 +86,7 @@ def resolve(
     where = f'{folder} holds no run' if folder else 'no recipe'
     raise errors.UserError(f'{where}: name one, as --config=configs/digits.py')
   override(config, changes)
-  ranges.check(flatten(config))
+  set_keys(config, values or {})
   if folder and begun and workdir.has_checkpoint(folder):
     keep_found(config, begun)
     check_same(config, begun, folder, allow)
@@ -260,29 +265,56 @@ def _one_line(name: str, path: pathlib.Path) -> Iterator[None]:
     ) from e
 
 
-def override(config: ConfigDict, changes: dict[str, str]) -> None:
-  """Sets keys such as `model.channels` from their text, as the type demands.
+def override(config: ConfigDict, changes: Mapping[str, str]) -> None:
+  """Sets keys such as `model.channels` from text, parsed as the key's type.
 
   Raises:
-    UserError: for an unknown key, or a value of another type.
+    UserError: For an unknown key, or a value of another type.
   """
   for key, text in changes.items():
-    flat = flatten(config)
-    if key not in flat:
-      raise errors.unknown(
-        'key',
-        f'config.{key}',
-        [f'config.{k}' for k in flat],
-        others='configs/base.py explains them all',
-      )
-    value = text if isinstance(flat[key], str) else _parse(text)
-    try:
-      config.update_from_flattened_dict({key: value})
-    except (TypeError, ValueError):
-      raise errors.UserError(
-        f'config.{key}={errors.short(text)}: not of type '
-        f'{type(flat[key]).__name__}, like {flat[key]!r}'
-      ) from None
+    was = _value(config, key)
+    _set(config, key, text if isinstance(was, str) else _parse(text), text)
+
+
+def set_keys(config: ConfigDict, changes: Mapping[str, Any]) -> None:
+  """Sets keys such as `model.channels` to values of Python.
+
+  Raises:
+    UserError: For an unknown key, or a value of another type or out of range.
+  """
+  for key, value in changes.items():
+    _set(config, key, _tuples(value), value)
+  ranges.check(flatten(config))
+
+
+def changed_copy(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+  """A copy of a recipe with other values of some keys; see `set_keys`."""
+  config = config.copy_and_resolve_references()
+  set_keys(config, changes)
+  return config.lock()
+
+
+def _value(config: ConfigDict, key: str) -> Any:
+  flat = flatten(config)
+  if key not in flat:
+    raise errors.unknown(
+      'key',
+      f'config.{key}',
+      [f'config.{k}' for k in flat],
+      others='configs/base.py explains them all',
+    )
+  return flat[key]
+
+
+def _set(config: ConfigDict, key: str, value: Any, said: Any) -> None:
+  was = _value(config, key)
+  try:
+    config.update_from_flattened_dict({key: value})
+  except (TypeError, ValueError):
+    raise errors.UserError(
+      f'config.{key}={errors.short(said)}: not of type '
+      f'{type(was).__name__}, like {was!r}'
+    ) from None
 
 
 def _parse(text: str) -> Any:

@@ -1,72 +1,273 @@
-"""A run that was trained: its weights, and many images made with them."""
+"""A trained run: its recipe, its weights, and what can be computed with them.
 
+`ddpm_jax.load` and `ddpm_jax.train` return a `Run`; so do the jobs open one.
+"""
+
+import dataclasses
 import functools
 import math
 import pathlib
 from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax import recipe
 from ddpm_jax import sampling
+from ddpm_jax import validate
+from ddpm_jax.diffusion import denoiser as denoisers
+from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import training
 from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.storage import checkpoint
 from ddpm_jax.storage import logs
 from ddpm_jax.storage import workdir
 
+# (params, condition) -> batches of arrays with a row for each image
+Batches = Callable[..., Iterator[Any]]
 
-class Run(NamedTuple):
+
+@dataclasses.dataclass(frozen=True)
+class Run:
   """An opened workdir: a recipe, devices, and the weights of a checkpoint.
 
+  >>> run = ddpm_jax.load('runs/digits')
+  >>> images = run.sample(16, seed=1, steps=50, sampler='ddim')
+
   Attributes:
-    workdir: its folder.
-    config: the recipe.
-    mesh: the devices.
+    workdir: The folder; None for weights that are in no workdir.
+    config: The recipe.
+    engine: The compiler, and the devices.
     weights: 'EMA' or 'raw'.
-    step: of the checkpoint.
-    params: the weights.
-    seed: of what is drawn.
+    step: The training step of the weights.
+    params: The weights.
+    seed: The default seed of `sample` and `bits_per_dim`.
   """
 
-  workdir: pathlib.Path
+  workdir: pathlib.Path | None
   config: ConfigDict
-  mesh: jax.sharding.Mesh
+  engine: engines.Engine
   weights: str
   step: int
   params: Any
   seed: int
+  # Compiled functions by their settings, so that a second call is quick.
+  _compiled: dict[Any, Any] = dataclasses.field(
+    default_factory=dict, repr=False, compare=False
+  )
+
+  def sample(
+    self,
+    count: int,
+    *,
+    seed: int | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    guidance: float | None = None,
+    prompt: str | None = None,
+    label: str | int | None = None,
+    progress: bool = False,
+  ) -> np.ndarray:
+    """Draws samples, the same as `--mode=sample` with the same settings.
+
+    Image i depends on the seed and on i, not on `count` or the devices. The
+    first call with new settings compiles.
+
+    >>> sevens = run.sample(8, prompt='a seven', guidance=2)
+
+    Args:
+      count: Number of samples.
+      seed: Seed; by default that of the run.
+      steps: Number of sampler steps, at most T.
+      sampler: Name of a sampler, such as 'ddim', or a dotted path.
+      guidance: Scale of classifier-free guidance; 1 for none.
+      prompt: Text, for a model of texts.
+      label: Name or number of a class, for a model of classes. By default,
+        sample i is of class i modulo the number of classes.
+      progress: Whether to show messages and a progress bar.
+
+    Returns:
+      uint8 images (count, H, W, C); or float32 points (count, D).
+
+    Raises:
+      UserError: If a setting is not valid for this model.
+      RunError: If a sample is not finite.
+    """
+    if count < 1:
+      raise errors.UserError(f'count={count}: must be 1 or more')
+    run = self._with(
+      {
+        'seed': seed,
+        'sampler.steps': steps,
+        'sampler.name': sampler,
+        'sampler.guidance': guidance,
+      }
+    )
+    condition = run.condition(count, prompt=prompt, label=label)
+    seed = self.seed if seed is None else seed
+    with logs.shown(progress):
+      return dataclasses.replace(run, seed=seed).draw(count, condition)
+
+  def bits_per_dim(
+    self,
+    images: np.ndarray,
+    *,
+    draws: int | None = None,
+    seed: int | None = None,
+    prompt: str | None = None,
+    label: str | int | None = None,
+    progress: bool = False,
+  ) -> np.ndarray:
+    """Computes the variational bound of images in bits/dim  (eq. 5).
+
+    >>> bits = run.bits_per_dim(images, draws=10).mean()
+
+    Args:
+      images: uint8 (N, H, W, C) of the model's shape.
+      draws: Number of times t drawn per image, an unbiased estimate; 0 for all
+        T of them. By default `config.evaluate.draws`.
+      seed: Seed of the noise; by default that of the run.
+      prompt: Text of all images, for a model of texts.
+      label: Class of all images, for a model of classes.
+      progress: Whether to show messages and a progress bar.
+
+    Returns:
+      float64 (N,), an upper bound on -log2 p(x_0) / dimensions for each image.
+
+    Raises:
+      UserError: If the images are not of the model's shape and dtype.
+      RunError: If a term is not finite.
+    """
+    shape = recipe.shape(self.config)
+    images = np.asarray(images)
+    if not recipe.image_size(self.config):
+      raise errors.UserError('bits/dim are defined for images, not for points')
+    if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+      raise errors.UserError(
+        f'images are {images.dtype} of shape {images.shape}; bits_per_dim '
+        f'takes uint8 of shape (N, {", ".join(map(str, shape))})'
+      )
+    run = self._with({'seed': seed, 'evaluate.draws': draws})
+    n = len(images)
+    rows = {'image': images, 'index': np.arange(n, dtype=np.int32)}
+    given = run.condition(n, prompt=prompt, label=label)
+    if given is not None:
+      text = recipe.condition_kind(self.config) == 'text'
+      # A source gives several captions for each image.
+      rows['text' if text else 'label'] = (
+        jax.tree.map(lambda x: x[:, None], given) if text else given
+      )
+    elif self.config.condition.name:
+      raise errors.UserError(
+        f'this is a model of config.condition.name={self.config.condition.name}'
+        ': name the prompt= or label= of the images'
+      )
+    seed = self.seed if seed is None else seed
+    with logs.shown(progress):
+      found = run.map(
+        sampling.bound(run.config, seed), rows, name='the bound', key=seed
+      )
+    T = self.config.schedule.T
+    parts = likelihood.totals(likelihood.Bound(*found), T)
+    return np.asarray(sum(parts) * likelihood.BITS)
+
+  def denoiser(self, condition: Any = None) -> denoisers.Denoiser:
+    """The model p(x_{t-1} | x_t) with all T steps, for functions of your own.
+
+    It is pure: use it under `jax.jit`, `jax.vmap` and `jax.grad`.
+
+    >>> denoiser = run.denoiser()
+    >>> x0 = diffusion.denoiser.x0_hat(denoiser, x_t, t)
+
+    Args:
+      condition: Arrays with a row for each example, from `condition`; None for
+        none.
+    """
+    full = {'sampler.steps': self.config.schedule.T}
+    config = recipe.changed_copy(self.config, full)
+    return build.sampler(config).denoiser(self.params, condition)
+
+  def condition(
+    self,
+    count: int,
+    *,
+    prompt: str | None = None,
+    label: str | int | None = None,
+  ) -> Any:
+    """The condition of `count` examples, for `denoiser`.
+
+    Args:
+      count: Number of examples.
+      prompt: Text, for a model of texts.
+      label: Name or number of a class, for a model of classes.
+
+    Returns:
+      Arrays with `count` rows; None without prompt and label.
+
+    Raises:
+      UserError: If the model has no such condition.
+    """
+    rows = dataset.conditions(
+      self.config,
+      [] if prompt is None else [prompt],
+      [] if label is None else [str(label)],
+      folder=self.workdir,
+    )
+    return jax.tree.map(lambda x: np.repeat(x, count, axis=0), rows)
+
+  def draw(self, count: int, condition: Any = None) -> np.ndarray:
+    """Draws samples with the recipe's settings and the run's seed.
+
+    Args:
+      count: Number of samples.
+      condition: Arrays with a row for each sample; None for none, or for
+        classes in turn.
+
+    Returns:
+      uint8 images (count, H, W, C); or float32 points (count, D).
+    """
+    draw = sampler(self.config, self.engine, count, self._compiled)
+    return gather(x for x, _ in draw(self.params, condition, seed=self.seed))
 
   def map(
-    self, fn: Callable[[Any, Any], Any], rows: Any, *, name: str = 'the figure'
+    self,
+    fn: Callable[[Any, Any], Any],
+    rows: Any,
+    *,
+    name: str = 'the figure',
+    key: Any = None,
   ) -> Any:
-    """fn(params, rows) of arrays with a row an example, over all devices.
+    """Computes fn(params, rows) on all devices.
 
     Args:
       fn: (params, rows) -> arrays with as many rows, or a `sampling.Drawn`, of
         which the images are returned.
-      rows: arrays (n, ...).
-      name: of `fn`, for the line that says that it is compiled.
+      rows: Arrays (n, ...).
+      name: Name of `fn` in messages.
+      key: Identifies `fn` for later calls, which then do not compile again;
+        None for a function that is called once.
 
     Raises:
-      RunError: if an image, or a number, is not finite.
+      RunError: If a result is not finite.
     """
-    engine, n = self.config.parallel.engine, len(jax.tree.leaves(rows)[0])
-    # Filled up with copies of the last row, until all devices have as many.
-    index = np.arange(math.ceil(n / self.mesh.size) * self.mesh.size)
-    filled = jax.tree.map(lambda x: x[np.minimum(index, n - 1)], rows)
-    compiled = engines.compile_map(
-      fn, self.mesh, engine, self.params, name=name
+    n, size = len(jax.tree.leaves(rows)[0]), self.engine.mesh.size
+    # Padded with copies of the last row, to a multiple of the devices.
+    index = np.arange(math.ceil(n / size) * size)
+    padded = jax.tree.map(lambda x: x[np.minimum(index, n - 1)], rows)
+    compiled = _cached(
+      {} if key is None else self._compiled,
+      *(self.config, (name, key, len(index))),
+      lambda: self.engine.compile_map(fn, self.params, name=name),
     )
     with logs.Progress('drawing', n) as bar:
-      out = compiled(self.params, engines.put(filled, self.mesh, engine))
+      out = compiled(self.params, self.engine.put(padded))
       bar.update(n)
     out = jax.tree.map(lambda x: x[:n], out)
     if isinstance(out, sampling.Drawn):
@@ -76,16 +277,15 @@ class Run(NamedTuple):
       raise errors.RunError(f'{name} would be of numbers that are not finite')
     return out
 
-  def sample(self, count: int, condition: Any = None) -> np.ndarray:
-    """Uint8 images (count, H, W, C), or points (count, D).
-
-    Args:
-      count: how many.
-      condition: arrays with a row for each, as of `dataset.encode`; None for
-        none, or for classes in turn.
-    """
-    draw = sampler(self.config, self.mesh, count, self.seed)
-    return gather(images for images, _ in draw(self.params, condition))
+  def _with(self, keys: dict[str, Any]) -> 'Run':
+    """The run with other values of some keys; None leaves a key as it is."""
+    said = {key: value for key, value in keys.items() if value is not None}
+    if not said:
+      return self
+    config = recipe.changed_copy(self.config, said)
+    validate.unread(config, said, said)
+    validate.check(config)
+    return dataclasses.replace(self, config=config)
 
 
 def load(
@@ -95,25 +295,25 @@ def load(
   seed: int | None = None,
   step: int | None = None,
   key: str = 'sampler.weights',
-  mesh: jax.sharding.Mesh | None = None,
+  engine: engines.Engine | None = None,
 ) -> Run:
-  """Opens a workdir: the weights of its newest whole checkpoint.
+  """Opens a workdir whose recipe has been resolved and checked.
 
   Args:
-    config: its recipe, as of `recipe.resolve`.
-    workdir: its folder.
-    seed: of what is drawn; None for that of the recipe.
-    step: of another checkpoint than the newest.
-    key: the key of the recipe that says which weights, ema or raw.
-    mesh: other devices than those of the recipe.
+    config: The recipe, from `recipe.resolve`.
+    workdir: The folder.
+    seed: Seed; None for that of the recipe.
+    step: The checkpoint; None for the newest whole one.
+    key: The key of the recipe that names the weights, 'ema' or 'raw'.
+    engine: Another engine than the recipe's.
 
   Raises:
-    UserError: if there is no such checkpoint.
+    UserError: If there is no such checkpoint.
   """
-  mesh = build.mesh(config) if mesh is None else mesh
-  kind, step, params = restore(config, mesh, workdir, step, key=key)
+  engine = engine or build.engine(config)
+  kind, step, params = restore(config, engine.mesh, workdir, step, key=key)
   seed = config.seed if seed is None else seed
-  return Run(workdir, config, mesh, kind, step, params, seed)
+  return Run(workdir, config, engine, kind, step, params, seed)
 
 
 def restore(
@@ -124,14 +324,14 @@ def restore(
   *,
   key: str = 'sampler.weights',
 ) -> tuple[str, int, Any]:
-  """(name, step, weights) of the newest whole checkpoint, or of that at `step`.
+  """(kind, step, weights) of a checkpoint, by default the newest whole one.
 
-  The name is 'EMA' or 'raw'. `key` is the key of the recipe that says which.
-  Warns where the average still holds too much of the initial weights.
+  The kind is 'EMA' or 'raw', as the recipe's `key` says. Warns if the average
+  still holds too much of the initial weights.
   """
   checkpoints = folder / 'checkpoints'
   init = functools.partial(build.init_state, config)
-  abstract = engines.abstract_state(init, mesh)
+  abstract = meshes.abstract_state(init, mesh)
   if recipe.flatten(config)[key] == 'raw':
     step, state = checkpoint.restore_item(
       checkpoints, 'state', checkpoint.trained(abstract), step
@@ -145,22 +345,22 @@ def restore(
 
 
 def chosen(config: ConfigDict, state: training.TrainState) -> Any:
-  """The weights of a state that images are drawn with."""
+  """The weights of a training state that samples are drawn with."""
   raw = config.sampler.weights == 'raw'
   return state.params if raw else state.ema_params
 
 
 def initial_share(config: ConfigDict, folder: pathlib.Path, step: int) -> float:
-  """How much of the EMA weights of a step is the random weights of step 0.
+  """The share of the random initial weights in the EMA weights of a step.
 
-  0 where training began from imported weights, of which an average is good.
+  0 if training started from imported weights, whose average is useful.
   """
   if step == 0 or workdir.is_imported(folder):
     return 0.0
   return config.optimizer.ema**step
 
 
-# An average that holds more than this of the initial weights is warned of.
+# An average that holds more than this of the initial weights causes a warning.
 MOST_INITIAL = 0.05
 
 
@@ -170,19 +370,19 @@ def warn_of_ema(
   step: int,
   key: str = 'sampler.weights',
 ) -> None:
-  """Warns if the EMA weights of a step are mostly untrained."""
+  """Warns if the EMA weights of a step hold much of the initial weights."""
   share = initial_share(config, folder, step)
   if share > MOST_INITIAL:
     logs.say(
       f'warning: {share:.0%} of the EMA weights of step {step} is still the '
       f'random weights of step 0 (config.optimizer.ema={config.optimizer.ema}):'
       f' set --config.{key}=raw for the weights without the average, or train '
-      f'anew with {_smaller_ema(step)}'
+      f'again with {_smaller_ema(step)}'
     )
 
 
 def warn_before_training(config: ConfigDict, folder: pathlib.Path) -> None:
-  """Warns if the EMA weights will be mostly untrained at the end."""
+  """Warns if the EMA weights will hold much of the initial weights."""
   share = initial_share(config, folder, config.steps)
   if share > MOST_INITIAL and config.sampler.weights == 'ema':
     logs.say(
@@ -200,42 +400,45 @@ def _smaller_ema(steps: int) -> str:
 
 
 def at_a_time(config: ConfigDict, mesh: jax.sharding.Mesh, count: int) -> int:
-  """How many images are drawn in a batch, of `count` in all."""
-  n = engines.num_shards(mesh)
+  """The batch size in which `count` images are drawn."""
+  n = meshes.num_shards(mesh)
   return math.ceil(min(count, config.sampler.batch_size) / n) * n
 
 
 def drawer(
   config: ConfigDict,
-  mesh: jax.sharding.Mesh,
+  engine: engines.Engine,
   count: int,
   draw: sampling.Draw,
   name: str = 'the sampler',
-) -> tuple[int, Callable[..., Any]]:
-  """Compiles (params, index (B,)) -> `sampling.Drawn`.
+) -> tuple[int, Callable[..., sampling.Drawn]]:
+  """Compiles `draw` for batches.
 
-  Returns a size b of batches, for `count` images, and a function of the
-  weights, of the index of the first image, and of a condition for each image if
-  `draw` takes one (see `sampling.sampler`), that gives b images. It raises
-  RunError for images that are not finite. It is called `name` where it is said
-  that it is compiled.
+  Args:
+    config: The recipe.
+    engine: The compiler.
+    count: Number of images in all.
+    draw: (params, rows) -> `sampling.Drawn`, for rows of `sampling.rows`.
+    name: Name of `draw` in messages.
+
+  Returns:
+    The batch size b, and batch(params, seed, start, condition=None) for the
+    images from `start` on. `condition` has a row for each of the `count`
+    images. It raises RunError for images that are not finite.
   """
-  size = at_a_time(config, mesh, count)
-  engine = config.parallel.engine
+  size = at_a_time(config, engine.mesh, count)
   init = functools.partial(build.init_state, config)
-  compiled = engines.compile_map(
-    draw, mesh, engine, jax.eval_shape(init).ema_params, name=name
+  compiled = engine.compile_map(
+    draw, jax.eval_shape(init).ema_params, name=name
   )
 
-  def batch(params: Any, start: int, condition: Any = None) -> Any:
-    rows: Any = np.arange(start, start + size, dtype=np.int32)
-    if condition is not None:
-      at = np.minimum(rows, count - 1)
-      rows = {
-        'index': rows,
-        'condition': jax.tree.map(lambda x: x[at], condition),
-      }
-    drawn = compiled(params, engines.put_whole(rows, mesh, engine))
+  def batch(
+    params: Any, seed: int, start: int, condition: Any = None
+  ) -> sampling.Drawn:
+    index = np.arange(start, start + size, dtype=np.int32)
+    at = np.minimum(index, count - 1)
+    rows = sampling.rows(seed, index, jax.tree.map(lambda x: x[at], condition))
+    drawn = compiled(params, engine.put_whole(rows))
     check_finite(drawn.bad_t[: count - start], start)
     return drawn
 
@@ -243,14 +446,14 @@ def drawer(
 
 
 def check_finite(bad_t: np.ndarray, start: int = 0) -> None:
-  """Refuses images of which something was not finite on the way.
+  """Refuses images that were not finite at some t.
 
   Args:
-    bad_t: (n,), of each, see `samplers.Sampled`.
-    start: the number of the first.
+    bad_t: (n,), of each image; see `samplers.Sampled`.
+    start: The index of the first image.
 
   Raises:
-    RunError: naming the first of them, and the time.
+    RunError: Naming the first such image, and t.
   """
   if np.any(bad_t):
     i = int(np.flatnonzero(bad_t)[0])
@@ -263,42 +466,83 @@ def check_finite(bad_t: np.ndarray, start: int = 0) -> None:
 
 def in_batches(
   config: ConfigDict,
-  mesh: jax.sharding.Mesh,
+  engine: engines.Engine,
   count: int,
   draw: sampling.Draw,
   name: str = 'the sampler',
-) -> Callable[..., Iterator[Any]]:
-  """`drawer` of `count` images in all, batch by batch, with a bar."""
-  size, batch = drawer(config, mesh, count, draw, name)
+) -> Batches:
+  """`drawer` for all batches, with a progress bar.
 
-  def drawn(params: Any, condition: Any = None) -> Iterator[Any]:
+  Returns:
+    A function (params, condition=None, *, seed) -> `sampling.Drawn` by batch.
+  """
+  size, batch = drawer(config, engine, count, draw, name)
+
+  def drawn(params: Any, condition: Any, seed: int) -> Iterator[Any]:
     for start in range(0, count, size):
-      # The last batch is drawn whole, for one program serves all, and cut.
-      full = batch(params, start, condition)
+      # The last batch has the size of the others, so that one program does for
+      # all, and is cut.
+      full = batch(params, seed, start, condition)
       yield jax.tree.map(lambda x, real=count - start: x[:real], full)
 
-  return lambda *args: logs.watched(drawn(*args), 'drawing', count)
+  def watched(
+    params: Any, condition: Any = None, *, seed: int
+  ) -> Iterator[Any]:
+    return logs.watched(drawn(params, condition, seed), 'drawing', count)
+
+  return watched
 
 
 def sampler(
   config: ConfigDict,
-  mesh: jax.sharding.Mesh,
+  engine: engines.Engine,
   count: int,
-  seed: int,
+  cache: dict[Any, Any] | None = None,
+  *,
   snapshots: int = 0,
-) -> Callable[..., Iterator[tuple[np.ndarray, np.ndarray]]]:
-  """Uint8 images (b, H, W, C), and predictions on the way (b, K, H, W, C)."""
-  cut = functools.partial(engines.cut_rows, mesh=mesh)
-  draw = sampling.sampler(config, seed, snapshots, cut)
-  batches = in_batches(config, mesh, count, draw)
+) -> Batches:
+  """Compiles the recipe's sampler for `count` images.
 
-  def pairs(params: Any, condition: Any = None) -> Iterator[Any]:
-    for drawn in batches(params, condition):
+  Args:
+    config: The recipe.
+    engine: The compiler.
+    count: Number of images.
+    cache: Keeps what is compiled, for later calls.
+    snapshots: The number K of predictions on the way.
+
+  Returns:
+    A function (params, condition=None, *, seed) -> images (b, H, W, C) and
+    predictions (b, K, H, W, C), both uint8, batch by batch.
+  """
+
+  def compiled() -> Batches:
+    shard = functools.partial(meshes.shard_rows, mesh=engine.mesh)
+    draw = sampling.sampler(config, snapshots=snapshots, shard=shard)
+    return in_batches(config, engine, count, draw)
+
+  cache = {} if cache is None else cache
+  batches = _cached(cache, config, ('sample', count, snapshots), compiled)
+
+  def pairs(params: Any, condition: Any = None, *, seed: int) -> Iterator[Any]:
+    for drawn in batches(params, condition, seed=seed):
       yield drawn.images, drawn.x0_hats
 
   return pairs
 
 
+def _cached(
+  cache: dict[Any, Any],
+  config: ConfigDict,
+  key: Any,
+  make: Callable[[], Any],
+) -> Any:
+  """What `make` returned for this recipe and key, or returns now."""
+  whole = (config.to_json(), key)
+  if whole not in cache:
+    cache[whole] = make()
+  return cache[whole]
+
+
 def gather(batches: Iterator[Any]) -> Any:
-  """All batches as one."""
+  """Concatenates batches."""
   return jax.tree.map(lambda *x: np.concatenate(x), *batches)

@@ -115,30 +115,10 @@ def asked(
   prompts, labels = list(args.prompt or []), list(args.label or [])
   if args.prompts:
     prompts += read_prompts(args.prompts)
-  kind = config.condition.name
-  if labels and kind != 'label':
-    raise errors.UserError(
-      '--label is for models of config.condition.name=label'
-    )
-  if prompts and kind in ('', 'label'):
-    raise errors.UserError(
-      '--prompt is for models of config.condition.name=text'
-    )
-  if not prompts and not labels:
-    if kind not in ('', 'label') and config.condition.drop == 0:
-      raise errors.UserError(
-        'name a --prompt: with config.condition.drop=0 the network was never '
-        'trained without one'
-      )
-    return [], None
-  rows: Any
+  rows = dataset.conditions(config, prompts, labels, folder=args.workdir)
   if labels:
     saved = workdir.read_classes(args.workdir) or ()
-    numbers = [dataset.class_number(config, x, saved) for x in labels]
-    labels = [dataset.class_title(config, n, saved) for n in numbers]
-    rows = np.array(numbers, np.int32)
-  else:
-    rows = dataset.encode(config, prompts)
+    labels = [dataset.class_title(config, n, saved) for n in rows.tolist()]
   each = jax.tree.map(lambda x: np.repeat(x, args.num_samples, axis=0), rows)
   return prompts or labels, each
 

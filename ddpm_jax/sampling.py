@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
@@ -40,22 +41,33 @@ class Drawn(NamedTuple):
   bad_t: jax.Array
 
 
+def rows(seed: int, index: np.ndarray, condition: Any = None) -> dict[str, Any]:
+  """The input of a `Draw`: arrays with a row for each sample.
+
+  The seed is an input, not a constant of the program, so that another seed
+  needs no compilation.
+
+  Args:
+    seed: Seed of the samples.
+    index: int32 (B,), the numbers of the samples.
+    condition: Arrays with B rows; None for none.
+  """
+  seeds = np.full(len(index), seed, np.uint32)
+  made = {'seed': seeds, 'index': np.asarray(index, np.int32)}
+  return made if condition is None else made | {'condition': condition}
+
+
 def noise(
-  config: ConfigDict, seed: int, index: jax.Array
+  config: ConfigDict, seed: int | jax.Array, index: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """(keys, x_T) of the samples `index` of a seed."""
-  fold = jax.vmap(jax.random.fold_in, (None, 0))
-  keys = fold(build.key(seed, 'sample'), index)
+  """(keys (B,), x_T (B, ...)) of samples index (B,); seed is () or (B,)."""
+  seeds = jnp.broadcast_to(jnp.asarray(seed, jnp.uint32), index.shape)
+  keys = jax.vmap(
+    lambda seed, i: jax.random.fold_in(build.key(seed, 'sample'), i)
+  )(seeds, index)
   # Steps fold in their t ≥ 1, so 0 is left for x_T.
   first = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
   return keys, process.normal(first, recipe.shape(config))
-
-
-def index_and_condition(rows: Any) -> tuple[jax.Array, Any]:
-  """The index and the condition (or None) of rows; see `sampler`."""
-  if isinstance(rows, dict):
-    return rows['index'], rows.get('condition')
-  return rows, None
 
 
 def drawn(config: ConfigDict, sampled: samplers.Sampled) -> Drawn:
@@ -68,50 +80,50 @@ def drawn(config: ConfigDict, sampled: samplers.Sampled) -> Drawn:
 
 def sampler(
   config: ConfigDict,
-  seed: int,
+  *,
   snapshots: int = 0,
-  cut: Callable[[jax.Array], jax.Array] = lambda images: images,
+  shard: Callable[[jax.Array], jax.Array] = lambda images: images,
 ) -> Draw:
-  """(params, rows) -> `Drawn`, by the recipe's sampler.
+  """The recipe's sampler as a function to compile.
 
   Args:
-    config: the recipe.
-    seed: of all samples.
-    snapshots: how many predictions on the way are returned.
-    cut: images (B, H, W, C) -> the same, split over devices.
+    config: The recipe.
+    snapshots: Number of predictions x̂_0 to return on the way.
+    shard: images (B, H, W, C) -> the same, sharded over devices.
 
   Returns:
-    A function of the weights and of rows: a dict of `index` (B,) and, if the
-    recipe has one, a `condition`; or the index alone, and then classes take
-    turns, or there is no condition.
+    (params, rows) -> `Drawn`, for rows of `rows`. Without a condition, a model
+    of classes draws class index % classes.
   """
   made = build.sampler(config)
 
   def sample(params: Any, rows: Any) -> Drawn:
-    index, condition = index_and_condition(rows)
+    condition = rows.get('condition')
     if condition is None and recipe.condition_kind(config) == 'label':
-      condition = index % config.condition.classes
-    keys, x_T = noise(config, seed, index)
+      condition = rows['index'] % config.condition.classes
+    keys, x_T = noise(config, rows['seed'], rows['index'])
     denoiser = made.denoiser(params, condition)
     return drawn(
       config,
       samplers.sample(
-        *(made.step, denoiser, keys, cut(x_T)), snapshots=snapshots
+        *(made.step, denoiser, keys, shard(x_T)), snapshots=snapshots
       ),
     )
 
   return sample
 
 
-def chain(config: ConfigDict, seed: int, times: Sequence[int]) -> Draw:
-  """(params, index (B,)) -> `Drawn` of x_t (B, K, ...), not rounded.
+def chain(config: ConfigDict, times: Sequence[int]) -> Draw:
+  """(params, rows) -> `Drawn`, whose images are x_t (B, K, ...), not rounded.
 
-  At K falling times of the sampler's schedule, from the last one on.
+  Args:
+    config: The recipe.
+    times: K decreasing times of the sampler's schedule, from the last one on.
   """
   made = build.sampler(config)
 
-  def sample(params: Any, index: jax.Array) -> Drawn:
-    keys, x = noise(config, seed, index)
+  def sample(params: Any, rows: Any) -> Drawn:
+    keys, x = noise(config, rows['seed'], rows['index'])
     kept, previous, bad_t = [x], None, jnp.zeros(len(x), jnp.int32)
     denoiser = made.denoiser(params)
     for first, after in itertools.pairwise(times):

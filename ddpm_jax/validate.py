@@ -27,6 +27,7 @@ from ddpm_jax.models import condition as encoders
 from ddpm_jax.models import layers
 from ddpm_jax.models import networks
 from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.storage import logs
 
 # The sections whose `name` is a function: what it is a member of, what to call
@@ -354,7 +355,7 @@ def fit_devices(config: ConfigDict, *, trains: bool) -> ConfigDict:
 
   try:
     devices(config)
-    if share(engines.num_shards(build.mesh(config))):
+    if share(meshes.num_shards(build.mesh(config))):
       return config
   except errors.UserError:
     pass  # not these devices

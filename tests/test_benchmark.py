@@ -16,7 +16,7 @@ from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import main
 from ddpm_jax import recipe
-from ddpm_jax.jobs import benchmark
+from ddpm_jax.planning import bench
 from ddpm_jax.planning import profile
 from ddpm_jax.planning import timing
 
@@ -35,7 +35,7 @@ SMALL = [
 def said(*flags):
   """What it prints with --json, measured in a hurry."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(benchmark, 'SECONDS', 0.05)
+    patch.setattr(bench, 'SECONDS', 0.05)
     lines = []
     patch.setattr('builtins.print', lambda *words, **_: lines.append(*words))
     main.run([*SMALL, '--json', *flags])
@@ -81,7 +81,7 @@ def test_what_is_measured_lies_between_its_least_and_its_most(printed):
 
 def test_the_least_time_is_the_highest_speed():
   spread = timing.Spread(median=2.0, low=1.0, high=4.0)
-  speed = benchmark.rate(16, spread)
+  speed = bench.rate(16, spread)
   assert speed == dict(value=8.0, low=4.0, high=16.0, unit='images/s')
 
 
@@ -111,9 +111,7 @@ def test_a_comparison_prints_ratios(printed, tmp_path):
     name: x | {'value': 2 * x['value']} for name, x in found['results'].items()
   }
   file.write_text(json.dumps({'results': doubled}))
-  lines = benchmark.table({}, found['results'], benchmark.read(file)).split(
-    '\n'
-  )
+  lines = bench.table({}, found['results'], bench.read(file)).split('\n')
   assert len(lines) == 1 + len(doubled)
   assert all(line.endswith('0.50 of before') for line in lines[1:])
 
@@ -128,12 +126,12 @@ def test_a_wrong_file_to_compare_with_is_one_line(tmp_path, text):
 
 @pytest.mark.slow
 def test_rows_and_parts_of_a_batch_are_as_much_work(tmp_path, monkeypatch):
-  monkeypatch.setattr(benchmark, 'SECONDS', 0.05)
+  monkeypatch.setattr(bench, 'SECONDS', 0.05)
   axes = dict(parallel__spatial='2', accumulate='2')
   c = tiny.config(model__name='unet', **axes)
-  bench = benchmark.Bench(c, build.mesh(c), benchmark.data(c), tmp_path)
-  dict(bench.compilation())
-  work = dict(bench.train_step())['train step, work']['value']
+  made = bench.Bench(c, build.engine(c), bench.data(c), tmp_path)
+  dict(made.compilation())
+  work = dict(made.train_step())['train step, work']['value']
   # Each part counts the optimiser, and neighbours have rows in common.
   assert 0.8 < work / (3 * c.batch_size * forward(c)) < 2
 
@@ -148,7 +146,7 @@ def test_a_folder_for_the_profile_that_cannot_be_is_one_line(tmp_path):
 def test_noise_stands_in_for_data_that_are_not_here(tmp_path):
   c = recipe.load('configs/folder.py')
   c.data.path = str(tmp_path / 'nowhere')
-  source = benchmark.data(c)
+  source = bench.data(c)
   assert source.gather(jnp.arange(2))['image'].shape == (2, 64, 64, 3)
 
 

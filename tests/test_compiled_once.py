@@ -15,16 +15,17 @@ from ddpm_jax import dataset
 from ddpm_jax import recipe
 from ddpm_jax import run as runs
 from ddpm_jax import sampling
+from ddpm_jax import trainer
 from ddpm_jax.data import pipeline
-from ddpm_jax.jobs import train
 from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 
 pytestmark = pytest.mark.eight_devices
 BOTH = pytest.mark.parametrize('how', engines.ENGINES)
 
 
 def start(how):
-  """(recipe, mesh, state) of a tiny run on two devices."""
+  """(recipe, engine, state) of a tiny run on two devices."""
   c = digits.get_config()
   changes = {
     'steps': 5,
@@ -43,9 +44,9 @@ def start(how):
     'parallel.data': 2,
   }
   recipe.override(c, {name: str(value) for name, value in changes.items()})
-  mesh = build.mesh(c)
+  engine = build.engine(c)
   init = functools.partial(build.init_state, c)
-  return c, mesh, engines.init_state(init, mesh)
+  return c, engine, meshes.init_state(init, engine.mesh)
 
 
 def traced_once(fn):
@@ -81,7 +82,7 @@ def test_training_is_one_program_and_moves_nothing_unasked(
 
   Metrics are asked for. (On CPUs that is no copy, and no guard would see it.)
   """
-  c, mesh, state = start(how)
+  c, engine, state = start(how)
   step_fn = traced_once(build.train_step(c, 2))
   batches = pipeline.batches(dataset.source(c), batch_size=8, seed=0)
   seen, counts = [], []
@@ -92,10 +93,10 @@ def test_training_is_one_program_and_moves_nothing_unasked(
         stack.enter_context(jax.transfer_guard('disallow'))
       counts.append(len(compiled))
 
-    train.train(
-      *(c, mesh, tmp_path, step_fn, state, batches),
+    trainer.loop(
+      *(c, engine, tmp_path, step_fn, state, batches),
       save=lambda state, step: seen.append(step),
-      pictures=lambda params, suffix: seen.append(suffix),
+      preview=lambda params, suffix: seen.append(suffix),
       stop_asked=before,
     )
   assert seen == [2, '_2', 4, '_4', 5]
@@ -106,14 +107,15 @@ def test_training_is_one_program_and_moves_nothing_unasked(
 @BOTH
 def test_sampling_is_one_program_and_moves_nothing_unasked(how, compiled):
   """Also where the last batch is not full."""
-  c, mesh, state = start(how)
-  draw = traced_once(sampling.sampler(c, seed=0))
-  size, batch = runs.drawer(c, mesh, 10, draw)
+  c, engine, state = start(how)
+  draw = traced_once(sampling.sampler(c))
+  size, batch = runs.drawer(c, engine, 10, draw)
   assert size == 4
   before = len(compiled)
   with jax.transfer_guard('disallow'):
     for first in range(0, 10, size):
-      batch(state.ema_params, first)
+      # Another seed is another input, and no other program.
+      batch(state.ema_params, seed=first, start=first)
       assert len(compiled) == before + 1
 
 

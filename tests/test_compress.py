@@ -15,7 +15,7 @@ from ddpm_jax import run as runs
 from ddpm_jax.compression import file_format
 from ddpm_jax.compression import transmission
 from ddpm_jax.jobs import decompress
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 
 SMALL = [
   '--config.codec.steps=6',
@@ -45,7 +45,7 @@ def sent(tiny_run, tmp_path_factory):
 def trained(sent):
   """What the jobs work with: the recipe and the weights."""
   config = recipe.resolve(None, sent[0], dict(x[9:].split('=') for x in SMALL))
-  *_, params = runs.restore(config, engines.make_mesh(1), sent[0])
+  *_, params = runs.restore(config, meshes.make_mesh(1), sent[0])
   return config, params
 
 

@@ -22,6 +22,7 @@ from ddpm_jax import errors
 from ddpm_jax import flags as command
 from ddpm_jax import main
 from ddpm_jax import plots
+from ddpm_jax import previews
 from ddpm_jax import recipe
 from ddpm_jax import samples
 from ddpm_jax import sampling
@@ -35,7 +36,6 @@ from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.jobs import convert
-from ddpm_jax.jobs import train
 from ddpm_jax.models import condition
 from ddpm_jax.models import networks
 from ddpm_jax.storage import images
@@ -445,14 +445,15 @@ def of_words(tmp_path_factory):
 
 def test_pictures_in_training_are_of_captions_of_the_data(of_words, tmp_path):
   c = recipe.resolve(None, of_words, {})
-  source, mesh = dataset.source(c), build.mesh(c)
+  source = dataset.source(c)
   told = dataset.of_data(c, source, 4)
   assert [text(row) for row in told] == [
     c.data.names[label] for label in source.gather(np.arange(4))['label']
   ]
-  train.picture_maker(c, mesh, tmp_path, 4)(tiny.weights_of(c), '', told)
-  drawn = sampling.sampler(c, c.seed)
-  rows = {'index': np.arange(4, dtype=np.int32), 'condition': told}
+  draw = previews.drawer(c, build.engine(c), tmp_path, 4, source)
+  draw(tiny.weights_of(c), '')
+  drawn = sampling.sampler(c)
+  rows = sampling.rows(c.seed, np.arange(4), told)
   tiles = jax.jit(drawn)(tiny.weights_of(c), rows).images
   with Image.open(tmp_path / 'samples.png') as image:
     shown = np.asarray(image)[..., None].astype(int)
@@ -569,13 +570,14 @@ def test_a_class_that_is_not_there(label):
 def test_classes_take_turns_if_none_is_asked_for():
   c = config(digits, condition__name='label', condition__classes=10)
   c.model.name = 'two_convolutions.network'
-  params, draw = tiny.weights_of(c), sampling.sampler(c, seed=0)
+  params, draw = tiny.weights_of(c), sampling.sampler(c)
   index = jnp.array([3, 12, 25])
 
   @jax.jit
   def drawn(shift):
-    rows = {'index': index, 'condition': (index + shift) % 10}
-    return draw(params, rows).images, draw(params, index).images
+    rows = {'seed': jnp.zeros(3, jnp.uint32), 'index': index}
+    asked = rows | {'condition': (index + shift) % 10}
+    return draw(params, asked).images, draw(params, rows).images
 
   told, free = drawn(0)
   np.testing.assert_array_equal(free, told)

@@ -34,7 +34,7 @@ from ddpm_jax.evaluation import record
 from ddpm_jax.interop import diffusers
 from ddpm_jax.interop import fields
 from ddpm_jax.interop import files
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.storage import checkpoint
 
 # The files that google/ddpm-cifar10-32 publishes.
@@ -769,7 +769,7 @@ def test_it_is_evaluated_and_goes_on_training(converted, tmp_path, capfd):
 def test_it_begins_with_the_weights_and_nothing_else(converted):
   config = recipe.resolve(None, converted, {})
   mesh = build.mesh(config)
-  abstract = engines.abstract_state(lambda: build.init_state(config), mesh)
+  abstract = meshes.abstract_state(lambda: build.init_state(config), mesh)
   saved = checkpoint.restore(
     converted / 'checkpoints', checkpoint.trained(abstract), abstract.ema_params
   )

@@ -7,7 +7,7 @@ import pytest
 
 from ddpm_jax.models import layers
 from ddpm_jax.models import winograd
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.planning import hlo
 
 pytestmark = pytest.mark.eight_devices
@@ -116,12 +116,12 @@ def test_without_gradients_the_products_are_of_some_images_at_once(
 
 
 def test_they_are_the_same_on_several_devices():
-  mesh = engines.make_mesh()
+  mesh = meshes.make_mesh()
   x, kernel = operands((16, 16), dtype=np.float32, images=32)
   f = jax.jit(
     layers.convolve,
-    in_shardings=(engines.over_batch(mesh), engines.replicated(mesh)),
-    out_shardings=engines.over_batch(mesh),
+    in_shardings=(meshes.over_batch(mesh), meshes.replicated(mesh)),
+    out_shardings=meshes.over_batch(mesh),
   )
   compiled = f.lower(x, kernel).compile()
   assert not hlo.of(compiled).collectives
@@ -227,11 +227,11 @@ def test_a_batch_on_several_devices_moves_gradients_alone(f, exact):
   del exact
   x, kernel = (jnp.float32(a) for a in operands())
   x = jnp.concatenate([x] * 4)
-  mesh = engines.make_mesh()
+  mesh = meshes.make_mesh()
   gradient = jax.jit(
     jax.grad(lambda k, x: jnp.sum(jnp.sin(f(x, k)))),
-    in_shardings=(engines.replicated(mesh), engines.over_batch(mesh)),
-    out_shardings=engines.replicated(mesh),
+    in_shardings=(meshes.replicated(mesh), meshes.over_batch(mesh)),
+    out_shardings=meshes.replicated(mesh),
   )
   compiled = gradient.lower(kernel, x).compile()
   assert set(hlo.of(compiled).collectives) == {'all-reduce'}

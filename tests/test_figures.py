@@ -64,8 +64,8 @@ def trained(tmp_path):
 
   def trained(seed=0, **changes):
     config = tiny.config(**changes)
-    mesh, params = build.mesh(config), tiny.weights()
-    return runs.Run(tmp_path, config, mesh, 'EMA', 0, params, seed)
+    engine, params = build.engine(config), tiny.weights()
+    return runs.Run(tmp_path, config, engine, 'EMA', 0, params, seed)
 
   return trained
 
@@ -83,7 +83,7 @@ def plotted(monkeypatch):
 def samples(run, count):
   """Those of --mode=sample."""
   drawn, _ = runs.gather(
-    runs.sampler(run.config, run.mesh, count, run.seed)(run.params)
+    runs.sampler(run.config, run.engine, count)(run.params, seed=run.seed)
   )
   return drawn
 
@@ -99,9 +99,7 @@ def test_these_are_all_figures():
 def of_run(workdir):
   """The run, as --mode=figures gets it."""
   config = recipe.resolve(None, workdir, {'parallel.data': '1'})
-  mesh = build.mesh(config)
-  *_, params = runs.restore(config, mesh, workdir)
-  return runs.Run(workdir, config, mesh, 'EMA', 0, params, config.seed)
+  return runs.load(config, workdir)
 
 
 def test_a_figure_that_moves_is_written_as_it_was_drawn(tiny_run, tmp_path):

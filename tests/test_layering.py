@@ -20,9 +20,11 @@ LAYERS = [
   ['jobs'],
   ['study'],
   ['evaluation', 'planning', 'compression'],
-  ['inputs', 'samples', 'validate'],
+  ['api'],
+  ['trainer'],
+  ['edits', 'inputs', 'pretrained', 'previews', 'samples'],
   ['run'],
-  ['dataset', 'sampling'],
+  ['dataset', 'sampling', 'validate'],
   ['build'],
   ['flags', 'plots', 'recipe'],
   ['machine'],
@@ -44,8 +46,8 @@ LAYERS = [
 # What the core never imports.
 BEYOND = ('study', 'evaluation', 'planning', 'compression', 'interop')
 CORE = (
-  *('run', 'dataset', 'sampling', 'build', 'recipe', 'diffusion', 'models'),
-  *('data', 'parallel', 'storage'),
+  *('trainer', 'run', 'dataset', 'sampling', 'build', 'recipe', 'diffusion'),
+  *('models', 'data', 'parallel', 'storage'),
 )
 INSIDE = {  # Rooms whose files have an order of their own.
   'diffusion': [

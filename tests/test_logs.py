@@ -11,6 +11,7 @@ import pytest
 import tqdm
 
 from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.storage import logs
 
 
@@ -133,15 +134,13 @@ def test_batches_are_counted_and_one_alone_is_a_line(clock, capsys):
   ]
 
 
-@pytest.mark.parametrize('engine', engines.ENGINES)
-def test_what_compiles_says_so_once(engine, capsys):
-  mesh = engines.make_mesh(1)
-  double = engines.compile_map(
-    lambda params, x: 2 * x, mesh, engine, {}, name='the double'
-  )
+@pytest.mark.parametrize('make', engines.ENGINES.values())
+def test_what_compiles_says_so_once(make, capsys):
+  engine = make(meshes.make_mesh(1))
+  double = engine.compile_map(lambda params, x: 2 * x, {}, name='the double')
   x = np.arange(4.0, dtype=np.float32)
   for _ in range(2):
-    out = double({}, engines.put_whole(x, mesh, engine))
+    out = double({}, engine.put_whole(x))
     np.testing.assert_array_equal(out, 2 * x)
   compiling, compiled = capsys.readouterr().err.splitlines()
   assert compiling == 'compiling the double'

@@ -21,7 +21,7 @@ from ddpm_jax import flags as command
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax import run as runs
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.storage import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -83,7 +83,7 @@ def wait_for(condition, process):
 def weights(workdir):
   """All that the newest checkpoint holds, on one device."""
   config = recipe.resolve(None, workdir, {'parallel.data': '1'})
-  state = engines.abstract_state(
+  state = meshes.abstract_state(
     lambda: build.init_state(config), build.mesh(config)
   )
   saved = checkpoint.restore(

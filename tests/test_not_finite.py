@@ -12,8 +12,8 @@ from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax import recipe
 from ddpm_jax import run as runs
+from ddpm_jax import trainer
 from ddpm_jax.evaluation import bound
-from ddpm_jax.jobs import train
 from ddpm_jax.storage import checkpoint
 from ddpm_jax.storage import outputs
 
@@ -42,15 +42,15 @@ def with_bias(params, value):
 
 @pytest.fixture(scope='module')
 def broken(config, state):
-  """A small run of which a weight is NaN: (config, mesh, weights)."""
-  return config, build.mesh(config), with_bias(state.params, jnp.nan)
+  """A small run of which a weight is NaN: (config, engine, weights)."""
+  return config, build.engine(config), with_bias(state.params, jnp.nan)
 
 
 def test_samples_name_the_image_and_the_time(broken):
-  config, mesh, params = broken
-  draw = runs.sampler(config, mesh, 3, seed=0)
+  config, engine, params = broken
+  draw = runs.sampler(config, engine, 3)
   with pytest.raises(errors.RunError, match=r'image 0 .* t = 5'):
-    runs.gather(draw(params))
+    runs.gather(draw(params, seed=0))
 
 
 def test_what_was_only_drawn_to_fill_a_batch_is_not_looked_at():
@@ -71,14 +71,14 @@ def test_a_folder_has_all_images_or_none(tmp_path):
 
 
 def test_the_bound_names_the_image_and_the_time(broken):
-  config, mesh, params = broken
+  config, engine, params = broken
   with pytest.raises(errors.RunError, match='bound of image 0 is nan at t = 1'):
-    bound.bound_of(config, mesh, params, dataset.source(config), 5, seed=0)
+    bound.bound_of(config, engine, params, dataset.source(config), 5, seed=0)
 
 
 def test_figures_are_not_drawn(broken, tmp_path):
-  config, mesh, params = broken
-  run = runs.Run(tmp_path, config, mesh, 'EMA', 0, params, 0)
+  config, engine, params = broken
+  run = runs.Run(tmp_path, config, engine, 'EMA', 0, params, 0)
   rows = {'x': np.ones(3, np.float32)}
   with pytest.raises(errors.RunError, match='not finite'):
     run.map(lambda params, rows: jnp.log(rows['x'] - 1), rows)
@@ -105,19 +105,21 @@ def test_scores_name_the_score():
 
 
 def test_no_checkpoint_is_promised_that_is_not_there(tmp_path):
-  assert 'no checkpoint' in str(train.diverged('x', tmp_path))
+  assert 'no checkpoint' in str(trainer.diverged('x', tmp_path))
   (tmp_path / 'checkpoints' / '7').mkdir(parents=True)
   (tmp_path / 'checkpoints' / '9.orbax-checkpoint-tmp').mkdir()
-  assert 'is of step 7. To go on from it' in str(train.diverged('x', tmp_path))
+  assert 'is of step 7. To go on from it' in str(
+    trainer.diverged('x', tmp_path)
+  )
 
 
 @pytest.mark.parametrize('weight', [np.nan, np.inf, -1e30, 1e6])
 @pytest.mark.parametrize('field', ['params', 'ema_params'])
 def test_weights_that_no_run_can_go_on_from_are_not_saved(state, field, weight):
-  train.check_weights(state, 3)
+  trainer.check_weights(state, 3)
   bad = with_bias(state.params, weight)
   with pytest.raises(errors.Diverged, match=r'after step 3 .*conv_out/bias'):
-    train.check_weights(state.replace(**{field: bad}), 3)
+    trainer.check_weights(state.replace(**{field: bad}), 3)
 
 
 def test_a_run_that_diverged_is_not_to_be_tried_again():

@@ -17,6 +17,7 @@ from ddpm_jax import recipe
 from ddpm_jax import sampling
 from ddpm_jax import validate
 from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.planning import hlo
 
 pytestmark = pytest.mark.eight_devices
@@ -48,7 +49,7 @@ def batch(step, n=32, shape=(8, 8, 1)):
 def start(c):
   mesh = build.mesh(c)
   init = functools.partial(build.init_state, c)
-  return mesh, engines.init_state(init, mesh)
+  return mesh, meshes.init_state(init, mesh)
 
 
 class Trained(NamedTuple):
@@ -67,28 +68,28 @@ class Trained(NamedTuple):
 def train(**changes):
   c = config(**changes)
   mesh, first = start(c)
-  how, n = c.parallel.engine, c.batch_size
-  step = engines.compile_step(
-    build.train_step(c, engines.num_shards(mesh)), mesh, how, first
+  engine, n = build.engine(c), c.batch_size
+  step = engine.compile_step(
+    build.train_step(c, meshes.num_shards(mesh)), first
   )
   losses, state = [], first
   for i in range(STEPS):
-    rows = engines.put(batch(i, n, recipe.shape(c)), mesh, how)
+    rows = engine.put(batch(i, n, recipe.shape(c)))
     state, metrics = step(state, rows)
     losses.append([float(metrics['loss']), float(metrics['grad_norm'])])
-  images_of = engines.compile_map(sampler(c, mesh), mesh, how, state.ema_params)
+  images_of = engine.compile_map(sampler(c, mesh), state.ema_params)
 
   def draw(index):
-    index = np.array(index, np.int32)
-    return images_of(state.ema_params, engines.put(index, mesh, how))
+    rows = sampling.rows(0, np.array(index))
+    return images_of(state.ema_params, engine.put(rows))
 
   images = draw(range(n // 2))
   return Trained(np.array(losses), first, state, step, rows, draw, images)
 
 
 def sampler(c, mesh):
-  cut = functools.partial(engines.cut_rows, mesh=mesh)
-  return sampling.sampler(c, seed=0, snapshots=2, cut=cut)
+  shard = functools.partial(meshes.shard_rows, mesh=mesh)
+  return sampling.sampler(c, snapshots=2, shard=shard)
 
 
 def compiled(trained):
@@ -264,7 +265,7 @@ def test_devices_that_do_not_fit_are_a_line_for_the_user(changes, message):
 
   def begin():
     validate.devices(c)
-    build.train_step(c, engines.num_shards(build.mesh(c)))
+    build.train_step(c, meshes.num_shards(build.mesh(c)))
 
   with pytest.raises(errors.UserError, match=message):
     begin()
@@ -284,16 +285,16 @@ def test_a_step_on_several_devices_adds_gradients_and_moves_nothing_else():
 
 def test_sampling_on_several_devices_moves_nothing():
   c, params = config(**PLAIN, **DATA), train(**PLAIN, **DATA).state.ema_params
-  mesh = build.mesh(c)
-  draw = engines.jit_map(sampler(c, mesh), mesh, params)
-  rows = engines.put(np.arange(16, dtype=np.int32), mesh, 'jit')
+  engine = engines.Jit(build.mesh(c))
+  draw = engine.jit_map(sampler(c, engine.mesh), params)
+  rows = engine.put(sampling.rows(0, np.arange(16)))
   said = hlo.of(draw.lower(params, rows).compile())
   assert said.collectives == {}
   assert said.host_transfers == ()
 
 
 def test_flags_of_the_user_come_before_our_own_to_the_compiler(monkeypatch):
-  mesh, level = engines.make_mesh(), '--xla_backend_optimization_level'
+  mesh, level = meshes.make_mesh(), '--xla_backend_optimization_level'
   monkeypatch.delenv('XLA_FLAGS')
   assert engines.compiler_options(mesh) == {level[2:]: 1}
   monkeypatch.setenv('XLA_FLAGS', f'--xla_cpu_enable_fast_math=false {level}=0')

@@ -15,7 +15,7 @@ from ddpm_jax import run as runs
 from ddpm_jax import sampling
 from ddpm_jax.data import captions
 from ddpm_jax.evaluation import bound
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.study import pictures
 
 pytestmark = pytest.mark.eight_devices
@@ -33,24 +33,20 @@ def trained_with_texts(**changes):
   c.condition.update(width=8, depth=1)
   c.batch_size, c.sampler.steps = 16, 4
   recipe.override(c, {k.replace('__', '.'): v for k, v in changes.items()})
-  mesh, how, source = build.mesh(c), c.parallel.engine, dataset.source(c)
+  engine, source = build.engine(c), dataset.source(c)
   begin = functools.partial(build.begin, c)
-  state = engines.init_state(begin, mesh, tiny.weights_of(c))
-  step = engines.compile_step(build.train_step(c, mesh.size), mesh, how, state)
+  state = meshes.init_state(begin, engine.mesh, tiny.weights_of(c))
+  step = engine.compile_step(build.train_step(c, engine.mesh.size), state)
   losses = []
   for i in range(2):
     index = np.arange(16, dtype=np.int32)
     batch = {**source.gather(index + 16 * i), 'index': index}
-    state, metrics = step(state, engines.put(batch, mesh, how))
+    state, metrics = step(state, engine.put(batch))
     losses.append([float(metrics['loss']), float(metrics['grad_norm'])])
-  draw = engines.compile_map(
-    sampling.sampler(c, seed=0), mesh, how, state.ema_params
-  )
-  rows = {
-    'index': np.arange(16, dtype=np.int32),
-    'condition': np.repeat(captions.tokens(['a two', 'zero'], 48), 8, axis=0),
-  }
-  return np.array(losses), draw(state.ema_params, engines.put(rows, mesh, how))
+  draw = engine.compile_map(sampling.sampler(c), state.ema_params)
+  texts = captions.tokens(['a two', 'zero'], 48)
+  rows = sampling.rows(0, np.arange(16), np.repeat(texts, 8, axis=0))
+  return np.array(losses), draw(state.ema_params, engine.put(rows))
 
 
 @pytest.mark.parametrize(
@@ -79,10 +75,10 @@ def test_a_step_that_looks_back():
     c.model.update(channels=8, blocks=1)
     c.sampler.update(name='dpm_solver_pp_2m', steps=10)
     c.parallel.data = data
-    mesh, params = build.mesh(c), tiny.weights_of(c)
-    draw = engines.compile_map(sampling.sampler(c, 0), mesh, 'jit', params)
-    index = engines.put(np.arange(16, dtype=np.int32), mesh, 'jit')
-    drawn.append(draw(params, index).images)
+    engine, params = build.engine(c), tiny.weights_of(c)
+    draw = engine.compile_map(sampling.sampler(c), params)
+    rows = engine.put(sampling.rows(0, np.arange(16)))
+    drawn.append(draw(params, rows).images)
   # Sums in another order, over ten steps.
   np.testing.assert_allclose(*drawn, rtol=1e-4, atol=1e-4)
   assert drawn[0].std() > 0.1
@@ -90,7 +86,8 @@ def test_a_step_that_looks_back():
 
 def figure(**changes):
   config = tiny.config(**changes)
-  return runs.Run(None, config, build.mesh(config), 'EMA', 0, tiny.weights(), 0)
+  engine = build.engine(config)
+  return runs.Run(None, config, engine, 'EMA', 0, tiny.weights(), 0)
 
 
 def test_what_a_figure_maps():

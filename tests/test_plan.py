@@ -17,6 +17,7 @@ from ddpm_jax import flags as command
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.planning import advice
 from ddpm_jax.planning import hlo
 from ddpm_jax.planning import measure
@@ -70,17 +71,18 @@ def test_it_plans_the_very_program_that_trains():
   init = functools.partial(build.init_state, c)
   state = jax.tree.map(
     lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),
-    engines.abstract_state(init, mesh),
+    meshes.abstract_state(init, mesh),
   )
-  step = engines.compile_step(
-    build.train_step(c, engines.num_shards(mesh)), mesh, 'jit', state
+  engine = engines.Jit(mesh)
+  step = engine.compile_step(
+    build.train_step(c, meshes.num_shards(mesh)), state
   )
   rows = {
     'image': np.zeros((32, 8, 8, 1), np.uint8),
     'index': np.arange(32, dtype=np.int32),
     'label': np.zeros(32, np.int32),
   }
-  real = step.lower(state, engines.put(rows, mesh, 'jit')).compile()
+  real = step.lower(state, engine.put(rows)).compile()
   found, plan = hlo.of(real), alone(programs.train, FSDP)
   assert found.peak == plan['peak_bytes']
   assert found.flops == plan['flops']

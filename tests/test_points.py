@@ -8,9 +8,9 @@ from configs import swiss_roll
 from ddpm_jax import dataset
 from ddpm_jax import errors
 from ddpm_jax import main
+from ddpm_jax import previews
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import spacings
-from ddpm_jax.jobs import train
 
 SETS = ['swiss_roll', 'two_moons', 'eight_gaussians']
 
@@ -37,7 +37,7 @@ def test_eight_gaussians_are_eight():
 
 
 def test_points_train_and_are_drawn_and_sampled(tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(train, 'POINTS', 200)
+  monkeypatch.setattr(previews, 'POINTS', 200)
   workdir = tmp_path / 'roll'
   main.run([
     *('--config=configs/swiss_roll.py', f'--workdir={workdir}'),
@@ -74,7 +74,7 @@ def test_points_train_and_are_drawn_and_sampled(tmp_path, capsys, monkeypatch):
 def test_both_rows_of_a_picture_are_of_the_same_times(spacing):
   """q at the t that p's network is told, whatever the spacing."""
   short = schedules.stride(schedules.linear(1000), 50, spacing)
-  steps, times = train.picture_times(short)
+  steps, times = previews.preview_times(short)
   assert steps[0] == 50
   assert steps[-1] == times[-1] == 0
   assert times == [spacing(1000, 50)[k] for k in steps]

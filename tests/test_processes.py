@@ -744,7 +744,7 @@ def test_a_cluster_is_known_by_its_variables(name, no_cluster, monkeypatch):
 STATE = """
 import functools
 import jax, jax.numpy as jnp, numpy as np
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.storage import checkpoint
 
 def state(step):
@@ -752,13 +752,13 @@ def state(step):
   x = x.reshape(64, 6, 64)
   return {'kernel': x, 'bias': x[0, 0].astype(jnp.bfloat16), 'n': x[0, 0, 0]}
 
-mesh = engines.make_mesh(fsdp=jax.device_count())
-abstract = engines.abstract_state(functools.partial(state, 0), mesh)
+mesh = meshes.make_mesh(fsdp=jax.device_count())
+abstract = meshes.abstract_state(functools.partial(state, 0), mesh)
 
 def save(folder, *steps):
   checkpoints = checkpoint.open(folder, keep=9)
   for step in steps:
-    made = engines.init_state(functools.partial(state, step), mesh)
+    made = meshes.init_state(functools.partial(state, step), mesh)
     data = {'next_index': step}
     checkpoint.save(
       checkpoints, step, state=made, ema=made, data=data, config={}
@@ -767,7 +767,7 @@ def save(folder, *steps):
 
 def restore(source):
   got = checkpoint.restore(source, abstract, abstract)
-  want = engines.init_state(functools.partial(state, got.step), mesh)
+  want = meshes.init_state(functools.partial(state, got.step), mesh)
   for tree in got.state, got.ema:
     for a, b in zip(*map(jax.tree.leaves, (tree, want)), strict=True):
       assert a.sharding == b.sharding

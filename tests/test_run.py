@@ -1,5 +1,7 @@
 """An opened workdir, as jobs and a notebook use it."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,7 +32,9 @@ def test_its_samples_are_those_of_the_program(run, tiny_run, tmp_path):
   main.run([*args, f'--output={output}'])
   with np.load(output) as file:
     want = file['images']
-  np.testing.assert_array_equal(run._replace(config=config).sample(6), want)
+  np.testing.assert_array_equal(
+    dataclasses.replace(run, config=config).sample(6), want
+  )
   other = runs.load(run.config, run.workdir, seed=1).sample(6)
   assert np.mean(other != want) > 0.5
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from ddpm_jax import errors
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.planning import topology
 
 pytestmark = pytest.mark.eight_devices
@@ -80,12 +80,12 @@ def test_a_shape_that_there_is_not_is_a_line():
 def test_an_image_is_cut_over_devices_of_one_process():
   """Each brings whole images, and here they have four devices each."""
   devices = topology.find('v5e:4x4').devices
-  mesh = engines.make_mesh(2, 2, 4, devices=devices)
+  mesh = meshes.make_mesh(2, 2, 4, devices=devices)
   assert dict(mesh.shape) == {'data': 2, 'fsdp': 2, 'spatial': 4}
   for row in mesh.devices.reshape(4, 4):
     assert len({d.process_index for d in row}) == 1
   with pytest.raises(errors.UserError, match=r'the 4 device.* of a process'):
-    engines.make_mesh(1, 1, 8, devices=devices)
+    meshes.make_mesh(1, 1, 8, devices=devices)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from ddpm_jax import dataset
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import training
 from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 
 pytestmark = pytest.mark.eight_devices
 
@@ -115,7 +116,7 @@ def test_gradients_are_clipped_to_a_global_norm_of_1(norm, seen):
 def test_what_is_clipped_is_the_gradient_of_the_whole_batch(axes, clip):
   """g min(1, c/‖g‖) of the mean g over all devices, and not of each one's."""
   how = axes.get('how', 'jit')
-  mesh = engines.make_mesh(axes['data'], axes.get('fsdp', 1))
+  mesh = meshes.make_mesh(axes['data'], axes.get('fsdp', 1))
   c = base.get_config()
   # Adam's first step is lr g / (|g| + eps): here g, but for rounding.
   c.optimizer.update(warmup=0, learning_rate=1e8, eps=1e8, clip=clip)
@@ -138,9 +139,10 @@ def test_what_is_clipped_is_the_gradient_of_the_whole_batch(axes, clip):
   step = functools.partial(
     training.train_step, loss_fn=linear, key=jax.random.key(0), ema=0.9
   )
-  before = engines.init_state(init, mesh)
-  compiled = engines.compile_step(step, mesh, how, before)
-  after, metrics = compiled(before, engines.put(rows, mesh, how))
+  engine = engines.ENGINES[how](mesh)
+  before = meshes.init_state(init, mesh)
+  compiled = engine.compile_step(step, before)
+  after, metrics = compiled(before, engine.put(rows))
 
   def clipped(rows):
     g = np.append(rows['w'].mean(0), rows['b'].mean())

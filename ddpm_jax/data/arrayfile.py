@@ -18,7 +18,22 @@ def load(path: str) -> tuple[np.ndarray, np.ndarray]:
     UserError: the file is missing, broken, or holds something else.
   """
   path = expand.expanded(path)
-  images, labels = _open(path)
+  return checked(path, *_open(path))
+
+
+def checked(
+  path: str, images: np.ndarray, labels: Any
+) -> tuple[np.ndarray, np.ndarray]:
+  """Images uint8 (n, h, w, c) and labels int32 (n,), -1 for none.
+
+  Args:
+    path: Where they are from, for a message.
+    images: uint8 (n, h, w, c) or (n, h, w).
+    labels: Integers (n,), or None.
+
+  Raises:
+    UserError: If they are anything else.
+  """
   if images.dtype != np.uint8:
     raise errors.UserError(
       f'{path}: images are {images.dtype}; save them as uint8, 0 to 255'

@@ -148,3 +148,18 @@ def invert(
   eps = (x_prev - signal[t] * x0_hat) / noise[t]
   x0_hat = (x_prev - noise[t - 1] * eps) / signal[t - 1]
   return signal[t] * x0_hat + noise[t] * eps, x0_hat
+
+
+def slerp(a: shapes.X, b: shapes.X, weight: Float[Array, '']) -> shapes.X:
+  """Spherical interpolation of two x_T  (Song et al. 2021, eq. 67).
+
+  Args:
+    a: The array at weight 0.
+    b: The array at weight 1.
+    weight: In [0, 1].
+  """
+  cos = jnp.vdot(a, b) / (jnp.linalg.norm(a) * jnp.linalg.norm(b))
+  angle = jnp.arccos(jnp.clip(cos, -1 + 1e-6, 1 - 1e-6))
+  return (
+    jnp.sin((1 - weight) * angle) * a + jnp.sin(weight * angle) * b
+  ) / jnp.sin(angle)

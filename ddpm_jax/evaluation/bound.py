@@ -47,7 +47,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     f'evaluating the {run.weights} weights of step {run.step} on {count} '
     f'images (split: {split}), {times} times each'
   )
-  bound = bound_of(config, run.mesh, run.params, source, count, run.seed)
+  bound = bound_of(config, run.engine, run.params, source, count, run.seed)
   result = {
     **summary(bound, T),
     'step': run.step,
@@ -78,21 +78,19 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
 
 def bound_of(
   config: ConfigDict,
-  mesh: jax.sharding.Mesh,
+  engine: engines.Engine,
   params: Any,
   source: Any,
   count: int,
   seed: int,
 ) -> likelihood.Bound:
   """The bound of the first `count` images, with a progress bar."""
-  compiled = engines.compile_map(
-    sampling.bound(config, seed),
-    *(mesh, config.parallel.engine, params),
-    name='the bound',
+  compiled = engine.compile_map(
+    sampling.bound(config, seed), params, name='the bound'
   )
   parts = []
   with logs.Progress('evaluating', count) as bar:
-    for batch, real in rows(config, mesh, source, count):
+    for batch, real in rows(config, engine, source, count):
       part = compiled(params, batch)
       parts.append(jax.tree.map(lambda x, n=real: x[:n], part))
       check_finite(parts[-1], sum(len(p.prior) for p in parts[:-1]))
@@ -117,19 +115,19 @@ def check_finite(bound: likelihood.Bound, start: int) -> None:
 
 
 def rows(
-  config: ConfigDict, mesh: jax.sharding.Mesh, source: Any, count: int
+  config: ConfigDict, engine: engines.Engine, source: Any, count: int
 ) -> Iterator[tuple[Any, int]]:
   """The first `count` images in batches of one size, and how many are real.
 
-  The last batch is filled up, for one program serves all.
+  The last batch is padded, so that one program does for all.
   """
-  n = mesh.size
+  n = engine.mesh.size
   size = math.ceil(min(count, config.evaluate.batch_size) / n) * n
   for start in range(0, count, size):
     index = np.arange(start, start + size, dtype=np.int32)
     batch = source.gather(np.minimum(index, count - 1)) | {'index': index}
     real = min(size, count - start)
-    yield engines.put_whole(batch, mesh, config.parallel.engine), real
+    yield engine.put_whole(batch), real
 
 
 def summary(bound: likelihood.Bound, T: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ddpm_jax import npz
 from ddpm_jax.metrics import fidelity
 from ddpm_jax.metrics import inception
 from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.parallel import processes
 from ddpm_jax.storage import logs
 from ddpm_jax.storage import paths
@@ -34,24 +35,22 @@ Span = tuple[int, int]  # of images: start, stop
 
 
 def extractor(
-  config: ConfigDict, mesh: jax.sharding.Mesh, params: Any, batch: int
+  config: ConfigDict, engine: engines.Engine, params: Any, batch: int
 ) -> Extract:
-  """uint8 (b, H, W, 1 or 3), b at most `batch` -> features, as NumPy."""
-  size = min(AT_ONCE, math.ceil(batch / mesh.size)) * mesh.size
-  engine = config.parallel.engine
-  params = jax.device_put(params, engines.replicated(mesh))
-  compiled = engines.compile_map(
-    features(config), mesh, engine, params, name='Inception'
-  )
+  """Compiles uint8 (b, H, W, 1 or 3), b ≤ `batch` -> features (NumPy)."""
+  n = engine.mesh.size
+  size = min(AT_ONCE, math.ceil(batch / n)) * n
+  params = jax.device_put(params, meshes.replicated(engine.mesh))
+  compiled = engine.compile_map(features(config), params, name='Inception')
 
   def extract(images: np.ndarray) -> inception.Features:
     parts = []
     for start in range(0, len(images), size):
       part = images[start : start + size]
-      # The last part is filled up, for one program serves all.
+      # The last part is padded, so that one program does for all.
       full = np.zeros((size, *images.shape[1:]), np.uint8)
       full[: len(part)] = part
-      parts.append(compiled(params, engines.put(full, mesh, engine)))
+      parts.append(compiled(params, engine.put(full)))
     n = len(images)
     return jax.tree.map(lambda *x: np.concatenate(x)[:n], *parts)
 

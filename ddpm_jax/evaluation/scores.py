@@ -20,7 +20,7 @@ from ddpm_jax.evaluation import record
 from ddpm_jax.evaluation import reference
 from ddpm_jax.metrics import fidelity
 from ddpm_jax.metrics import weights as weights_file
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.parallel import processes
 from ddpm_jax.storage import fingerprint
 from ddpm_jax.storage import logs
@@ -43,18 +43,19 @@ def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
   trained = check(config, args, count)
   if args.output:
     outputs.prepare(args.output)
-  mesh = build.mesh(config, local=True)
+  engine = build.engine(config, local=True)
   seed = config.seed if args.seed is None else args.seed
-  cut = functools.partial(engines.cut_rows, mesh=mesh)
-  sampler = sampling.sampler(config, seed, cut=cut)
-  size, draw = runs.drawer(config, mesh, count, sampler)
+  shard = functools.partial(meshes.shard_rows, mesh=engine.mesh)
+  sampler = sampling.sampler(config, shard=shard)
+  size, draw = runs.drawer(config, engine, count, sampler)
   kind, step, params = runs.restore(
-    config, mesh, args.workdir, args.step, key=record.weights_key(config)
+    *(config, engine.mesh, args.workdir, args.step),
+    key=record.weights_key(config),
   )
   about = samples.description(config, args, kind, step, [])
   if args.output:
     outputs.check(args.output, count, about)
-  extract = features.extractor(config, mesh, trained.params, size)
+  extract = features.extractor(config, engine, trained.params, size)
   real, against = reference_of(config, args, extract, trained)
 
   made = {
@@ -77,7 +78,7 @@ def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
   folder = args.workdir / f'evaluation_parts_{digest:08x}'
 
   def batch(start: int, stop: int) -> np.ndarray:
-    return draw(params, start)[0][: stop - start]
+    return np.asarray(draw(params, seed, start).images[: stop - start])
 
   spans = features.spans(count, size)
   features.in_parts(folder, spans, batch, extract, bool(args.output))
@@ -117,9 +118,9 @@ def of_images(config: ConfigDict, args: argparse.Namespace) -> None:
   trained = check(config, args, len(source), shape)
   if args.output and args.output.suffix != '.json':
     raise errors.UserError(f'--output={args.output}: scores go into a .json')
-  mesh = build.mesh(config, local=True)
+  engine = build.engine(config, local=True)
   size = config.evaluate.batch_size
-  extract = features.extractor(config, mesh, trained.params, size)
+  extract = features.extractor(config, engine, trained.params, size)
   real, against = reference_of(config, args, extract, trained)
   logs.say(f'scoring {len(source)} images of {args.images}')
   kept = fidelity.chosen(len(source), config.evaluate.neighbours)

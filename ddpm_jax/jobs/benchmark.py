@@ -1,47 +1,32 @@
-"""`--mode=benchmark`: how fast a recipe is here, and where the time goes."""
+"""`--mode=benchmark`: measures what a recipe costs on this machine."""
 
 import argparse
 import contextlib
-import functools
 import json
 import pathlib
-import resource
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import dataset
-from ddpm_jax import errors
 from ddpm_jax import flags as command
-from ddpm_jax import jsonfile
 from ddpm_jax import recipe
-from ddpm_jax import run as runs
-from ddpm_jax import sampling
-from ddpm_jax.data import pipeline
-from ddpm_jax.data import store
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.parallel import processes
-from ddpm_jax.planning import hlo
+from ddpm_jax.planning import bench
 from ddpm_jax.planning import profile
 from ddpm_jax.planning import timing
-from ddpm_jax.storage import checkpoint
 from ddpm_jax.storage import logs
 from ddpm_jax.storage import workdir
 
-SECONDS = 4.0  # that each thing is timed for
-STEPS = 10  # of the sampler, that are timed
-
 JOB = command.Job(
-  'measures what a recipe costs here', run=False, processes=True
+  'measures what a recipe costs on this machine', run=False, processes=True
 )
 
 
@@ -52,8 +37,7 @@ def flags(p: Any) -> None:
     '--compare',
     type=command.local_path,
     metavar='FILE',
-    help='what an earlier one with --json has printed; ratios to it are '
-    'printed',
+    help='the output of an earlier run with --json; ratios to it are printed',
   )
   p.add_argument(
     '--profile',
@@ -68,21 +52,22 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   """Prints a table, or with `--json` one JSON object.
 
   Raises:
-    UserError: if recipe, devices, `--compare` or `--profile` do not do.
+    UserError: If recipe, devices, `--compare` or `--profile` are not valid.
   """
-  earlier = read(args.compare) if args.compare else {}
+  earlier = bench.read(args.compare) if args.compare else {}
   if args.profile:
     workdir.create(args.profile)
-  mesh = build.mesh(config)
-  # Refuses what cannot be.
-  build.train_step(recipe.provisional(config), engines.num_shards(mesh))
-  source = data(config)
+  engine = build.engine(config)
+  mesh = engine.mesh
+  # Refuses a batch that the devices cannot share.
+  build.train_step(recipe.provisional(config), meshes.num_shards(mesh))
+  source = bench.data(config)
   config = dataset.settled(config, source)
   with scratch(args.workdir) as folder:
-    bench = Bench(config, mesh, source, folder)
-    results = dict(bench.everything())
+    made = bench.Bench(config, engine, source, folder)
+    results = dict(made.everything())
     if args.profile:
-      top = profile.costliest(bench.one_step, args.profile, bench.compiled)
+      top = profile.costliest(made.one_step, args.profile, made.compiled)
   device = mesh.devices.flat[0]
   about = {
     'recipe': args.config or str(args.workdir),
@@ -92,13 +77,13 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     'device': device.device_kind,
     'engine': config.parallel.engine,
     'batch_size': config.batch_size,
-    'parameters': bench.parameters,
+    'parameters': made.parameters,
     'jax': jax.__version__,
   }
   if args.json:
     print(json.dumps({**about, 'results': results}))
   else:
-    print(table(about, results, earlier))
+    print(bench.table(about, results, earlier))
   if args.profile:
     logs.say(profile.table(top))
     logs.say(f'the trace, for TensorBoard or ui.perfetto.dev: {args.profile}')
@@ -106,8 +91,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def scratch(folder: pathlib.Path | None) -> Iterator[pathlib.Path]:
-  """A folder for a while, in `folder` if that is named; the same one for all
-  processes, which must see it."""
+  """A temporary folder, in `folder` if named; the same for all processes."""
   root = folder or pathlib.Path(tempfile.gettempdir())
   number = timing.agreed(secrets.randbelow(2**31))
   made = root / f'ddpm_jax_benchmark_{number}'
@@ -117,268 +101,3 @@ def scratch(folder: pathlib.Path | None) -> Iterator[pathlib.Path]:
   finally:
     if processes.is_primary():
       shutil.rmtree(made, ignore_errors=True)
-
-
-def read(path: pathlib.Path) -> dict[str, Any]:
-  """The results in a file that `--json` has written.
-
-  Raises:
-    UserError: if it is not one.
-  """
-  try:
-    found = jsonfile.read(path)['results']
-    return {name: {'value': float(x['value'])} for name, x in found.items()}
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    raise errors.UserError(
-      f'--compare={path} is not what --mode=benchmark --json prints ({error})'
-    ) from None
-
-
-def data(config: ConfigDict) -> store.Source:
-  """The data of the recipe; images of noise, where they are not here."""
-  try:
-    return dataset.source(config)
-  except errors.UserError as error:
-    if config.condition.name:
-      raise
-    logs.say(f'noise stands in for the data: {error}')
-  rng = np.random.default_rng(0)
-  images = rng.integers(0, 256, (256, *recipe.shape(config)), np.uint8)
-  return store.from_arrays(images, np.full(256, -1, np.int32))
-
-
-def result(
-  value: float, unit: str, low: float | None = None, high: float | None = None
-) -> dict[str, Any]:
-  spread = {} if low is None else {'low': low, 'high': high}
-  return {'value': value, 'unit': unit, **spread}
-
-
-def rate(images: float, spread: timing.Spread) -> dict[str, Any]:
-  middle, high, low = (images / seconds for seconds in spread)
-  return result(middle, 'images/s', low, high)
-
-
-def seconds(spread: timing.Spread) -> dict[str, Any]:
-  return result(spread.median, 's', spread.low, spread.high)
-
-
-class Bench:
-  """A training state, its compiled step, and what there is to measure."""
-
-  def __init__(
-    self,
-    config: ConfigDict,
-    mesh: jax.sharding.Mesh,
-    source: store.Source,
-    folder: pathlib.Path,
-  ):
-    self.config, self.mesh, self.folder = config, mesh, folder
-    self.engine, self.batch = config.parallel.engine, config.batch_size
-    self.batches = pipeline.batches(
-      source,
-      batch_size=self.batch,
-      seed=config.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-    self.put = lambda: engines.put(next(self.batches), mesh, self.engine)
-    init = functools.partial(build.init_state, config)
-    self.state = engines.init_state(init, mesh)
-    self.parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
-    self.rows = self.put()
-
-  def everything(self) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, result) of everything; each takes some seconds."""
-    for part in (
-      self.compilation,
-      self.train_step,
-      self.peak,
-      self.loop,
-      self.data,
-      self.checkpoints,
-      self.sampling,
-      self.memory,
-    ):
-      logs.say(f'measuring: {part.__name__.replace("_", " ")}')
-      yield from part()
-
-  def compilation(self) -> Iterator[tuple[str, dict[str, Any]]]:
-    cache = jax.config.values['jax_compilation_cache_dir']
-    jax.config.update('jax_compilation_cache_dir', str(self.folder / 'xla'))
-    compilation_cache.reset_cache()
-    for name in ('cold', 'from the cache'):
-      jax.clear_caches()
-      step: Any = engines.compile_step(
-        build.train_step(self.config, engines.num_shards(self.mesh)),
-        *(self.mesh, self.engine, self.state),
-      )
-      begun = time.perf_counter()
-      lowered = step.lower(self.state, self.rows)
-      traced = time.perf_counter() - begun
-      took, self.compiled = timing.compile_seconds(lowered)
-      yield f'train step, compilation {name}', result(took, 's')
-    yield 'train step, tracing', result(traced, 's')
-    self.step = step
-    jax.block_until_ready(self.one_step())  # takes it from that cache too
-    jax.config.update('jax_compilation_cache_dir', cache)
-    compilation_cache.reset_cache()
-
-  def one_step(self) -> Any:
-    self.state, metrics = self.step(self.state, self.rows)
-    return self.state, metrics
-
-  def train_step(self) -> Iterator[tuple[str, dict[str, Any]]]:
-    self.took = timing.clock(self.one_step, seconds=2 * SECONDS)
-    yield 'train step', seconds(self.took)
-    yield 'train step, speed', rate(self.batch, self.took)
-    said = hlo.of(self.compiled)
-    if said.flops is not None:
-      # The compiler counts the body of the loop over parts of a batch once.
-      self.flops = said.flops * self.config.accumulate * self.mesh.size
-      yield 'train step, work', result(self.flops, 'FLOP')
-      yield 'train step, rate', result(self.flops / self.took.median, 'FLOP/s')
-    if said.bytes is not None:
-      yield 'train step, traffic a device', result(said.bytes, 'bytes')
-    for name in ('arguments', 'temporaries', 'donated', 'peak'):
-      yield (
-        f'train step, memory a device, {name}',
-        result(getattr(said, name), 'bytes'),
-      )
-
-  def peak(self) -> Iterator[tuple[str, dict[str, Any]]]:
-    best = timing.peaks(self.mesh, self.config.model.dtype, SECONDS / 4)
-    for kind, flops in best.items():
-      yield f'machine, {kind}', result(flops, 'FLOP/s')
-      if hasattr(self, 'flops'):
-        share = self.flops / self.took.median / flops
-        yield f'train step, share of that ({kind})', result(100 * share, '%')
-
-  def loop(self) -> Iterator[tuple[str, dict[str, Any]]]:
-    """As training does it: other data each time, metrics read a step late."""
-    steps = timing.agreed(max(2, round(SECONDS / 4 / self.took.median)))
-
-    def trained() -> Any:
-      unread = None
-      for _ in range(steps):
-        self.state, metrics = self.step(self.state, self.put())
-        if unread:
-          jax.device_get(unread)
-        unread = metrics
-      return self.state
-
-    def alone() -> Any:
-      for _ in range(steps):
-        self.one_step()
-      return self.state
-
-    # In turns, for a machine that others use is not as fast all the time.
-    turns = [
-      [timing.clock(f, seconds=0, least=1).median for f in (trained, alone)]
-      for _ in range(5)
-    ]
-    over = [(loop - step) / steps for loop, step in turns]
-    loop = timing.spread([loop / steps for loop, _ in turns])
-    yield 'training loop, speed', rate(self.batch, loop)
-    yield 'host, a step, over the step alone', seconds(timing.spread(over))
-    placed = timing.clock(self.put, seconds=SECONDS / 8)
-    yield 'host, a batch to the device', seconds(placed)
-    begun = time.perf_counter()
-    self.one_step()
-    sent = time.perf_counter() - begun
-    jax.block_until_ready(self.state)
-    yield 'host, dispatch', result(sent, 's')
-
-  def data(self) -> Iterator[tuple[str, dict[str, Any]]]:
-    for _ in range(20):
-      next(self.batches)  # what was read ahead does not count
-    number, begun = 0, time.perf_counter()
-    while time.perf_counter() - begun < SECONDS / 2 or number < 20:
-      next(self.batches)
-      number += 1
-    speed = number * self.batch / (time.perf_counter() - begun)
-    yield 'input pipeline alone', result(speed, 'images/s')
-
-  def checkpoints(self) -> Iterator[tuple[str, dict[str, Any]]]:
-    folder = self.folder / 'checkpoints'
-    saver = checkpoint.open(folder, keep=1, keep_every=0)
-    blocked, whole = [], []
-    for number in range(3):
-      begun = time.perf_counter()
-      checkpoint.save(
-        saver,
-        number,
-        state=checkpoint.trained(self.state),
-        ema=self.state.ema_params,
-        data=self.batches.get_state(),
-        config=recipe.to_json(self.config),
-      )
-      blocked.append(time.perf_counter() - begun)
-      checkpoint.wait(saver)
-      whole.append(time.perf_counter() - begun)
-    checkpoint.close(saver)
-    yield 'checkpoint, stall', seconds(timing.spread(blocked))
-    yield 'checkpoint, until it is on disk', seconds(timing.spread(whole))
-
-  def sampling(self) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A few steps in one scan, and as many with a dispatch each."""
-    config, mesh, steps = self.config, self.mesh, self.config.sampler.steps
-    few = min(STEPS, steps)
-    size = runs.at_a_time(config, mesh, self.batch)
-    params = self.state.ema_params
-    index = np.arange(size, dtype=np.int32)
-    rows = engines.put_whole(index, mesh, self.engine)
-    if self.engine == 'jit':
-      cut = functools.partial(engines.cut_rows, mesh=mesh)
-      draw = sampling.sampler(config, 0, cut=cut)
-      whole = engines.jit_map(draw, mesh, params)
-      took, compiled = timing.compile_seconds(whole.lower(params, rows))
-      yield 'sampler, compilation', result(took, 's')
-      said = hlo.of(compiled)
-      yield 'sampler, memory a device, peak', result(said.peak, 'bytes')
-
-    def steps_in_one(count: int) -> timing.Spread:
-      chain = sampling.chain(config, 0, (steps, steps - count))
-      draw = engines.compile_map(chain, mesh, self.engine, params)
-      return timing.clock(lambda: draw(params, rows), seconds=SECONDS)
-
-    scan, one = steps_in_one(few), steps_in_one(1)
-    yield 'sampler, a step', result(scan.median / few, 's')
-    # One that takes all steps is as many times as long: its loop is the same.
-    yield 'sampler, speed', rate(size * few / steps, scan)
-    ratio = one.median * few / scan.median
-    yield 'sampler, a dispatch a step, over one scan', result(ratio, 'times')
-
-  def memory(self) -> Iterator[tuple[str, dict[str, Any]]]:
-    if found := self.mesh.local_devices[0].memory_stats():
-      yield 'device, peak memory', result(found['peak_bytes_in_use'], 'bytes')
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    yield 'process, peak memory', result(rss, 'bytes')
-
-
-def table(
-  about: dict[str, Any],
-  results: dict[str, dict[str, Any]],
-  earlier: dict[str, Any],
-) -> str:
-  """A line a result: what, how much, from least to most; now over earlier."""
-  lines = [', '.join(f'{key} {value}' for key, value in about.items() if value)]
-  for name, now in results.items():
-    line = f'{name:45}{shown(now["value"], now["unit"]):>18}'
-    if 'low' in now:
-      low, high = (shown(now[key], now['unit']) for key in ('low', 'high'))
-      line += f'  ({low} to {high})'
-    if before := earlier.get(name, {}).get('value'):
-      line = f'{line:95}{now["value"] / before:6.2f} of before'
-    lines.append(line.rstrip())
-  return '\n'.join(lines)
-
-
-def shown(value: float, unit: str) -> str:
-  if unit == 'bytes':
-    return f'{value / 2**20:.1f} MiB'
-  if unit.startswith('FLOP'):
-    return f'{value / 1e9:.1f} G{unit}'
-  if unit == 's' and abs(value) < 0.1:
-    return f'{1e3 * value:.2f} ms'
-  return f'{value:.3g} {unit}' if abs(value) < 1000 else f'{value:.0f} {unit}'

@@ -11,7 +11,7 @@ from ddpm_jax import flags as command
 from ddpm_jax import inputs
 from ddpm_jax import run as runs
 from ddpm_jax.compression import transmission
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.storage import logs
 from ddpm_jax.storage import paths
 from ddpm_jax.storage import workdir
@@ -48,7 +48,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   x0 = inputs.read(args.images, config)
   workdir.create(args.output.parent)
   seed = config.seed if args.seed is None else args.seed
-  mesh = engines.make_mesh(1)
+  mesh = meshes.make_mesh(1)
   kind, step, params = runs.restore(config, mesh, args.workdir)
   n, S = len(x0), config.codec.steps
   k = math.ceil(n / config.codec.batch_size)

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import math
 import pathlib
 import shlex
 from typing import Any
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import flags as command
+from ddpm_jax import pretrained
 from ddpm_jax import recipe
 from ddpm_jax import run as runs
 from ddpm_jax import validate
@@ -21,16 +21,12 @@ from ddpm_jax.data import pipeline
 from ddpm_jax.interop import diffusers
 from ddpm_jax.interop import fields
 from ddpm_jax.interop import files
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.storage import checkpoint
 from ddpm_jax.storage import lock
 from ddpm_jax.storage import logs
 from ddpm_jax.storage import paths
 from ddpm_jax.storage import workdir
-
-# The recipe of an imported model makes itself.
-# What a model comes with and may yet be trained or sampled without.
-ADVICE = ('model.dropout', 'sampler.clip', 'loss.name')
 
 JOB = command.Job(
   'turns weights of diffusers into a run, or back', run=False, recipe=False
@@ -76,41 +72,13 @@ def run(config: ConfigDict | None, args: argparse.Namespace) -> None:
 
 def take_in(args: argparse.Namespace) -> None:
   """Writes a workdir at step 0: EMA = weights, a fresh optimiser, all data."""
-  path = files.locate(args.input)
-  if path.is_dir():
-    model = files.read_model(path)
-    keys = fields.to_recipe(model.unet, model.scheduler)
-    weights, names = model.weights, diffusers.DIFFUSERS
-    rows = model.unet.get('num_class_embeds')
-  else:
-    if not args.config:
-      raise errors.UserError(
-        f'{path} says nothing of its recipe: name one, as '
-        '--config=configs/cifar.py'
-      )
-    keys, weights, names = {}, path, diffusers.PYTORCH_DIFFUSION
-    rows = None
-  config = recipe_of(args, keys)
-  if rows:
-    set_classes(config, args, rows)
-  validate.check(config)
-  validate.unread(config, args.changes, args.changes)
-  if config.model.name != 'unet' or (config.condition.name and not rows):
-    raise errors.UserError(
-      f'{path} is a U-Net without a condition, which {args.config} is not'
-    )
-  tensors = files.read_tensors(weights)
-  check_depth(config, len(tensors), weights)
-  mesh = build.mesh(config)
-  abstract = jax.eval_shape(functools.partial(build.init_state, config))
-  params = diffusers.to_params(abstract.params, tensors, names)
+  model = pretrained.read(args.input, args.config, args.changes)
   workdir.check(args.output)
   with lock.held(args.output):
     workdir.mark_imported(args.output, str(args.input))
-    save(config, mesh, params, args.output)
-  count = sum(math.prod(x.shape) for x in tensors.values())
-  logs.say(f'{count:,} parameters of {weights}: {args.output}')
-  data = config.data
+    save(model.config, build.mesh(model.config), model.params, args.output)
+  logs.say(f'{model.size:,} parameters of {model.path}: {args.output}')
+  data = model.config.data
   logs.say(
     f'its data, to evaluate and to train on: data.name={data.name}, data.path='
     f'{data.path!r}; others are to be named here'
@@ -123,72 +91,6 @@ def take_in(args: argparse.Namespace) -> None:
   )
 
 
-def check_depth(config: ConfigDict, count: int, path: pathlib.Path) -> None:
-  """Refuses a network of far more layers than a file has tensors for.
-
-  To build it would take as long as it is deep.
-
-  Raises:
-    UserError: naming the key.
-  """
-  c = config.model
-  blocks = len(c.multipliers) * (2 * c.blocks + 1)
-  if 2 * blocks > count:  # A block has ten, or five if it is small.
-    raise errors.UserError(
-      f'{path} holds {count} tensors, too few for {blocks} blocks: '
-      f'config.model.blocks={c.blocks} (layers_per_block) is of another network'
-    )
-
-
-def recipe_of(args: argparse.Namespace, keys: dict[str, Any]) -> ConfigDict:
-  """The recipe of --config, or of the nearest size, with the model's keys.
-
-  Raises:
-    UserError: if --config.KEY=VALUE contradicts the model.
-  """
-  if args.config:
-    config = recipe.load(args.config)
-  else:
-    like = (keys['data.image_size'], keys['data.channels'])
-    nearest = {(32, 3): 'cifar', (256, 3): 'celebahq'}
-    config = recipe.shipped(nearest.get(like, 'folder'))
-    config.data.path = ''  # not named: the model may be of any data
-  config.update_from_flattened_dict(keys)
-  recipe.override(config, args.changes)
-  flat = recipe.flatten(config)
-  for key, value in keys.items():
-    if key not in ADVICE and flat[key] != value:
-      raise errors.UserError(
-        f'config.{key} is {value!r} in {args.input}: leave '
-        f'--config.{key}={flat[key]} out'
-      )
-  return config
-
-
-def set_classes(
-  config: ConfigDict, args: argparse.Namespace, rows: int
-) -> None:
-  """Checks `condition.classes` against the rows of a class embedding.
-
-  Raises:
-    UserError: if it does not say whether the last row is a class.
-  """
-  classes = config.condition.classes
-  if classes not in (rows - 1, rows):
-    raise errors.UserError(
-      f'{args.input} has num_class_embeds={rows}: set '
-      f'--config.condition.classes={rows} if each is a class, or '
-      f'={rows - 1} if the last one stands for no class, as in a model that '
-      '--mode=convert wrote'
-    )
-  if classes == rows and 'condition.drop' not in args.changes:
-    config.condition.drop = 0.0
-    logs.say(
-      'the model was trained without "no class": condition.drop=0, and '
-      'guidance is not for it'
-    )
-
-
 def save(
   config: ConfigDict,
   mesh: jax.sharding.Mesh,
@@ -197,7 +99,7 @@ def save(
 ) -> None:
   """A run that has not made a step; `config.json`, which makes it one, last."""
   begin = functools.partial(build.begin, config)
-  state = engines.init_state(begin, mesh, params)
+  state = meshes.init_state(begin, mesh, params)
   checkpoints = checkpoint.open(folder / 'checkpoints')
   try:
     checkpoint.save(

@@ -15,7 +15,7 @@ from ddpm_jax import recipe
 from ddpm_jax import run as runs
 from ddpm_jax.compression import file_format
 from ddpm_jax.compression import transmission
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.storage import logs
 from ddpm_jax.storage import outputs
 
@@ -51,7 +51,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   with of_file(path):
     header, _ = file_format.read_header(data)
   outputs.prepare(args.output)
-  mesh = engines.make_mesh(1)
+  mesh = meshes.make_mesh(1)
   kind, step, params = runs.restore(config, mesh, args.workdir)
   check_same(config, params, header, path)
   about = {

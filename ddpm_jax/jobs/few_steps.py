@@ -1,6 +1,7 @@
 """`--mode=few_steps`: what samplers make of how many looks at the network."""
 
 import argparse
+import dataclasses
 import time
 from typing import Any
 
@@ -88,7 +89,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     result['samplers'][title] = {key: [] for key in COLUMNS}
     for n in looks(changes, config.schedule.T):
       c = changed(config, changes, n)
-      drawn, rate = timed(run._replace(config=c), args.num_samples)
+      drawn, rate = timed(dataclasses.replace(run, config=c), args.num_samples)
       score_of = classifier_score.score(*real, drawn, classifier)
       found = dict(errors.finite(score_of, 'score'))
       found['images_per_second'] = rate
@@ -147,15 +148,15 @@ def evaluations(config: ConfigDict) -> int:
 
 def timed(run: runs.Run, count: int) -> tuple[np.ndarray, float]:
   """`count` images, and how many a second; compiling does not count."""
-  draw = runs.sampler(run.config, run.mesh, count, run.seed)
+  draw = runs.sampler(run.config, run.engine, count)
   sizes, ends = [], []
   batches = []
-  for batch, _ in draw(run.params):
+  for batch, _ in draw(run.params, seed=run.seed):
     batches.append(batch)
     sizes.append(len(batch))
     ends.append(time.perf_counter())
   if len(sizes) == 1:  # Once more, for the program is compiled now.
-    for _ in draw(run.params):
+    for _ in draw(run.params, seed=run.seed):
       sizes.append(sizes[0])
       ends.append(time.perf_counter())
   # The last batch may have been cut, but was drawn whole.

@@ -46,7 +46,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   wanted, condition = samples.asked(config, args)
   count = args.num_samples * max(len(wanted), 1)
   run = runs.load(config, args.workdir, seed=args.seed)
-  draw = runs.sampler(config, run.mesh, count, run.seed)
+  draw = runs.sampler(config, run.engine, count)
   about = samples.description(config, args, run.weights, run.step, wanted)
   settings = samples.settings(config, run.weights, run.step, run.seed, wanted)
   name = f'samples_{settings}{ending}'
@@ -63,7 +63,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     tiles = drawn.reshape(len(wanted), -1, *recipe.shape(config))
     return plots.labelled(tiles, labels=wanted)
 
-  drawn = (image for image, _ in draw(run.params, condition))
+  drawn = (image for image, _ in draw(run.params, condition, seed=run.seed))
   outputs.save(output, drawn, count, about, picture=picture)
   if len(wanted) > 1:
     logs.say(

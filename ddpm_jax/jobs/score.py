@@ -47,7 +47,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     f'drawing {args.num_samples} images with the {run.weights} weights of step '
     f'{run.step}'
   )
-  drawn = run.sample(args.num_samples)
+  drawn = run.draw(args.num_samples)
   learnt, held_out = classifiers.split(len(data['image']))
   found = classifier_score.score(
     data['image'][learnt],

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import recipe
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 from ddpm_jax.planning import measure
 from ddpm_jax.planning import programs
 from ddpm_jax.planning import topology as targets
@@ -43,7 +43,7 @@ def of_sampling(
   return _first(
     *(config, target, mesh, draw),
     programs.draw,
-    fewer(draw['images'], engines.num_shards(mesh)),
+    fewer(draw['images'], meshes.num_shards(mesh)),
     lambda c: c.sampler.batch_size,
   )
 
@@ -90,7 +90,7 @@ def smaller(
   config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> Iterator[dict[str, Any]]:
   """Changes that need less and less memory for the same training."""
-  parts, change = engines.num_shards(mesh), {}
+  parts, change = meshes.num_shards(mesh), {}
   if mesh.shape['fsdp'] < parts:
     change = {'parallel.data': 1, 'parallel.fsdp': parts}
     yield change

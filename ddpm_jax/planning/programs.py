@@ -13,6 +13,7 @@ from ddpm_jax import recipe
 from ddpm_jax import run as runs
 from ddpm_jax import sampling
 from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 
 IMAGES = 50_000  # to draw in all: papers score so many
 
@@ -29,9 +30,9 @@ class Program(NamedTuple):
 def train(config: ConfigDict, mesh: jax.sharding.Mesh) -> Program:
   """As `jobs/train.py` compiles it."""
   init = functools.partial(build.init_state, config)
-  state = engines.abstract_state(init, mesh)
-  step = engines.compile_step(
-    build.train_step(config, engines.num_shards(mesh)), mesh, 'jit', state
+  state = meshes.abstract_state(init, mesh)
+  step = engines.Jit(mesh).compile_step(
+    build.train_step(config, meshes.num_shards(mesh)), state
   )
   return Program(
     step, (state, batch(config, mesh)), config.accumulate, config.batch_size
@@ -62,7 +63,7 @@ def conditions(config: ConfigDict, n: int) -> Any:
 
 
 def placed(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
-  sharding = engines.over_batch(mesh)
+  sharding = meshes.over_batch(mesh)
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
   )
@@ -71,14 +72,17 @@ def placed(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
 def draw(config: ConfigDict, mesh: jax.sharding.Mesh) -> Program:
   """As `jobs/sample.py` compiles it."""
   init = functools.partial(build.init_state, config)
-  params = engines.abstract_state(init, mesh).ema_params
+  params = meshes.abstract_state(init, mesh).ema_params
   n = runs.at_a_time(config, mesh, IMAGES)
-  cut = functools.partial(engines.cut_rows, mesh=mesh)
-  sampler = sampling.sampler(config, config.seed, cut=cut)
-  rows: Any = jax.ShapeDtypeStruct((n,), jnp.int32)
+  shard = functools.partial(meshes.shard_rows, mesh=mesh)
+  sampler = sampling.sampler(config, shard=shard)
+  rows: dict[str, Any] = {
+    'seed': jax.ShapeDtypeStruct((n,), jnp.uint32),
+    'index': jax.ShapeDtypeStruct((n,), jnp.int32),
+  }
   if config.condition.name not in ('', 'label'):
-    rows = {'index': rows, 'condition': conditions(config, n)}
-  compiled = engines.jit_map(sampler, mesh, params)
+    rows['condition'] = conditions(config, n)
+  compiled = engines.Jit(mesh).jit_map(sampler, params)
   return Program(
     compiled, (params, placed(rows, mesh)), config.sampler.steps, n
   )

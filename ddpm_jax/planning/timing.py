@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 
 
 class Spread(NamedTuple):
@@ -85,7 +85,7 @@ def peaks(
     rows = jax.make_array_from_callback(
       (n * x[0], *x[1:]), over_all, lambda index: np.ones(x, dtype)
     )
-    kernel = jax.device_put(np.ones(w, dtype), engines.replicated(mesh))
+    kernel = jax.device_put(np.ones(w, dtype), meshes.replicated(mesh))
     call = functools.partial(jax.jit(work), rows, kernel)
     # Each output is made of all of w that leads to it.
     number = 2 * n * math.prod(x[:-1]) * math.prod(w)

@@ -1,6 +1,7 @@
 """What a run says of itself: metrics.jsonl, TensorBoard, the progress bar."""
 
 import contextlib
+import contextvars
 import importlib.util
 import io
 import itertools
@@ -31,13 +32,36 @@ from ddpm_jax.storage import paths
 T = TypeVar('T')
 
 
-def say(message: str) -> None:
-  """A line for the person who watches: to stderr, above the progress bar.
+_shown: contextvars.ContextVar[bool] = contextvars.ContextVar(
+  'shown', default=True
+)
 
-  Of several processes, the first one speaks, writes, and shows a bar.
-  """
-  if processes.is_primary():
+
+@contextlib.contextmanager
+def shown(progress: bool) -> Iterator[None]:
+  """Shows or hides messages and progress bars, as a Python caller wants."""
+  token = _shown.set(progress)
+  try:
+    yield
+  finally:
+    _shown.reset(token)
+
+
+def _is_shown() -> bool:
+  """Whether this process prints: the first of several, if not hidden."""
+  return processes.is_primary() and _shown.get()
+
+
+def say(message: str) -> None:
+  """Prints a line to stderr, above the progress bar, if shown."""
+  if _is_shown():
     tqdm.tqdm.write(message, file=sys.stderr)
+
+
+def result(message: str) -> None:
+  """Prints a line to stdout, if shown."""
+  if _is_shown():
+    print(message)
 
 
 def read(path: pathlib.Path) -> list[dict[str, float]]:
@@ -314,7 +338,7 @@ def _bar(
     initial=initial,
     unit=unit,
     postfix=shown,
-    disable=not processes.is_primary(),
+    disable=not _is_shown(),
     file=sys.stderr if terminal else _Lines(sys.stderr),
     dynamic_ncols=True,
     leave=None,  # but for one inside of another

@@ -45,7 +45,7 @@ def codec(
   print(f'{table}\n{seconds / len(x0):.3f} to decode, to {same} of the sender')
   source = store.from_arrays(x0, np.full(len(x0), -1, np.int32))
   bound = bounds.bound_of(
-    config, trained.mesh, trained.params, source, len(x0), trained.seed
+    config, trained.engine, trained.params, source, len(x0), trained.seed
   )
   spent, theory = transmission.spent(sent, x0), curves.progress(bound)
   around = 8 * sent.around / x0.size

@@ -40,10 +40,11 @@ def quality(trained: common.Run, count: int = 500) -> common.Drawn:
   common.need_two('quality', count)
   config, N = trained.config, trained.config.sampler.steps
   K = min(20, N)
+  assert trained.workdir
   data, classifier = small_data.judge(config, trained.workdir)
   judged = functools.partial(classifiers.features_and_probabilities, classifier)
-  draw = runs.sampler(config, trained.mesh, count, trained.seed, snapshots=K)
-  _, seen = runs.gather(draw(trained.params))
+  draw = runs.sampler(config, trained.engine, count, snapshots=K)
+  _, seen = runs.gather(draw(trained.params, seed=trained.seed))
   real, _ = judged(data['image'])
   times, frechet, sure = pictures.snapshot_times(config, K), [], []
   print('    t   Fréchet (classifier)   sure')
@@ -79,7 +80,7 @@ def rate_distortion(trained: common.Run, count: int = 64) -> common.Drawn:
   source, split = dataset.source_to_evaluate(config, trained.workdir)
   count = min(count, len(source))
   bound = bounds.bound_of(
-    config, trained.mesh, trained.params, source, count, trained.seed
+    config, trained.engine, trained.params, source, count, trained.seed
   )
   rate, rmse = progress(bound)
   print(table(rate, rmse, f'{count} images (split: {split})'))

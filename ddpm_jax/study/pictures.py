@@ -118,8 +118,8 @@ def progressive(trained: common.Run, count: int = 8) -> common.Drawn:
   """x̂_0 of samples at ten times on the way: figure 6."""
   config, N = trained.config, trained.config.sampler.steps
   K = min(50, N)
-  draw = runs.sampler(config, trained.mesh, count, trained.seed, snapshots=K)
-  _, seen = runs.gather(draw(trained.params))
+  draw = runs.sampler(config, trained.engine, count, snapshots=K)
+  _, seen = runs.gather(draw(trained.params, seed=trained.seed))
   heads = [f't = {t}' for t in snapshot_times(config, K)]
   # The last is the sample itself.
   shown = [round(K * k / min(K, 10)) - 1 for k in range(1, min(K, 10) + 1)]
@@ -249,8 +249,8 @@ def nearest(trained: common.Run, count: int = 8) -> common.Drawn:
   By squared distance in pixels, which sees copies and little else.
   """
   config, k = trained.config, 8
-  draw = runs.sampler(config, trained.mesh, count, trained.seed)
-  drawn, _ = runs.gather(draw(trained.params))
+  draw = runs.sampler(config, trained.engine, count)
+  drawn, _ = runs.gather(draw(trained.params, seed=trained.seed))
   near, squares = neighbours(drawn, dataset.source(config), k, config.data.flip)
   rmse = np.sqrt(squares[:, 0] / math.prod(drawn.shape[1:]))
   return common.Drawn(

@@ -26,6 +26,7 @@ from ddpm_jax.data import pipeline
 from ddpm_jax.metrics import classifier as classifiers
 from ddpm_jax.metrics import classifier_score
 from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 
 BAR = 0.3  # Fréchet distance (classifier); that of held-out digits is 0.22
 EVERY, MOST, SAMPLES = 100, 2000, 359
@@ -70,8 +71,9 @@ def main():
 def until_good(c, real, judge):
   """(steps, processor seconds of training, scores every 100 steps)."""
   mesh = build.mesh(c)
-  state = engines.init_state(functools.partial(build.init_state, c), mesh)
-  step = engines.compile_step(build.train_step(c, 1), mesh, 'jit', state)
+  state = meshes.init_state(functools.partial(build.init_state, c), mesh)
+  engine = engines.Jit(mesh)
+  step = engine.compile_step(build.train_step(c, 1), state)
   batches = pipeline.batches(
     dataset.source(c), batch_size=c.batch_size, seed=c.seed
   )
@@ -79,13 +81,11 @@ def until_good(c, real, judge):
   few.sampler.update(name='dpm_solver_pp_2m_sde', steps=20)
   draw = runs.sampler(few, mesh, SAMPLES, c.seed)
   seen, spent = [], 0.0
-  compiled = step.lower(
-    state, engines.put(next(batches), mesh, 'jit')
-  ).compile()
+  compiled = step.lower(state, engine.put(next(batches))).compile()
   for _ in range(MOST // EVERY):
     begun = time.process_time()
     for _ in range(EVERY):
-      state, _ = compiled(state, engines.put(next(batches), mesh, 'jit'))
+      state, _ = compiled(state, engine.put(next(batches)))
     jax.block_until_ready(state)
     spent += time.process_time() - begun
     drawn, _ = runs.gather(draw(state.ema_params))

@@ -70,8 +70,11 @@ def sample() -> None:
   config = recipe.resolve('configs/cifar.py', None, {})
   validate.check(config)
   params = jax.eval_shape(lambda: build.init_state(config)).params
-  index = jax.ShapeDtypeStruct((4,), jnp.int32)
-  jax.eval_shape(sampling.sampler(config, 0), params, index)
+  rows = {
+    'seed': jax.ShapeDtypeStruct((4,), jnp.uint32),
+    'index': jax.ShapeDtypeStruct((4,), jnp.int32),
+  }
+  jax.eval_shape(sampling.sampler(config), params, rows)
 
 
 def functions(path: pathlib.Path) -> list[tuple[int, str]]:

@@ -32,7 +32,7 @@ from ddpm_jax import sampling
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.interop import diffusers as interop
 from ddpm_jax.interop import fields
-from ddpm_jax.parallel import engines
+from ddpm_jax.parallel import meshes
 
 SAMPLING_STEPS = 4  # that are timed, of 1000
 
@@ -99,19 +99,17 @@ def torch_work(config, params, batch, memory):
 
 def our_work(config, params, batch):
   """{what: function that does it}, for us, compiled."""
-  mesh = build.mesh(config)
+  engine = build.engine(config)
   network = build.network(config)
   n = len(batch)
   begin = functools.partial(build.begin, config)
-  state = engines.init_state(begin, mesh, params)
-  step = engines.compile_step(
-    build.train_step(config, mesh.size), mesh, 'jit', state
-  )
+  state = meshes.init_state(begin, engine.mesh, params)
+  step = engine.compile_step(build.train_step(config, engine.mesh.size), state)
   rows = {
     'image': ((batch + 1) * 127.5).astype(np.uint8),
     'index': np.arange(n, dtype=np.int32),
   }
-  rows = engines.put(rows, mesh, 'jit')
+  rows = engine.put(rows)
   apply = jax.jit(lambda x, t: network.apply({'params': params}, x, t))
   x, t = jax.device_put(batch), jax.numpy.full(n, 501)
   p = build.sampler(config)
