@@ -32,7 +32,7 @@ class Cell(NamedTuple):
     """The name of the picture that it draws, if it does."""
     if 'plt.show()' not in self.text:
       return None
-    return re.sub(r'\W+', '-', self.title.lower()).strip('-') + '.png'
+    return re.sub('[^a-z0-9]+', '-', self.title.lower()).strip('-') + '.png'
 
 
 def read(text: str) -> Iterator[Cell]:

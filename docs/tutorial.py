@@ -82,7 +82,7 @@ by_hand = (
 x_t = process.q_sample(schedule, x0, t, eps)
 np.testing.assert_allclose(x_t, by_hand, atol=1e-5)
 
-# %% The moons at six times of the forward process
+# %% The moons at six times
 fig, axes = plt.subplots(1, 6, figsize=(10, 2), layout='constrained')
 for ax, t in zip(axes, (0, 50, 100, 200, 400, 1000), strict=True):
   scatter(ax, process.q_sample(schedule, x0, t, eps), f't = {t}')
@@ -116,7 +116,8 @@ np.testing.assert_allclose(mean, by_hand, atol=1e-4)
 
 # %% [markdown]
 # Repeated from t = T to 1, it leads any noise to the x_0 that was given. Here
-# are five such walks. At first they are noise, and the end is what was wanted:
+# are five such walks, of which the first coordinate is drawn. At first they are
+# noise, and the end is what was wanted:
 
 
 # %%
@@ -137,13 +138,11 @@ x_T = jax.random.normal(jax.random.key(1), ends.shape)
 reached, paths = walk_back(ends, x_T, jax.random.key(2))
 np.testing.assert_allclose(reached, ends, atol=1e-5)
 
-# %% Five walks from noise to a given point
-fig, ax = plt.subplots(figsize=(4, 4), layout='constrained')
-scatter(ax, x0, 'from t = 1000 (circles) to x_0 (crosses)', 'lightgray')
-for i in range(len(ends)):
-  (line,) = ax.plot(*paths[:, i].T, linewidth=0.5)
-  ax.plot(*x_T[i], 'o', color=line.get_color())
-  ax.plot(*ends[i], 'x', color='black', markersize=9, mew=2, zorder=3)
+# %% Five walks from noise to given points
+fig, ax = plt.subplots(figsize=(7, 3), layout='constrained')
+ax.plot(range(schedule.T, 0, -1), paths[..., 0], linewidth=0.5)
+ax.plot([0] * len(ends), ends[:, 0], 'kx', markersize=9, mew=2, zorder=3)
+ax.set(xlim=(1010, -10), xlabel='t', ylabel='first coordinate of x_t')
 plt.show()
 
 # %% [markdown]
@@ -271,14 +270,14 @@ def train(module, data, steps, batch_size, ema=0.995):
 
 
 # %%
-POINT_STEPS = 3000
+POINT_STEPS = 2000
 _, mlp_params, history = train(mlp, moons, POINT_STEPS, batch_size=512)
 
 # %% [markdown]
-# How well the noise is told depends on t. From the noisiest points it is
-# nearly all that there is to see, and the loss is near 0. From points that are
-# nearly clean it cannot be told from where on the moon they are, and the loss
-# is near 1, which is what a guess of 0 costs:
+# How well the noise can be guessed depends on t. The noisiest points are
+# little else, and the loss is near 0. Of a point that is nearly clean it cannot
+# be said what is noise and what is its place on the moon, and the loss is near
+# 1, which is what a guess of 0 costs. The hump is where the moons overlap:
 
 # %% The loss, by training step and by t
 B = 1000
@@ -351,7 +350,7 @@ for first, last in itertools.pairwise(stops):
   times = range(first, last, -1)
   clouds.append(part(mlp_params, keys, clouds[-1], times))
 
-# %% The cloud of samples, and what the network takes them for
+# %% The cloud, and the predicted x_0
 fig, axes = plt.subplots(2, 6, figsize=(10, 3.8), layout='constrained')
 for (above, below), x_t, t in zip(axes.T, clouds, stops, strict=True):
   scatter(above, x_t, f'x_t, t = {t}')
@@ -364,15 +363,18 @@ plt.show()
 
 # %% [markdown]
 # Above, x_t goes from noise to the moons, mostly in the last 200 steps. Below,
-# x̂_0 is the mean of all x_0 that x_t may have come from: in the beginning the
-# middle of the data for all, and then more and more decided.
+# x̂_0 is the mean of all x_0 that x_t may have come from: at t = 400 near the
+# middle of the data for all, and then more and more decided. At t = 1000 it is
+# the network's error that one sees, which equation 15 divides by √ᾱ_T = 0.006.
+# It does no harm, for so early a step takes next to nothing from x̂_0.
 #
 # ### Fewer steps
 #
 # A step may jump over several t. `denoisers.strided` is the same model on a
 # schedule of fewer, larger steps, so that every sampler runs on it unchanged:
 # `ancestral`, and DDIM ([Song et al. 2021](https://arxiv.org/abs/2010.02502)),
-# which adds no noise, so that x_T decides x_0.
+# which adds no noise, so that x_T decides x_0. The colour of a sample is the
+# direction of its x_T:
 
 
 # %%
@@ -382,7 +384,7 @@ def in_steps(params, keys, x_T, step, steps):
   return samplers.sample(step, denoiser, keys, x_T).x_0
 
 
-# %% Samples in 3 to 100 steps, coloured by the direction of x_T
+# %% Samples in 3 to 100 steps
 color = plt.cm.hsv(np.arctan2(x_T[:, 1], x_T[:, 0]) / (2 * np.pi) + 0.5)
 fig, axes = plt.subplots(2, 5, figsize=(10, 4.4), layout='constrained')
 for row, step in zip(axes, (samplers.ancestral, samplers.ddim), strict=True):
@@ -393,9 +395,9 @@ for row, step in zip(axes, (samplers.ancestral, samplers.ddim), strict=True):
 plt.show()
 
 # %% [markdown]
-# With few steps DDIM is far ahead. Its colours stay together: it is one smooth
-# map of the plane. Those of Algorithm 2 are mixed, for its noise has made x_T
-# forgotten.
+# With few steps DDIM is sharper. Its colours stay together: it maps the plane
+# to the moons, smoothly, so that a few points are left between them. Those of
+# Algorithm 2 are mixed, for its noise has made x_T forgotten.
 #
 # ## Digits
 #
@@ -409,15 +411,16 @@ digits = jnp.asarray(images[..., None] / 8 - 1, jnp.float32)
 
 # %%
 def show(ax, x, columns, title=''):
-  """A grid of images."""
-  x = np.asarray(x).reshape(-1, columns, *x.shape[1:3]).swapaxes(1, 2)
+  """A grid of images, with a white pixel between them."""
+  x = np.pad(x[..., 0], ((0, 0), (0, 1), (0, 1)), constant_values=1)
+  x = x.reshape(-1, columns, *x.shape[1:]).swapaxes(1, 2)
   x = x.reshape(x.shape[0] * x.shape[1], -1)
   ax.imshow(x, cmap='gray', vmin=-1, vmax=1)
   ax.set_title(title, fontsize=10)
   ax.axis('off')
 
 
-# %% Eight digits, more and more noisy
+# %% Eight digits at six times
 times = (0, 50, 100, 200, 400, 1000)
 eps = jax.random.normal(jax.random.key(9), (8, 8, 8, 1))
 rows = [process.q_sample(schedule, digits[:8], t, eps) for t in times]
@@ -440,7 +443,7 @@ network = unet.UNet(
   groups=8,
   dropout=0.0,
 )
-DIGIT_STEPS = 2000
+DIGIT_STEPS = 1200
 raw_params, ema_params, history = train(
   network, digits, DIGIT_STEPS, batch_size=64
 )
@@ -463,24 +466,24 @@ def draw(params, keys, x_T, step=samplers.ancestral, steps=1000):
   return samplers.sample(step, denoiser, keys, x_T, snapshots=10)
 
 
-B = 64
+B = 48
 keys = jax.random.split(jax.random.key(10), B)
 x_T = jax.random.normal(jax.random.key(11), (B, 8, 8, 1))
 drawn = draw(ema_params, keys, x_T)
 
-# %% Digits of the data, and of the model
-fig, axes = plt.subplots(1, 2, figsize=(8, 4.2), layout='constrained')
-show(axes[0], digits[100:164], 8, 'data')
+# %% Data and samples
+fig, axes = plt.subplots(1, 2, figsize=(8, 3.3), layout='constrained')
+show(axes[0], digits[100:148], 8, 'data')
 show(axes[1], drawn.x_0, 8, 'samples')
 plt.show()
 
 # %% [markdown]
 # Most of the samples are digits that one can name; a few are between two of
-# them, as a few of the data are too. And x̂_0 on the way, at ten times, with the
-# final sample on the right: first a gray blur, the mean of all digits, then a
-# digit, then its details.
+# them, as a few of the data are too. Here is x̂_0 on the way, at t = 901, 801,
+# ..., 1, with the sample on the right. At first it is the network's error again;
+# then a gray blur, the mean of all digits; then a digit, and then its details:
 
-# %% x̂_0 of eight samples, from t = 901 to 1
+# %% Predictions on the way, and the samples
 progress = jnp.stack([*drawn.x0_hats[:, :8], drawn.x_0[:8]], axis=1)
 fig, ax = plt.subplots(figsize=(6, 4.4), layout='constrained')
 show(ax, progress.reshape(-1, 8, 8, 1), 11)
@@ -490,7 +493,7 @@ plt.show()
 # Are they copies? Above are samples, and below each the digit of the data that
 # is nearest to it: alike, as digits are, and not the same.
 
-# %% Samples, and the nearest digits of the data
+# %% Samples and their nearest data
 distance = jnp.sum((drawn.x_0[:16, None] - digits[None]) ** 2, axis=(2, 3, 4))
 nearest = digits[jnp.argmin(distance, axis=1)]
 fig, ax = plt.subplots(figsize=(8, 1.2), layout='constrained')
@@ -502,7 +505,7 @@ plt.show()
 # which are noisier. `dpm_solver_pp_2m` is DDIM that looks back at the step
 # before, and so makes more of each:
 
-# %% 20 steps, with and without the average of the weights
+# %% Samples in 20 steps
 fig, axes = plt.subplots(1, 4, figsize=(10, 2.8), layout='constrained')
 few = (
   (ema_params, samplers.ancestral, 'ancestral, 20 steps'),
