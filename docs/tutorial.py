@@ -480,8 +480,8 @@ plt.show()
 # %% [markdown]
 # Most of the samples are digits that one can name; a few are between two of
 # them, as a few of the data are too. Here is x̂_0 on the way, at t = 901, 801,
-# ..., 1, with the sample on the right. At first it is the network's error again;
-# then a gray blur, the mean of all digits; then a digit, and then its details:
+# ..., 1, with the sample on the right. First it is the network's error again,
+# then a gray blur, the mean of all digits; then a digit, and its details:
 
 # %% Predictions on the way, and the samples
 progress = jnp.stack([*drawn.x0_hats[:, :8], drawn.x_0[:8]], axis=1)
