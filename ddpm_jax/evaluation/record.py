@@ -44,7 +44,7 @@ def write_scores(
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-  """Formats scores as the README's Markdown table."""
+  """Formats scores as the Markdown table of docs/evaluation.md."""
   rows = [
     '| step | weights | sampler | samples | against | published | here |',
     '|---|---|---|---|---|---|---|',
