@@ -8,7 +8,7 @@ second is L_simple, or the true bound L with a fixed or a learned variance.
 
 hardware  2 CPU cores (measured)
 hours     3 minutes per row (measured)
-score     see the table in README.md
+score     see the table in docs/objectives.md
 """
 
 from ml_collections import ConfigDict

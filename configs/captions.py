@@ -4,10 +4,11 @@
       --config.data.path=FOLDER
   python -m ddpm_jax.main --mode=sample --workdir=runs/mine --prompt="an apple"
 
-FOLDER holds the images, and captions.csv or metadata.jsonl (see the README).
-Captions are read by a frozen encoder of English, which has to be installed (see
-the README); --config.condition.name=text trains an encoder instead, for any
-language. The network is small and coarse, for a CPU and some thousand images.
+FOLDER holds the images, and captions.csv or metadata.jsonl. Captions are read
+by a frozen encoder of English, which has to be installed (for both, see
+docs/conditions.md); --config.condition.name=text trains an encoder instead, for
+any language. The network is small and coarse, for a CPU and some thousand
+images.
 For a GPU: --config.model.patch=2 --config.model.blocks=2
 --config.model.multipliers="(1,2,2)" --config.batch_size=64.
 

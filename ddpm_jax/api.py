@@ -81,7 +81,7 @@ def load(
   Args:
     path: A workdir; or a diffusers folder, its name on huggingface.co, or a
       .ckpt file of pytorch_diffusion.
-    step: The checkpoint; by default the newest whole one.
+    step: The checkpoint; by default the newest intact one.
     weights: 'ema' or 'raw'; by default as the recipe says.
     config: The recipe of a model that is not a workdir; see `pretrained.read`.
     progress: Whether to show messages.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 from typing import NoReturn
+from typing import TypeVar
 
 import ddpm_jax
 from ddpm_jax import errors
@@ -20,6 +21,7 @@ from ddpm_jax import machine
 from ddpm_jax import ranges
 from ddpm_jax.storage import paths
 
+T = TypeVar('T')
 JOBS = pathlib.Path(__file__).parent / 'jobs'
 DESCRIPTION = """\
 Denoising diffusion probabilistic models: train them, sample from them.
@@ -79,18 +81,27 @@ def local_path(text: str) -> pathlib.Path:
 
 
 def _path(text: str, read: Callable[[str], pathlib.Path]) -> pathlib.Path:
-  try:
+  def expanded(text: str) -> pathlib.Path:
     return read(text if paths.is_remote(text) else expand.expanded(text))
-  except errors.UserError as e:  # argparse names the flag
-    raise argparse.ArgumentTypeError(str(e)) from None
+
+  return typed(expanded)(text)
 
 
 def name_or_path(text: str) -> str:
   """The type of a flag that is a path, or a name on huggingface.co."""
-  try:
-    return expand.expanded(text)
-  except errors.UserError as e:
-    raise argparse.ArgumentTypeError(str(e)) from None
+  return typed(expand.expanded)(text)
+
+
+def typed(read: Callable[[str], T]) -> Callable[[str], T]:
+  """The type of a flag that `read` parses, which may raise a UserError."""
+
+  def parse(text: str) -> T:
+    try:
+      return read(text)
+    except errors.UserError as e:  # argparse names the flag
+      raise argparse.ArgumentTypeError(str(e)) from None
+
+  return parse
 
 
 def modes() -> list[str]:

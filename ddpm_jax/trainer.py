@@ -29,6 +29,7 @@ from ddpm_jax import plots
 from ddpm_jax import previews
 from ddpm_jax import recipe
 from ddpm_jax import run as runs
+from ddpm_jax import validate
 from ddpm_jax.data import pipeline
 from ddpm_jax.data import store
 from ddpm_jax.diffusion import likelihood
@@ -79,6 +80,7 @@ def train(
     Diverged: If the loss or the weights are not finite, or too large.
   """
   # What may be refused comes before what takes time.
+  validate.wandb(config)
   engine = build.engine(config)
   build.train_step(recipe.provisional(config), meshes.num_shards(engine.mesh))
   workdir.check(folder)
@@ -144,7 +146,7 @@ def _train_locked(
   warn_of_signal(config)
   runs.warn_before_training(config, folder)
 
-  with contextlib.ExitStack() as stack:
+  with contextlib.ExitStack() as logged, contextlib.ExitStack() as stack:
     stop_asked = stack.enter_context(stop.requests())
     checkpoints = checkpoint.open(
       folder / 'checkpoints',
@@ -155,6 +157,13 @@ def _train_locked(
     # All processes raise a RunError at the same step, and saving finishes.
     stack.enter_context(processes.one_fails_all(errors.RunError))
     state = start(config, engine.mesh, checkpoints, batches, allow)
+    board = logged.enter_context(
+      logs.boards(
+        *(folder, int(state.step)),
+        project=config.log.wandb,
+        config=recipe.to_json(config),
+      )
+    )
 
     def save(state: training.TrainState, step: int) -> None:
       state = engine.to_global(state)
@@ -171,12 +180,13 @@ def _train_locked(
     try:
       state = loop(
         *(config, engine, folder, step_fn, state),
-        *(batches, save, preview, stop_asked),
+        *(batches, save, preview, board, stop_asked),
       )
     except errors.Diverged as e:
       checkpoint.wait(checkpoints)  # A save in progress counts.
       raise diverged(str(e), folder) from None
-  finish(config, folder, state, preview)
+    stack.close()  # A signal now ends the drawing: there is nothing to save.
+    finish(config, folder, state, preview, board)
   return state
 
 
@@ -289,7 +299,7 @@ def start(
   batches: grain.DatasetIterator,
   allow: Collection[str] = (),
 ) -> training.TrainState:
-  """The state of the newest whole checkpoint, or else of step 0.
+  """The state of the newest intact checkpoint, or else of step 0.
 
   Moves `batches` to the position of that checkpoint.
   """
@@ -333,6 +343,7 @@ def loop(
   batches: grain.DatasetIterator,
   save: Callable[[training.TrainState, int], None],
   preview: previews.Preview,
+  board: logs.Board,
   stop_asked: Callable[[int], bool],
 ) -> training.TrainState:
   """Trains to `config.steps`, or until a stop is requested; then saves."""
@@ -344,7 +355,6 @@ def loop(
   rate_at = _learning_rates(config, step)
 
   with (
-    logs.tensorboard(folder, step) as board,
     logs.metrics(folder, board, step, config.batch_size) as log,
     logs.Progress('training', config.steps, 'steps', initial=step) as bar,
   ):
@@ -401,6 +411,7 @@ def finish(
   folder: pathlib.Path,
   state: training.TrainState,
   preview: previews.Preview,
+  board: logs.Board,
 ) -> None:
   """Draws the previews of a finished run, and prints what to do next."""
   step, again = int(state.step), shlex.quote(str(folder))
@@ -416,8 +427,7 @@ def finish(
   preview(runs.chosen(config, state), '')
   if not processes.is_primary():
     return
-  with logs.tensorboard(folder, step) as board:
-    board.pictures(step, previews.paths(folder))
+  board.pictures(step, previews.paths(folder))
   steps, losses = logs.curve(folder, 'loss')
   plots.save_curve(folder / 'loss.png', steps, losses, 'step', 'loss')
   logs.say(f'samples              {folder}/samples.png')

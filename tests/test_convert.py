@@ -570,7 +570,7 @@ def test_truncated_weights_are_noticed(tmp_path):
     ),
     (
       lambda t: t.update({'conv_in.bias': np.full(4, np.nan, np.float32)}),
-      'conv_in.bias holds values that are not finite',
+      'conv_in.bias has values that are not finite',
     ),
   ],
 )
@@ -715,8 +715,8 @@ def test_flags_that_do_not_go_together_are_told(tmp_path, converted):
     ([f'--input={model}'], 'convert takes'),
     (['--output=x'], 'convert takes'),
     ([f'--input={model}', f'--workdir={run}', '--output=x'], 'convert takes'),
-    ([f'--input={model}', f'--output={run}'], 'is there already'),
-    ([f'--workdir={run}', f'--output={run}'], 'is there already'),
+    ([f'--input={model}', f'--output={run}'], 'exists already'),
+    ([f'--workdir={run}', f'--output={run}'], 'exists already'),
     ([f'--workdir={tmp_path}/no', '--output=x'], 'no run in'),
     (
       [f'--input={model}', '--output=x', '--config.model.channels=8'],
@@ -724,7 +724,7 @@ def test_flags_that_do_not_go_together_are_told(tmp_path, converted):
     ),
     (
       [f'--input={model}/{files.SAFE[0]}', '--output=x'],
-      'says nothing of its recipe',
+      'does not contain its recipe',
     ),
     (
       [

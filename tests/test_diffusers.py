@@ -34,6 +34,7 @@ from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import spacings
 from ddpm_jax.diffusion import variances
+from ddpm_jax.interop import card
 from ddpm_jax.interop import diffusers as interop
 from ddpm_jax.interop import fields
 from ddpm_jax.jobs import convert
@@ -217,7 +218,7 @@ def test_the_advice_after_an_export_draws_each_class(
     },
   )
   main.run(['--mode=convert', f'--workdir={run}', f'--output={out}'])
-  code = convert.advice(config, out)
+  code = card.snippet(recipe.flatten(config), out)
   if guidance != 1:
     for line in ('none =', 'without =', 'out'):
       assert f'  # {line}' in code
@@ -399,7 +400,7 @@ def test_pickles_of_tensors_are_read_and_others_are_not(tmp_path):
     (tmp_path / 'list.bin').read_bytes(),
   ):
     weights.write_bytes(other)
-    with pytest.raises(errors.UserError, match='not a file of weights alone'):
+    with pytest.raises(errors.UserError, match='does not contain only weights'):
       main.run([*convert, f'--output={tmp_path}/other'])
 
 

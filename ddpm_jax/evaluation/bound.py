@@ -72,7 +72,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     'L_(t-1), bits/dim',
   )
   print(table(result))
-  logs.say(f'all of it            {args.workdir}/evaluation.json')
+  logs.say(f'all results          {args.workdir}/evaluation.json')
   logs.say(f'its terms by t       {args.workdir}/evaluation.png')
 
 
