@@ -75,8 +75,8 @@ def config_of(args: argparse.Namespace, job: flags.Job) -> Any:
   return config
 
 
-def find_own_code() -> None:
-  """Lets the script `ddpm-jax` import from here, as `python -m` does."""
+def search_working_directory() -> None:
+  """Puts the working directory on sys.path, where `python -m` has it."""
   if not sys.flags.safe_path and '' not in sys.path:
     sys.path.insert(0, '')
 
@@ -87,7 +87,7 @@ def main() -> NoReturn:
   code = 0
   try:
     machine.open_many_files()
-    find_own_code()
+    search_working_directory()
     try:
       run(sys.argv[1:])
     except SystemExit as e:  # of --help, or with --stopped_code

@@ -627,5 +627,5 @@ def test_the_real_wandb_logs_offline_and_resumes(tmp_path, env):
     assert [{k: x[k] for k in y} for x, y in zip(found, want, strict=True)] == (
       want
     )
-    assert [x['step'] for x in logged if 'samples' in x] == drawn
+    assert [x['step'] for x in logged if 'samples.path' in x] == drawn
     assert len(list(folder.glob('files/media/images/*.png'))) == 2 * len(drawn)
