@@ -226,8 +226,8 @@ def begin(
     if known and (differ := dataset.changed_data(held, folder)):
       if 'data' not in allow:
         raise errors.UserError(
-          f'the data are not those that {folder} was begun with ({differ}): '
-          'give it those, or go on with these on purpose with --allow=data'
+          f'the data are not those that {folder} was started with ({differ}): '
+          'use those, or continue with these on purpose with --allow=data'
         )
       changed['data'] = differ
     if changed:
@@ -286,7 +286,7 @@ def diverged(what: str, folder: pathlib.Path) -> errors.Diverged:
       '--config.optimizer.learning_rate, or another --seed'
     )
   return errors.Diverged(
-    f'{what}; the last checkpoint in {folder} is of step {saved[-1]}. To go on '
+    f'{what}; the last checkpoint in {folder} is of step {saved[-1]}. To resume '
     'from it, add --allow=optimizer and a lower '
     '--config.optimizer.learning_rate'
   )
@@ -312,7 +312,7 @@ def start(
     return meshes.init_state(init, mesh)
   begun = recipe.from_json(saved.config)
   recipe.check_same(config, begun, f'checkpoint {saved.step}', allow)
-  logs.say(f'going on from step {saved.step}')
+  logs.say(f'resuming from step {saved.step}')
   batches.set_state(saved.data)
   return abstract.replace(**saved.state, ema_params=saved.ema)
 
@@ -418,7 +418,7 @@ def finish(
   if step < config.steps:
     where = ', in each process' if jax.process_count() > 1 else ''
     logs.say(
-      f'stopped, and saved, at step {step} of {config.steps}; to go on{where}:'
+      f'stopped, and saved, at step {step} of {config.steps}; to resume{where}:'
     )
     logs.say(f'  python -m ddpm_jax.main --workdir={again}')
     return
