@@ -286,8 +286,8 @@ def diverged(what: str, folder: pathlib.Path) -> errors.Diverged:
       '--config.optimizer.learning_rate, or another --seed'
     )
   return errors.Diverged(
-    f'{what}; the last checkpoint in {folder} is of step {saved[-1]}. To resume '
-    'from it, add --allow=optimizer and a lower '
+    f'{what}; the last checkpoint in {folder} is of step {saved[-1]}. To '
+    'resume from it, add --allow=optimizer and a lower '
     '--config.optimizer.learning_rate'
   )
 
