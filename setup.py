@@ -1,7 +1,7 @@
-"""The README as the description of the package, where no checkout is at hand.
+"""Makes the long description from the README. All else is in setup.cfg.
 
-Its pictures are left out, and of links into the checkout the words stay. What
-else there is to say stands in setup.cfg.
+A package index has no checkout: images of the repository are removed, and links
+into it become plain text.
 """
 
 import pathlib

@@ -170,4 +170,5 @@ def get_config() -> ConfigDict:
   c.log.every = 100
   # Steps between grids of samples (also in TensorBoard); 0: at the end only.
   c.log.pictures_every = 0
+  c.log.wandb = ''  # project of Weights & Biases to log to as well; '': none
   return c.lock()

@@ -221,6 +221,7 @@ KEYS = {
   'checkpoint.keep_every': NATURAL,
   'log.every': POSITIVE,
   'log.pictures_every': NATURAL,
+  'log.wandb': TEXT,
 }
 FLAGS = {
   'bytes': NATURAL,

@@ -442,7 +442,7 @@ def check_same(
 
   Args:
     config: The recipe.
-    begun: The recipe that the run was begun with.
+    begun: The recipe that the run was started with.
     where: The run, for messages.
     allow: Sections of `ALLOWED` whose keys may differ too.
 
@@ -462,13 +462,13 @@ def check_same(
   may_change = all(key.split('.')[0] in ALLOWED for key in differ)
   allowed = ', or allow the change with --allow=optimizer' * may_change
   raise errors.UserError(
-    f'{where} was begun with another recipe; these keys differ: {listed}. '
+    f'{where} was started with another recipe; these keys differ: {listed}. '
     f'Choose another --workdir, or keep their values{allowed}'
   )
 
 
 def is_another(config: ConfigDict, folder: pathlib.Path) -> bool:
-  """Whether the workdir was begun with another recipe; see `check_same`."""
+  """Whether the workdir was started with another recipe; see `check_same`."""
   try:
     begun = saved(folder)
   except errors.UserError:

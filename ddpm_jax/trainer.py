@@ -29,6 +29,7 @@ from ddpm_jax import plots
 from ddpm_jax import previews
 from ddpm_jax import recipe
 from ddpm_jax import run as runs
+from ddpm_jax import validate
 from ddpm_jax.data import pipeline
 from ddpm_jax.data import store
 from ddpm_jax.diffusion import likelihood
@@ -79,6 +80,7 @@ def train(
     Diverged: If the loss or the weights are not finite, or too large.
   """
   # What may be refused comes before what takes time.
+  validate.wandb(config)
   engine = build.engine(config)
   build.train_step(recipe.provisional(config), meshes.num_shards(engine.mesh))
   workdir.check(folder)
@@ -144,7 +146,7 @@ def _train_locked(
   warn_of_signal(config)
   runs.warn_before_training(config, folder)
 
-  with contextlib.ExitStack() as stack:
+  with contextlib.ExitStack() as logged, contextlib.ExitStack() as stack:
     stop_asked = stack.enter_context(stop.requests())
     checkpoints = checkpoint.open(
       folder / 'checkpoints',
@@ -155,6 +157,13 @@ def _train_locked(
     # All processes raise a RunError at the same step, and saving finishes.
     stack.enter_context(processes.one_fails_all(errors.RunError))
     state = start(config, engine.mesh, checkpoints, batches, allow)
+    board = logged.enter_context(
+      logs.boards(
+        *(folder, int(state.step)),
+        project=config.log.wandb,
+        config=recipe.to_json(config),
+      )
+    )
 
     def save(state: training.TrainState, step: int) -> None:
       state = engine.to_global(state)
@@ -171,12 +180,13 @@ def _train_locked(
     try:
       state = loop(
         *(config, engine, folder, step_fn, state),
-        *(batches, save, preview, stop_asked),
+        *(batches, save, preview, board, stop_asked),
       )
     except errors.Diverged as e:
       checkpoint.wait(checkpoints)  # A save in progress counts.
       raise diverged(str(e), folder) from None
-  finish(config, folder, state, preview)
+    stack.close()  # A signal now ends the drawing: there is nothing to save.
+    finish(config, folder, state, preview, board)
   return state
 
 
@@ -216,8 +226,8 @@ def begin(
     if known and (differ := dataset.changed_data(held, folder)):
       if 'data' not in allow:
         raise errors.UserError(
-          f'the data are not those that {folder} was begun with ({differ}): '
-          'give it those, or go on with these on purpose with --allow=data'
+          f'the data are not those that {folder} was started with ({differ}): '
+          'use those, or continue with these on purpose with --allow=data'
         )
       changed['data'] = differ
     if changed:
@@ -276,8 +286,8 @@ def diverged(what: str, folder: pathlib.Path) -> errors.Diverged:
       '--config.optimizer.learning_rate, or another --seed'
     )
   return errors.Diverged(
-    f'{what}; the last checkpoint in {folder} is of step {saved[-1]}. To go on '
-    'from it, add --allow=optimizer and a lower '
+    f'{what}; the last checkpoint in {folder} is of step {saved[-1]}. To '
+    'resume from it, add --allow=optimizer and a lower '
     '--config.optimizer.learning_rate'
   )
 
@@ -302,7 +312,7 @@ def start(
     return meshes.init_state(init, mesh)
   begun = recipe.from_json(saved.config)
   recipe.check_same(config, begun, f'checkpoint {saved.step}', allow)
-  logs.say(f'going on from step {saved.step}')
+  logs.say(f'resuming from step {saved.step}')
   batches.set_state(saved.data)
   return abstract.replace(**saved.state, ema_params=saved.ema)
 
@@ -333,6 +343,7 @@ def loop(
   batches: grain.DatasetIterator,
   save: Callable[[training.TrainState, int], None],
   preview: previews.Preview,
+  board: logs.Board,
   stop_asked: Callable[[int], bool],
 ) -> training.TrainState:
   """Trains to `config.steps`, or until a stop is requested; then saves."""
@@ -344,7 +355,6 @@ def loop(
   rate_at = _learning_rates(config, step)
 
   with (
-    logs.tensorboard(folder, step) as board,
     logs.metrics(folder, board, step, config.batch_size) as log,
     logs.Progress('training', config.steps, 'steps', initial=step) as bar,
   ):
@@ -401,13 +411,14 @@ def finish(
   folder: pathlib.Path,
   state: training.TrainState,
   preview: previews.Preview,
+  board: logs.Board,
 ) -> None:
   """Draws the previews of a finished run, and prints what to do next."""
   step, again = int(state.step), shlex.quote(str(folder))
   if step < config.steps:
     where = ', in each process' if jax.process_count() > 1 else ''
     logs.say(
-      f'stopped, and saved, at step {step} of {config.steps}; to go on{where}:'
+      f'stopped, and saved, at step {step} of {config.steps}; to resume{where}:'
     )
     logs.say(f'  python -m ddpm_jax.main --workdir={again}')
     return
@@ -416,8 +427,7 @@ def finish(
   preview(runs.chosen(config, state), '')
   if not processes.is_primary():
     return
-  with logs.tensorboard(folder, step) as board:
-    board.pictures(step, previews.paths(folder))
+  board.pictures(step, previews.paths(folder))
   steps, losses = logs.curve(folder, 'loss')
   plots.save_curve(folder / 'loss.png', steps, losses, 'step', 'loss')
   logs.say(f'samples              {folder}/samples.png')

@@ -4,6 +4,7 @@
 that need the data are in `dataset`, those that need the devices in `build`.
 """
 
+import re
 from collections.abc import Callable
 from collections.abc import Collection
 
@@ -287,6 +288,27 @@ def _spatial(config: ConfigDict) -> None:
       f'config.parallel.spatial={n} must divide the {least} row(s) of the '
       f'smallest of {levels} levels ({rows} rows in an image)'
     )
+
+
+def wandb(config: ConfigDict) -> None:
+  """Refuses a project of W&B that cannot be logged to, in training only.
+
+  A run that was trained with W&B is sampled where it is not installed.
+  """
+  project = config.log.wandb
+  if not project:
+    return
+  if not re.fullmatch(r'[^/\\#?%:\x00-\x1f]{1,128}', project):
+    raise errors.UserError(
+      f'config.log.wandb={errors.short(project)!r} is not the name of a W&B '
+      'project: at most 128 characters, without / \\ # ? % : (WANDB_ENTITY '
+      'names the team)'
+    )
+  errors.find_optional(
+    'wandb',
+    what=f'config.log.wandb={project}',
+    install=f"{logs.WANDB_INSTALL}, or set --config.log.wandb=''",
+  )
 
 
 def unread(

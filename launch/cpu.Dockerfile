@@ -2,8 +2,7 @@
 #
 #   docker run --rm --volume="$PWD/runs:/work/runs" ddpm_jax --config=configs/digits.py
 #
-# launch/jobset.sh takes it as IMAGE for TPUs when it is built with
-# --build-arg=JAX=tpu.
+# With --build-arg=JAX=tpu it is an IMAGE for launch/jobset.sh.
 FROM python:3.13-slim
 ARG JAX=cpu
 WORKDIR /src

@@ -715,8 +715,8 @@ def test_flags_that_do_not_go_together_are_told(tmp_path, converted):
     ([f'--input={model}'], 'convert takes'),
     (['--output=x'], 'convert takes'),
     ([f'--input={model}', f'--workdir={run}', '--output=x'], 'convert takes'),
-    ([f'--input={model}', f'--output={run}'], 'is there already'),
-    ([f'--workdir={run}', f'--output={run}'], 'is there already'),
+    ([f'--input={model}', f'--output={run}'], 'exists already'),
+    ([f'--workdir={run}', f'--output={run}'], 'exists already'),
     ([f'--workdir={tmp_path}/no', '--output=x'], 'no run in'),
     (
       [f'--input={model}', '--output=x', '--config.model.channels=8'],
@@ -757,7 +757,7 @@ def test_it_is_evaluated_and_goes_on_training(converted, tmp_path, capfd):
     ]
   )
   said = capfd.readouterr().err
-  assert 'going on from step 0' in said
+  assert 'resuming from step 0' in said
   assert 'random weights' not in said  # an average of imported ones is good
   lines = (run / 'metrics.jsonl').read_text().splitlines()
   assert [json.loads(line)['step'] for line in lines] == [1, 2]

@@ -34,6 +34,7 @@ from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import spacings
 from ddpm_jax.diffusion import variances
+from ddpm_jax.interop import card
 from ddpm_jax.interop import diffusers as interop
 from ddpm_jax.interop import fields
 from ddpm_jax.jobs import convert
@@ -217,7 +218,7 @@ def test_the_advice_after_an_export_draws_each_class(
     },
   )
   main.run(['--mode=convert', f'--workdir={run}', f'--output={out}'])
-  code = convert.advice(config, out)
+  code = card.snippet(recipe.flatten(config), out)
   if guidance != 1:
     for line in ('none =', 'without =', 'out'):
       assert f'  # {line}' in code

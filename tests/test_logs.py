@@ -148,7 +148,7 @@ def test_what_compiles_says_so_once(make, capsys):
 
 
 def write(folder, start, steps, **values):
-  with logs.metrics(folder, logs.Board(None), start, 64) as log:
+  with logs.metrics(folder, logs.Board(), start, 64) as log:
     for step, seconds in steps:
       log.write(step, {'loss': 1 / step} | values, seconds)
 

@@ -266,7 +266,7 @@ def test_the_log_is_in_the_bucket_before_the_checkpoint(folder):
     log.write(4, {'loss': 0.25}, 4.0)
   assert steps() == [1, 2, 3, 4]
   # Of a run that goes on from step 2.
-  with logs.metrics(folder, logs.Board(None), 2, 4) as log:
+  with logs.metrics(folder, logs.Board(), 2, 4) as log:
     assert steps() == [1, 2]
     log.write(3, {'loss': 0.5}, 1.0)
   assert steps() == [1, 2, 3]
@@ -529,7 +529,7 @@ def test_a_run_in_a_bucket_is_that_of_a_folder(
   assert 40 <= stopped < 200
   assert [x['step'] for x in lines(bucket / 'metrics.jsonl')][-1] == stopped
 
-  assert f'going on from step {stopped}' in run('--num_samples=9')
+  assert f'resuming from step {stopped}' in run('--num_samples=9')
   assert lines(bucket / 'metrics.jsonl') == lines(undisturbed / 'metrics.jsonl')
   for name in ('samples.png', 'progress.png'):
     assert (bucket / name).read_bytes() == (undisturbed / name).read_bytes()

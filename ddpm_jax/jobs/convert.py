@@ -1,9 +1,10 @@
-"""`--mode=convert`: other people's weights to a run, and a run to theirs."""
+"""`--mode=convert`: imports weights of other programs, and exports runs."""
 
 import argparse
 import functools
 import pathlib
 import shlex
+import shutil
 from typing import Any
 
 import jax
@@ -18,9 +19,13 @@ from ddpm_jax import recipe
 from ddpm_jax import run as runs
 from ddpm_jax import validate
 from ddpm_jax.data import pipeline
+from ddpm_jax.evaluation import record
+from ddpm_jax.evaluation import small_data
+from ddpm_jax.interop import card
 from ddpm_jax.interop import diffusers
 from ddpm_jax.interop import fields
 from ddpm_jax.interop import files
+from ddpm_jax.interop import hub
 from ddpm_jax.parallel import meshes
 from ddpm_jax.storage import checkpoint
 from ddpm_jax.storage import lock
@@ -29,28 +34,54 @@ from ddpm_jax.storage import paths
 from ddpm_jax.storage import workdir
 
 JOB = command.Job(
-  'turns weights of diffusers into a run, or back', run=False, recipe=False
+  'imports a diffusers model as a run, or exports a run to diffusers',
+  run=False,
+  recipe=False,
 )
 
 
 def flags(p: Any) -> None:
   """Adds the flags of this mode."""
-  command.output(p, 'the new folder: a workdir, or one for diffusers')
+  p.add_argument(
+    '--output',
+    type=command.typed(output),
+    help='the new folder: a workdir (with --input), or a diffusers folder '
+    '(with --workdir); or hf://USER/NAME, to upload that folder to the Hugging '
+    'Face Hub',
+  )
   p.add_argument(
     '--input',
     type=command.name_or_path,
     metavar='MODEL',
-    help='a folder of diffusers, its name on huggingface.co, or a .ckpt of '
+    help='a diffusers folder, its name on huggingface.co, or a .ckpt of '
     'pytorch_diffusion (with --config)',
+  )
+  p.add_argument(
+    '--license',
+    type=command.typed(card.license_id),
+    metavar='ID',
+    help='license in the model card of the diffusers folder, such as mit '
+    '(default: left to fill in)',
   )
 
 
-def run(config: ConfigDict | None, args: argparse.Namespace) -> None:
-  """Turns `--input` into the workdir `--output`, or `--workdir` into a folder
-  `--output` for diffusers.
+def output(text: str) -> pathlib.Path | str:
+  """Returns the path of `--output`, or hf://USER/NAME as it is.
 
   Raises:
-    UserError: if the flags, a file or the model do not do.
+    UserError: It is neither.
+  """
+  if text.lower().startswith('hf:'):
+    return hub.SCHEME + hub.parse(text)
+  return command.path(text)
+
+
+def run(config: ConfigDict | None, args: argparse.Namespace) -> None:
+  """Imports `--input` as the workdir `--output`, or exports `--workdir`.
+
+  Raises:
+    UserError: The flags, a file or the model are not valid.
+    RunError: The model was not uploaded.
   """
   del config
   if not args.output or bool(args.input) == bool(args.workdir):
@@ -58,21 +89,44 @@ def run(config: ConfigDict | None, args: argparse.Namespace) -> None:
       'convert takes --input=FOLDER --output=WORKDIR, or, to go back, '
       '--workdir=WORKDIR --output=FOLDER'
     )
+  name = ''
+  if isinstance(args.output, str):
+    name, args.output = prepare_push(args)
+  if args.input and args.license:
+    raise errors.UserError('--license is for an exported model: leave it out')
   if args.output.exists() and (
     not args.output.is_dir() or any(args.output.iterdir())
   ):
+    again = f'upload it with `{hub.upload_command(name, args.output)}`, or '
     raise errors.UserError(
-      f'{args.output} is there already: name a new folder as --output'
+      f'{args.output} exists already: '
+      + (f'{again}remove it' if name else 'name a new folder as --output')
     )
   if args.input:
     take_in(args)
   else:
-    give_out(args)
+    give_out(args, name)
+
+
+def prepare_push(args: argparse.Namespace) -> tuple[str, pathlib.Path]:
+  """Returns USER/NAME of `--output`, and the folder to write before the upload.
+
+  Raises:
+    UserError: It does not go with `--input`, or huggingface_hub is missing.
+  """
+  name = hub.parse(args.output)
+  if args.input:
+    raise errors.UserError(
+      f'--output={args.output} is for --workdir=RUN: an import needs a folder'
+    )
+  hub.load(name)
+  return name, pathlib.Path('runs') / f'{name.rpartition("/")[2]}_diffusers'
 
 
 def take_in(args: argparse.Namespace) -> None:
-  """Writes a workdir at step 0: EMA = weights, a fresh optimiser, all data."""
-  model = pretrained.read(args.input, args.config, args.changes)
+  """Writes a workdir at step 0, with the weights as its EMA weights too."""
+  name = args.input.removeprefix(hub.SCHEME)
+  model = pretrained.read(name, args.config, args.changes)
   workdir.check(args.output)
   with lock.held(args.output):
     workdir.mark_imported(args.output, str(args.input))
@@ -80,11 +134,11 @@ def take_in(args: argparse.Namespace) -> None:
   logs.say(f'{model.size:,} parameters of {model.path}: {args.output}')
   data = model.config.data
   logs.say(
-    f'its data, to evaluate and to train on: data.name={data.name}, data.path='
-    f'{data.path!r}; others are to be named here'
+    f'data to evaluate and train on: data.name={data.name}, data.path='
+    f'{data.path!r}; to change them, name others with --config.data'
   )
   again = shlex.quote(str(args.output))
-  logs.say('to draw from it:')
+  logs.say('to sample from it:')
   logs.say(
     '  python -m ddpm_jax.main --mode=sample --num_samples=64 '
     f'--workdir={again}'
@@ -97,7 +151,7 @@ def save(
   params: Any,
   folder: pathlib.Path,
 ) -> None:
-  """A run that has not made a step; `config.json`, which makes it one, last."""
+  """Writes a run at step 0. `config.json`, which makes it a run, comes last."""
   begin = functools.partial(build.begin, config)
   state = meshes.init_state(begin, mesh, params)
   checkpoints = checkpoint.open(folder / 'checkpoints')
@@ -115,12 +169,17 @@ def save(
   workdir.write_config(folder, recipe.to_json(config))
 
 
-def give_out(args: argparse.Namespace) -> None:
-  """Writes the weights of a run as diffusers does."""
+def give_out(args: argparse.Namespace, name: str) -> None:
+  """Writes the weights of a run as a diffusers folder with a model card.
+
+  Args:
+    args: The flags.
+    name: USER/NAME on the Hub to upload it to; '' for none.
+  """
   if paths.is_remote(args.output):
     raise errors.UserError(
-      f'--output={args.output}: safetensors writes to this machine alone: '
-      'name a folder of it, and copy that'
+      f'--output={args.output}: safetensors writes only to this machine: name '
+      'a local folder, and copy it'
     )
   workdir.check_run(args.workdir)
   config = recipe.resolve(args.config, args.workdir, args.changes)
@@ -129,8 +188,9 @@ def give_out(args: argparse.Namespace) -> None:
   ):
     config = validate.fit_devices(config, trains=False)
   validate.check(config)
+  keys = recipe.flatten(config)
   beta = np.asarray(build.schedule(config).beta[1:]).tolist()
-  unet, scheduler = fields.from_recipe(recipe.flatten(config), beta)
+  unet, scheduler = fields.from_recipe(keys, beta)
   mesh = build.mesh(config)
   workdir.create(args.output)
   kind, step, params = runs.restore(config, mesh, args.workdir)
@@ -138,41 +198,36 @@ def give_out(args: argparse.Namespace) -> None:
   rows = unet['num_class_embeds']
   if rows:
     tensors[diffusers.CLASSES] = tensors[diffusers.CLASSES][:rows]
+  model = card.Model(
+    name or args.output.resolve().name,
+    *(keys, step, kind),
+    parameters=sum(x.size for x in tensors.values()),
+    license=args.license or card.UNKNOWN,
+  )
+  card.write(
+    *(args.output, model, args.workdir, recipe.defaults()),
+    scores_of(args.workdir),
+  )
   files.write_model(args.output, unet, scheduler, tensors)
-  logs.say(f'the {kind} weights of step {step}: {args.output}')
-  logs.say('to draw from it, in Python:')
-  for line in advice(config, args.output).splitlines():
+  what, where = f'the {kind} weights of step {step}', args.output
+  if name:
+    logs.say(f'uploading {what}')
+    url = hub.push(args.output, name, f'{what[0].upper()}{what[1:]}')
+    shutil.rmtree(args.output)
+    where = url
+  logs.say(f'{what}, with a model card: {where}')
+  if not args.license:
+    logs.say(f'to fill in: the license, at the top of its {card.NAME}')
+  logs.say('to sample from it, in Python:')
+  for line in card.snippet(keys, name or args.output).splitlines():
     logs.say(f'  {line}')
 
 
-def advice(config: ConfigDict, folder: pathlib.Path) -> str:
-  """Python that draws from an exported model."""
-  pipeline = f'diffusers.DDPMPipeline.from_pretrained({str(folder)!r})'
-  if not config.condition.name:
-    return f'{pipeline}(num_inference_steps={config.schedule.T}).images[0]'
-  # DDPMPipeline gives its network no labels.
-  classes, drop = config.condition.classes, config.condition.drop
-  height, width, channels = recipe.shape(config)
-  # Guidance leaves the variance as it is.
-  learned = config.sampler.variance == 'learned_range'
-  part = f'[:, :{channels}]' if learned else ''
-  guided = f"""\
-  # With guidance w, also:
-  # none = torch.full_like(labels, {classes})
-  # without = unet(x, t, class_labels=none).sample
-  # out{part} += (w - 1) * (out - without){part}
-"""
-  return f"""\
-import diffusers, torch
-torch.set_grad_enabled(False)
-pipeline = {pipeline}
-unet, scheduler = pipeline.unet, pipeline.scheduler
-labels = torch.arange({classes})  # one an image\
-{f'; {classes} is no class' if drop else ''}
-x = torch.randn(len(labels), {channels}, {height}, {width})
-for t in scheduler.timesteps:
-  out = unet(x, t, class_labels=labels).sample
-{guided if drop else ''}\
-  x = scheduler.step(out, t, x).prev_sample
-images = (x / 2 + 0.5).clamp(0, 1)  # (N, C, H, W)
-"""
+def scores_of(folder: pathlib.Path) -> card.Scores:
+  """Returns what was measured of a run."""
+  found = record.read(folder)
+  return card.Scores(
+    bounds=found.get(record.BOUNDS, []),
+    of_samples=found.get(record.SCORES, []),
+    small_data=small_data.read(folder),
+  )

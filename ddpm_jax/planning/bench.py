@@ -230,7 +230,7 @@ def data(config: ConfigDict) -> store.Source:
   except errors.UserError as error:
     if config.condition.name:
       raise
-    logs.say(f'noise stands in for the data: {error}')
+    logs.say(f'using noise instead of the data: {error}')
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (256, *recipe.shape(config)), np.uint8)
   return store.from_arrays(images, np.full(256, -1, np.int32))

@@ -1,7 +1,8 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard, the progress bar."""
+"""The logs of a run: metrics.jsonl, TensorBoard, W&B, the progress bar."""
 
 import contextlib
 import contextvars
+import functools
 import importlib.util
 import io
 import itertools
@@ -10,6 +11,8 @@ import logging
 import math
 import os
 import pathlib
+import re
+import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +25,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 import tqdm
+from PIL import Image
 
 from ddpm_jax import errors
 from ddpm_jax import imagefile
@@ -30,6 +34,7 @@ from ddpm_jax.parallel import processes
 from ddpm_jax.storage import paths
 
 T = TypeVar('T')
+WANDB_INSTALL = "pip install -e '.[wandb]'"
 
 
 _shown: contextvars.ContextVar[bool] = contextvars.ContextVar(
@@ -65,9 +70,10 @@ def result(message: str) -> None:
 
 
 def read(path: pathlib.Path) -> list[dict[str, float]]:
-  """The lines of a metrics.jsonl.
+  """Returns the lines of a metrics.jsonl.
 
-  One that a kill cut short, or that is damaged, is left out; damage is said.
+  Damaged lines are left out with a warning. A last line that a kill cut short
+  is left out without one.
   """
   if not path.exists():
     return []
@@ -91,42 +97,118 @@ def read(path: pathlib.Path) -> list[dict[str, float]]:
 
 
 class Board:
-  """TensorBoard's event files; nothing where tensorboardX is not installed."""
+  """A place that shows scalars and images; this one drops them."""
 
-  def __init__(
-    self, events: Any, send: Callable[[], None] = lambda: None
-  ) -> None:
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    """Adds numbers by name."""
+
+  def pictures(self, step: int, files: dict[str, pathlib.Path]) -> None:
+    """Adds PNG files by name. Files that do not exist are skipped."""
+
+  def sync(self) -> None:
+    """Returns when everything added is on disk, or in the bucket."""
+
+
+class _Several(Board):
+  def __init__(self, *boards: Board) -> None:
+    self._boards = boards
+
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    for board in self._boards:
+      board.scalars(step, values)
+
+  def pictures(self, step: int, files: dict[str, pathlib.Path]) -> None:
+    for board in self._boards:
+      board.pictures(step, files)
+
+  def sync(self) -> None:
+    for board in self._boards:
+      board.sync()
+
+
+class _TensorBoard(Board):
+  def __init__(self, events: Any, send: Callable[[], None]) -> None:
     self._events, self._send = events, send
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     for name, value in values.items():
-      if self._events:
-        self._events.add_scalar(name, value, step)
-
-  def sync(self) -> None:
-    """Returns when what was added is on disk, or in the bucket."""
-    if self._events:
-      self._events.flush()
-      self._send()
+      self._events.add_scalar(name, value, step)
 
   def pictures(self, step: int, files: dict[str, pathlib.Path]) -> None:
-    """Adds PNG files by name. Those that are not there are passed over."""
-    for name, path in files.items():
-      if self._events and path.exists():
-        with path.open('rb') as file, imagefile.opened(file) as image:
-          pixels = np.asarray(image.convert('RGB'))
-        self._events.add_image(name, pixels, step, dataformats='HWC')
+    for name, image in _opened(files):
+      pixels = np.asarray(image)
+      self._events.add_image(name, pixels, step, dataformats='HWC')
+
+  def sync(self) -> None:
+    self._events.flush()
+    self._send()
+
+
+class _Wandb(Board):
+  """A run of W&B. Its first failure is a warning, and ends its logging."""
+
+  def __init__(self, module: Any, run: Any) -> None:
+    self._module, self._run = module, run
+
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    self._log(lambda: {'step': step, **values})
+
+  def pictures(self, step: int, files: dict[str, pathlib.Path]) -> None:
+    def images() -> dict[str, Any]:
+      found = {
+        name: self._module.Image(image) for name, image in _opened(files)
+      }
+      return {'step': step, **found}
+
+    self._log(images)
+
+  def _log(self, make: Callable[[], dict[str, Any]]) -> None:
+    try:
+      if self._run:
+        self._run.log(make())
+    except Exception as e:  # It must not end the training.
+      self._run = None
+      _warn_of_wandb(e)
+
+
+def _opened(
+  files: dict[str, pathlib.Path],
+) -> Iterator[tuple[str, Image.Image]]:
+  """The names and RGB images of those of the files that exist."""
+  for name, path in files.items():
+    if path.exists():
+      with path.open('rb') as file, imagefile.opened(file) as image:
+        yield name, image.convert('RGB')
+
+
+@contextlib.contextmanager
+def boards(
+  workdir: pathlib.Path, start: int, *, project: str, config: dict[str, Any]
+) -> Iterator[Board]:
+  """Opens TensorBoard's log and, with a `project`, a run of W&B.
+
+  Args:
+    workdir: Folder of the run.
+    start: Step that the run continues from.
+    project: Project of W&B; '' for none.
+    config: The recipe, for W&B.
+  """
+  with (
+    tensorboard(workdir, start) as events,
+    wandb(workdir, start, project, config) as run,
+  ):
+    yield _Several(events, run)
 
 
 @contextlib.contextmanager
 def tensorboard(workdir: pathlib.Path, start: int) -> Iterator[Board]:
-  """For a run that goes on after step `start`: later events are taken out.
+  """Opens TensorBoard's log of a run, and removes events after step `start`.
 
-  Written where tensorboardX is installed (`pip install -e '.[tensorboard]'`),
-  by the first of several processes.
+  The first process writes it, and only where tensorboardX is installed
+  (`pip install -e '.[tensorboard]'`).
   """
   if not (processes.is_primary() and importlib.util.find_spec('tensorboardX')):
-    yield Board(None)
+    yield Board()
     return
   tensorboardX = errors.optional(
     'tensorboardX',
@@ -137,11 +219,103 @@ def tensorboard(workdir: pathlib.Path, start: int) -> Iterator[Board]:
     paths.mirrored(workdir / 'tensorboard') as folder,
     tensorboardX.SummaryWriter(str(folder), purge_step=start + 1) as events,
   ):
-    yield Board(events, lambda: paths.send(folder, workdir / 'tensorboard'))
+    send = functools.partial(paths.send, folder, workdir / 'tensorboard')
+    yield _TensorBoard(events, send)
+
+
+@contextlib.contextmanager
+def wandb(
+  workdir: pathlib.Path, start: int, project: str, config: dict[str, Any]
+) -> Iterator[Board]:
+  """Opens the run's run of W&B, and ends it.
+
+  Only the first process logs. `wandb.json` in the workdir keeps the id, so that
+  a resumed run continues the same run of W&B. Steps between the checkpoint and
+  a kill are logged twice, with the same values; the x-axis is our `step`. W&B
+  reads its own variables, such as WANDB_MODE=offline.
+
+  A failure is a warning: training continues without W&B.
+  """
+  run = None
+  if project and processes.is_primary():
+    try:
+      module = errors.optional('wandb', what='W&B', install=WANDB_INSTALL)
+      run = _start_wandb(module, workdir, start, project, config)
+    except Exception as e:  # No network, no login, no room, ...
+      _warn_of_wandb(e)
+  if run is None:
+    yield Board()
+    return
+  code = 1
+  try:
+    yield _Wandb(module, run)
+    code = 0
+  finally:
+    try:
+      run.finish(exit_code=code)
+    except Exception as e:
+      _warn_of_wandb(e)
+
+
+def _start_wandb(
+  module: Any,
+  workdir: pathlib.Path,
+  start: int,
+  project: str,
+  config: dict[str, Any],
+) -> Any:
+  file = workdir / 'wandb.json'
+  saved = _wandb_id(file) if start else None
+  run_id = saved or secrets.token_hex(4)
+  run = module.init(
+    project=project,
+    id=run_id,
+    name=workdir.name,
+    resume='allow' if saved else None,
+    config=config,
+    allow_val_change=True,  # of the recipe, when the run is resumed
+    dir=None if paths.is_remote(workdir) else str(workdir),
+    settings=module.Settings(
+      silent=True,
+      console='off',
+      reinit='create_new',  # A notebook may have a run of its own.
+      init_timeout=30,  # seconds
+      finish_timeout=60,
+    ),
+  )
+  run.define_metric('*', step_metric='step')
+  with paths.atomic_write(file) as part:
+    part.write_text(json.dumps({'id': run_id, 'project': project}) + '\n')
+  if run.offline:
+    where = pathlib.Path(run.dir).parent
+    say(f'W&B                  offline; to upload: wandb sync {where}')
+  elif run.url:
+    say(f'W&B                  {run.url}')
+  return run
+
+
+def _wandb_id(file: pathlib.Path) -> str | None:
+  """Returns the id in a wandb.json; None if there is none that can be used."""
+  try:
+    found = jsonfile.read(file) if file.exists() else {}
+  except errors.UserError as e:
+    logging.warning('%s; a new run of W&B is started', e)
+    return None
+  name = found.get('id') if isinstance(found, dict) else None
+  return name if re.fullmatch(r'\w{1,64}', str(name)) and name else None
+
+
+def _warn_of_wandb(error: Exception) -> None:
+  reason = errors.short(str(error), 200)
+  logging.warning(
+    'W&B failed (%s: %s): the run continues without it; WANDB_MODE=offline '
+    'needs no network',
+    *(type(error).__name__, reason),
+  )
 
 
 class Metrics:
-  """The lines of metrics.jsonl, and the same as TensorBoard's scalars."""
+  """Writes metrics to metrics.jsonl and to a board."""
 
   def __init__(
     self,
@@ -153,18 +327,18 @@ class Metrics:
     batch_size: int,
   ) -> None:
     self._file, self._board, self._batch_size = file, board, batch_size
-    self._before = seconds  # of training, until `start`
-    # The clock of a run that (re)starts begins at the end of its first step.
+    self._before = seconds  # of training, up to `start`
+    # The clock starts at the end of the first step of this process.
     self._last = start + 1, 0.0
 
   def write(self, step: int, values: dict[str, float], seconds: float) -> None:
-    """Writes a line, with images a second since the last one.
+    """Writes a line, with the images per second since the last line.
 
     Args:
-      step: of the run.
-      values: to write.
-      seconds: since the end of the first step that this program has made. What
-        the run has trained before is added.
+      step: Step of the run.
+      values: Metrics by name.
+      seconds: Training time since the end of this process's first step. The
+        time of earlier processes is added.
     """
     last_step, last_seconds = self._last
     self._last = step, seconds
@@ -177,7 +351,7 @@ class Metrics:
     self._board.scalars(step, line)
 
   def sync(self) -> None:
-    """Returns when what was written is on disk, or in the bucket."""
+    """Returns when everything written is on disk, or in the bucket."""
     self._file.flush()
     self._board.sync()
 
@@ -194,10 +368,10 @@ def _number(value: Any) -> float:
 def metrics(
   workdir: pathlib.Path, board: Board, start: int, batch_size: int
 ) -> Iterator[Metrics]:
-  """Appends to metrics.jsonl, for a run that goes on after step `start`.
+  """Opens metrics.jsonl to append to it, for a run that continues from `start`.
 
-  Lines of later steps, left by a run that was killed, are taken out: the log of
-  an interrupted run is that of one that was not, but for the times.
+  Lines of later steps, which a killed run has left, are removed. So the log of
+  an interrupted run equals that of an uninterrupted one, except for the times.
   """
   path = workdir / 'metrics.jsonl'
   if not processes.is_primary():
@@ -211,20 +385,22 @@ def metrics(
       file,
       board,
       start=start,
-      # A log of an older version does not have them.
+      # Logs of older versions lack it.
       seconds=_number(kept[-1].get('seconds')) if kept else 0.0,
       batch_size=batch_size,
     )
 
 
-# Seconds that this program has spent on compiling.
+# Seconds that this process has spent on compiling.
 _compiling = 0.0
 
 
 def compiling(what: str, fn: Callable[..., T]) -> Callable[..., T]:
-  """Says that the first call of a jitted `fn` compiles, and how long it took.
+  """Returns `fn`, whose first call prints that it compiles and for how long.
 
-  The computation itself is not waited for.
+  Args:
+    what: Name of the function in the messages.
+    fn: A jitted function. Its result is not waited for.
   """
 
   def first(*args: Any) -> T:
@@ -242,7 +418,7 @@ def compiling(what: str, fn: Callable[..., T]) -> Callable[..., T]:
 
 
 class _Lines(io.TextIOBase):
-  """Makes whole lines of what tqdm writes over one another in a terminal."""
+  """Writes tqdm's updates as lines, for a file that is not a terminal."""
 
   def __init__(self, file: TextIO) -> None:
     self._file, self._last = file, ''
@@ -257,12 +433,11 @@ class _Lines(io.TextIOBase):
 
 
 class Progress:
-  """A bar on stderr: how far a loop is, how fast, how long it will take.
+  """A progress bar on stderr, with the rate and the time left.
 
-  It appears, and its clock starts, at the end of the first update. The first
-  round compiles, and says nothing of those that follow. A loop that is done
-  after one round has a line instead. In a terminal the bar moves; a file gets
-  whole lines, one in 10 seconds at most.
+  The bar appears and its clock starts at the first update, since the first
+  round includes compilation. A loop of one round gets one line instead. A file
+  gets lines, at most one every 10 seconds.
   """
 
   def __init__(
@@ -282,7 +457,7 @@ class Progress:
       self._bar.close()
 
   def update(self, n: int = 1, /, **shown: str) -> None:
-    """Goes on by `n`, and shows which batch this was, or what is given."""
+    """Advances by `n`, and shows `shown`, or else the number of the batch."""
     self._round += 1
     if self._round == 1:
       self._size = n
@@ -303,12 +478,12 @@ class Progress:
 
   @property
   def seconds(self) -> float:
-    """Since the first update, without pauses."""
+    """Seconds since the first update, without pauses."""
     return self._bar.format_dict['elapsed'] if self._bar else 0.0
 
   @property
   def rate(self) -> float | None:
-    """Of the unit a second, of late; None if it is not known yet."""
+    """Recent units per second; None if not known yet."""
     if not self._bar:
       return None
     found = self._bar.format_dict
@@ -341,7 +516,7 @@ def _bar(
     disable=not _is_shown(),
     file=sys.stderr if terminal else _Lines(sys.stderr),
     dynamic_ncols=True,
-    leave=None,  # but for one inside of another
+    leave=None,  # keep it, unless it is inside another bar
     bar_format='{desc}: {percentage:3.0f}%' + bar + ' {n}/{total} {unit} '
     '[{elapsed} < {remaining}{postfix}]',
     **({} if terminal else lines),
@@ -349,7 +524,7 @@ def _bar(
 
 
 def watched(batches: Iterable[T], name: str, total: int) -> Iterator[T]:
-  """Batches of arrays with a row an image, and a bar of `total` images."""
+  """Yields the batches, with a progress bar of `total` images (rows)."""
   with Progress(name, total) as bar:
     for batch in batches:
       bar.update(len(jax.tree.leaves(batch)[0]))
@@ -357,15 +532,15 @@ def watched(batches: Iterable[T], name: str, total: int) -> Iterator[T]:
 
 
 def advance(bar: Progress, loss: float, images: int) -> None:
-  """One step further: shows the loss, and the images a second of late."""
+  """Advances by one step, and shows the loss and recent images per second."""
   rate = {'images/s': f'{bar.rate * images:.0f}'} if bar.rate else {}
   bar.update(**{'loss': f'{loss:.4f}', **rate})
 
 
 def curve(workdir: pathlib.Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-  """The steps, and the values of one metric at them.
+  """Returns the steps and the values of one metric.
 
-  Lines without it, as an older version wrote them, are passed over.
+  Lines without it, from older versions, are skipped.
   """
   lines = [
     x for x in read(workdir / 'metrics.jsonl') if _is_number(x.get(name))

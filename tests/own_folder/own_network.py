@@ -1,4 +1,4 @@
-"""A network of a user's own: one convolution."""
+"""A user's network: one convolution."""
 
 import flax.linen as nn
 

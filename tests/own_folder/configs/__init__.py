@@ -1,1 +1,1 @@
-"""A package of the name of ours, in the folder where a user works."""
+"""A user's package, which has the name of ours."""

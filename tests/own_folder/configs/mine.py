@@ -1,4 +1,4 @@
-"""A recipe of a user's own: ours, theirs, and a network of theirs beside it."""
+"""A user's recipe: it imports our base, their helpers and their network."""
 
 from configs import base
 from configs import helpers
