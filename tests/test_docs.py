@@ -24,6 +24,7 @@ import pytest
 import yaml
 from flax import nnx
 from PIL import Image
+from sklearn import datasets
 
 import ddpm_jax
 from configs import base
@@ -318,8 +319,8 @@ def here(parts, tiny_run, monkeypatch):
   monkeypatch.chdir(parts)
   (parts / 'configs').symlink_to(ROOT / 'configs')
   shutil.copytree(tiny_run[0], parts / 'runs/digits')
-  rng = np.random.default_rng(0)
-  images = rng.integers(0, 256, (6, 8, 8, 1), np.uint8)
+  digits = datasets.load_digits().images[:6, ..., None]
+  images = np.uint8(digits * 255 / 16)
   np.savez('held_out.npz', images=images)
   os.mkdir('FOLDER')
   for name, image in zip(('seven', 'one', 'mask'), images, strict=False):
@@ -409,7 +410,7 @@ SMALL = {
   'score': ['--num_samples=20', '--config.sampler.steps=2'],
   'few_steps': ['--num_samples=20'],
   'figures': ['--config.sampler.steps=10'],
-  'compress': ['--config.codec.steps=2', '--config.codec.log2_candidates=6'],
+  'compress': ['--config.codec.steps=2', '--config.codec.log2_candidates=8'],
   'decompress': [],
   'compare': [],
   'benchmark': CONVOLUTIONS,
@@ -449,6 +450,8 @@ def small(words, args):
   if args.mode == 'train' and not args.config:
     return []
   flags = SMALL[args.mode]
+  if '--figure=codec' in words:
+    return ['--num_samples=2']
   keys = [x for x in words if x.startswith('--config.model.')]
   if any('.model.name=' in x for x in keys):
     return [*flags, *keys]
