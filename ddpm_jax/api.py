@@ -125,7 +125,8 @@ def train(
 ) -> runs.Run:
   """Trains a model, or resumes the run in a workdir.
 
-  Interrupting it (Ctrl-C) saves a checkpoint and returns the run.
+  Ctrl-C saves a checkpoint and returns the run; a second one raises
+  KeyboardInterrupt.
 
   >>> run = ddpm_jax.train(
   ...   'configs/digits.py', data=images, workdir='runs/mine', steps=500
@@ -168,7 +169,13 @@ def train(
     made = get_config(config, **keys)
     found = recipe.resolve(made, folder, {}, recover=True)
     validate.check(found)
-    return trainer.train(found, folder, source=source, num_samples=num_samples)
+    return trainer.train(
+      found,
+      folder,
+      source=source,
+      num_samples=num_samples,
+      from_python=True,
+    )
 
 
 def _source(data: Any) -> store.Source:

@@ -58,6 +58,7 @@ def train(
   allow: Collection[str] = (),
   num_samples: int = 64,
   parallel: dict[str, Any] | None = None,
+  from_python: bool = False,
 ) -> runs.Run:
   """Trains in a workdir to `config.steps`, from its newest checkpoint if any.
 
@@ -70,6 +71,8 @@ def train(
     num_samples: Number of samples in the previews.
     parallel: The `parallel` section to save, if the run was started on other
       devices than those of `config`.
+    from_python: Whether a Python program calls, which no signal may end; see
+      `stop.interrupts`.
 
   Returns:
     The run. It ends before `config.steps` if a signal stopped it.
@@ -92,7 +95,8 @@ def train(
     if parallel:
       saved['parallel'] = parallel
     state = _train_locked(
-      config, engine, folder, source, allow, num_samples, saved
+      *(config, engine, folder, source, allow, num_samples, saved),
+      stops=stop.interrupts if from_python else stop.requests,
     )
   weights = 'raw' if config.sampler.weights == 'raw' else 'EMA'
   return runs.Run(
@@ -123,6 +127,7 @@ def _train_locked(
   allow: Collection[str],
   num_samples: int,
   saved: dict[str, Any],
+  stops: Callable[[], contextlib.AbstractContextManager[Callable[[int], bool]]],
 ) -> training.TrainState:
   """Trains in a workdir that no other program writes into."""
   step_fn = build.train_step(config, meshes.num_shards(engine.mesh))
@@ -147,7 +152,7 @@ def _train_locked(
   runs.warn_before_training(config, folder)
 
   with contextlib.ExitStack() as logged, contextlib.ExitStack() as stack:
-    stop_asked = stack.enter_context(stop.requests())
+    stop_asked = stack.enter_context(stops())
     checkpoints = checkpoint.open(
       folder / 'checkpoints',
       keep=config.checkpoint.keep,

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 from sklearn import datasets
-from sklearn import svm
+from sklearn import neural_network
 
 from docs import notebook
 
@@ -100,6 +100,8 @@ def assert_on_the_moons(cloud, moons):
 def assert_digits(x):
   """A classifier of real digits is sure of most of them."""
   real, labels = datasets.load_digits(return_X_y=True)
-  judge = svm.SVC(probability=True, random_state=0).fit(real, labels)
-  sure = judge.predict_proba((x.reshape(len(x), -1) + 1) * 8).max(1) > 0.9
-  assert sure.mean() > 0.6
+  judge = neural_network.MLPClassifier((128,), max_iter=300, random_state=0)
+  judge.fit(real / 16, labels)
+  sure = judge.predict_proba((x.reshape(len(x), -1) + 1) / 2).max(1) > 0.9
+  print(f'sure of {sure.mean():.3f}')
+  assert sure.mean() > 0.7
