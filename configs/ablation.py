@@ -8,13 +8,13 @@ second is L_simple, or the true bound L with a fixed or a learned variance.
 
 hardware  2 CPU cores (measured)
 hours     3 minutes per row (measured)
-score     see the table in README.md
+score     see the table in docs/objectives.md
 """
 
 from ml_collections import ConfigDict
 
-from configs import digits
 from ddpm_jax import errors
+from ddpm_jax.configs import digits
 
 ROWS = {
   'mu_learned': ('mu', 'learned', 'vlb'),

@@ -4,10 +4,11 @@
       --config.data.path=FOLDER
   python -m ddpm_jax.main --mode=sample --workdir=runs/mine --prompt="an apple"
 
-FOLDER holds the images, and captions.csv or metadata.jsonl (see the README).
-Captions are read by a frozen encoder of English, which has to be installed (see
-the README); --config.condition.name=text trains an encoder instead, for any
-language. The network is small and coarse, for a CPU and some thousand images.
+FOLDER holds the images, and captions.csv or metadata.jsonl. Captions are read
+by a frozen encoder of English, which has to be installed (for both, see
+docs/conditions.md); --config.condition.name=text trains an encoder instead, for
+any language. The network is small and coarse, for a CPU and some thousand
+images.
 For a GPU: --config.model.patch=2 --config.model.blocks=2
 --config.model.multipliers="(1,2,2)" --config.batch_size=64.
 
@@ -19,7 +20,7 @@ score     then a sample for the name of one of 40 emoji is nearest to that
 
 from ml_collections import ConfigDict
 
-from configs import folder
+from ddpm_jax.configs import folder
 
 
 def get_config() -> ConfigDict:

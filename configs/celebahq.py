@@ -12,7 +12,7 @@ score     the paper prints samples only; ours: not measured
 
 from ml_collections import ConfigDict
 
-from configs import cifar
+from ddpm_jax.configs import cifar
 
 
 def get_config() -> ConfigDict:

@@ -5,7 +5,7 @@
 The data set (170 MB) is downloaded once; on a machine without a network, put
 cifar-10-binary.tar.gz into a folder and set --config.data.path to it.
 
-How to score it as the paper does: README, "Scores that can be compared".
+How to score it as the paper does: docs/evaluation.md.
 
 hardware  the paper: a TPU v3-8; ours: not measured
 hours     the paper: 10.6 (800k steps at 21 per second); ours: not measured
@@ -15,7 +15,7 @@ score     FID 3.17, IS 9.46, ≤ 3.75 bits/dim (published, EMA, 50,000 samples);
 
 from ml_collections import ConfigDict
 
-from configs import base
+from ddpm_jax.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -12,7 +12,7 @@ score     a classifier of real digits (98% right) is more than 90% sure of 85%
 
 from ml_collections import ConfigDict
 
-from configs import base
+from ddpm_jax.configs import base
 
 
 def get_config() -> ConfigDict:

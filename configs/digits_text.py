@@ -11,7 +11,7 @@ score     400 of 400 samples, of ten digits in four phrasings, one of them new,
 
 from ml_collections import ConfigDict
 
-from configs import digits
+from ddpm_jax.configs import digits
 
 
 def get_config() -> ConfigDict:

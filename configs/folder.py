@@ -12,7 +12,7 @@ hardware, hours and score: not measured; they depend on the images
 
 from ml_collections import ConfigDict
 
-from configs import cifar
+from ddpm_jax.configs import cifar
 
 
 def get_config() -> ConfigDict:

@@ -21,8 +21,8 @@ score     FID: bedroom 6.36, bedroom_large 4.90, church 7.89, cat 19.75
 
 from ml_collections import ConfigDict
 
-from configs import celebahq
 from ddpm_jax import errors
+from ddpm_jax.configs import celebahq
 
 STEPS = {
   'bedroom': 2_400_000,

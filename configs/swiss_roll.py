@@ -11,7 +11,7 @@ score     energy distance to the data 0.0013, p = 0.6: not distinguishable from
 
 from ml_collections import ConfigDict
 
-from configs import base
+from ddpm_jax.configs import base
 
 
 def get_config(points: str = 'swiss_roll') -> ConfigDict:

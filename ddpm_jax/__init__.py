@@ -5,11 +5,28 @@ functions: schedules, losses, samplers and the bound.
 """
 
 import importlib
+import importlib.machinery
+import importlib.util
+import pathlib
+import sys
 from typing import TYPE_CHECKING
 from typing import Any
 
 from ddpm_jax.errors import RunError
 from ddpm_jax.errors import UserError
+
+__version__ = '0.1.0'  # setup.cfg reads it from here
+
+# The package `ddpm_jax.configs`, the recipes. When installed it is a folder in
+# this one, which Python finds; in a checkout it is the folder beside it.
+if not (pathlib.Path(__file__).parent / 'configs').is_dir():
+  _spec = importlib.machinery.ModuleSpec(
+    'ddpm_jax.configs', loader=None, is_package=True
+  )
+  _spec.submodule_search_locations = [
+    str(pathlib.Path(__file__).parents[1] / 'configs')
+  ]
+  configs = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
 
 if TYPE_CHECKING:
   from ddpm_jax import diffusion

@@ -81,7 +81,7 @@ def load(
   Args:
     path: A workdir; or a diffusers folder, its name on huggingface.co, or a
       .ckpt file of pytorch_diffusion.
-    step: The checkpoint; by default the newest whole one.
+    step: The checkpoint; by default the newest intact one.
     weights: 'ema' or 'raw'; by default as the recipe says.
     config: The recipe of a model that is not a workdir; see `pretrained.read`.
     progress: Whether to show messages.
@@ -125,7 +125,8 @@ def train(
 ) -> runs.Run:
   """Trains a model, or resumes the run in a workdir.
 
-  Interrupting it (Ctrl-C) saves a checkpoint and returns the run.
+  Ctrl-C saves a checkpoint and returns the run; a second one raises
+  KeyboardInterrupt.
 
   >>> run = ddpm_jax.train(
   ...   'configs/digits.py', data=images, workdir='runs/mine', steps=500
@@ -168,7 +169,13 @@ def train(
     made = get_config(config, **keys)
     found = recipe.resolve(made, folder, {}, recover=True)
     validate.check(found)
-    return trainer.train(found, folder, source=source, num_samples=num_samples)
+    return trainer.train(
+      found,
+      folder,
+      source=source,
+      num_samples=num_samples,
+      from_python=True,
+    )
 
 
 def _source(data: Any) -> store.Source:

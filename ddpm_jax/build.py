@@ -37,16 +37,16 @@ from ddpm_jax.parallel import meshes
 
 
 def member(module: ModuleType, name: str, what: str) -> Any:
-  """What a name in a recipe stands for.
+  """Returns the function that a name in a recipe refers to.
 
   Args:
-    module: whose `__all__` lists the names.
-    name: one of them, or a dotted path to code outside of this repository, such
-      as 'my_package.my_file.my_step'.
-    what: it is, for the message.
+    module: The module whose `__all__` lists the names.
+    name: One of them, or a dotted path to code outside this repository, such as
+      'my_package.my_file.my_step'.
+    what: The kind of function, for the message.
 
   Raises:
-    UserError: if there is no such thing, listing the names that there are.
+    UserError: If there is no such function; lists the known names.
   """
   if '.' in name:
     return _imported(name, what)
@@ -71,18 +71,18 @@ def _imported(path: str, what: str) -> Any:
 def options(
   function: Callable, section: Mapping[str, Any], given: int = 0
 ) -> dict[str, Any]:
-  """The keys of a section of the recipe that a function has arguments for.
+  """The keys of a section that are arguments of a function.
 
   Args:
-    function: to be called.
-    section: of the recipe.
-    given: how many positional arguments it is called with, which are no keys.
+    function: The function.
+    section: A section of the recipe.
+    given: Number of positional arguments that are not keys.
   """
   return {k: x for k, x in section.items() if reads(function, k, given)}
 
 
 def reads(function: Callable, key: str, given: int = 0) -> bool:
-  """Whether a function has an argument for a key; see `options`."""
+  """Whether a key is an argument of a function; see `options`."""
   return key in list(inspect.signature(function).parameters)[given:]
 
 
@@ -92,13 +92,13 @@ def call(
   """Calls `function` with `args` and its `options` of a section.
 
   Args:
-    function: to call.
-    section: of the recipe.
-    *args: positional arguments.
-    of: the name of the section, such as 'sampler'.
+    function: The function.
+    section: A section of the recipe.
+    *args: Positional arguments.
+    of: The name of the section, such as 'sampler'.
 
   Raises:
-    UserError: for a value that `function` refuses, naming its keys.
+    UserError: If `function` raises ValueError, with the keys that it is about.
   """
   passed = options(function, section, len(args))
   try:
@@ -110,7 +110,7 @@ def call(
 
 
 def _with_keys(message: str, passed: Mapping[str, Any], section: str) -> str:
-  """A refusal with the keys it is about: those that it names, or else all."""
+  """Adds the keys that a message is about: those it names, or else all."""
   if 'config.' in message:
     return message
   keys = {k: v for k, v in passed.items() if not callable(v)}
@@ -120,10 +120,10 @@ def _with_keys(message: str, passed: Mapping[str, Any], section: str) -> str:
 
 
 def schedule(config: ConfigDict) -> schedules.Schedule:
-  """The schedule of all T steps.
+  """The schedule with all T steps.
 
   Raises:
-    UserError: if there is none of the name, or it refuses a value.
+    UserError: If the name is unknown, or a value is not valid.
   """
   c = config.schedule
   made = call(member(schedules, c.name, 'schedule'), c, of='schedule')
@@ -136,11 +136,11 @@ def schedule(config: ConfigDict) -> schedules.Schedule:
 def network(config: ConfigDict) -> nn.Module:
   """The linen module: `network.apply(variables, x_t, t, keys=None)`.
 
-  It takes a condition after t, if the recipe has one, and in training keys (B,)
-  for dropout.
+  If the recipe has a condition, it is the argument after t. In training, keys
+  (B,) are for dropout.
 
   Raises:
-    UserError: if there is none of the name, or it does not fit the images.
+    UserError: If the name is unknown, or it does not fit the image size.
   """
   make = member(networks, config.model.name, 'model')
   channels = config.data.channels
@@ -156,7 +156,7 @@ def encoder(config: ConfigDict) -> Any:
   """The linen module that encodes the condition; None if there is none.
 
   Raises:
-    UserError: if it is of classes, and it is not known how many.
+    UserError: If the number of classes is not known.
   """
   c = config.condition
   if not c.name:
@@ -176,14 +176,14 @@ def denoiser(
   *,
   sampling: bool = False,
 ) -> denoisers.Denoiser:
-  """A network on a schedule, as the recipe says that it is read.
+  """The denoiser of a network, with the recipe's prediction and variance.
 
   Args:
-    config: the recipe.
-    schedule: that of the recipe, of all T steps.
-    network: (x_t, t) -> output, of some weights.
-    sampling: whether its variance is `sampler.variance`, with which it samples
-      and is evaluated, and not `model.variance`, with which it is trained.
+    config: The recipe.
+    schedule: The schedule with all T steps.
+    network: (x_t, t) -> output.
+    sampling: Whether to use `sampler.variance`, for sampling and evaluation, or
+      `model.variance`, for training.
   """
   variance = (config.sampler if sampling else config.model).variance
   return denoisers.Denoiser(
@@ -197,7 +197,7 @@ def denoiser(
 def applied(
   module: nn.Module, params: Any, condition: Any = None
 ) -> denoisers.Network:
-  """The network of some weights, given the condition if there is one."""
+  """The network with weights and, if there is one, a condition."""
   args = () if condition is None else (condition,)
 
   def apply(x_t: jax.Array, t: jax.Array) -> Any:
@@ -207,11 +207,16 @@ def applied(
 
 
 class Sampler(NamedTuple):
-  """A sampler's step, and the model in as many steps as are sampled."""
+  """The sampler of a recipe.
+
+  Attributes:
+    step: The sampler's step.
+    schedule: The schedule with `sampler.steps` steps.
+    denoiser: (params, condition=None) -> the denoiser on that schedule.
+  """
 
   step: samplers.Step
   schedule: schedules.Schedule
-  # Of the weights, and of a condition if the recipe has one (else: None).
   denoiser: Callable[..., denoisers.Denoiser]
 
 
@@ -219,7 +224,7 @@ def sampler(config: ConfigDict) -> Sampler:
   """The sampler of a recipe.
 
   Raises:
-    UserError: for a name or value that it does not know.
+    UserError: If a name is unknown, or a value is not valid.
   """
   c, module, full = config.sampler, network(config), schedule(config)
   function = member(samplers, c.name, 'sampler')
@@ -246,7 +251,7 @@ def _guided(
   params: Any,
   condition: Any,
 ) -> denoisers.Denoiser:
-  """The denoiser of a condition, which is encoded once, not at every step."""
+  """The denoiser given a condition, which is encoded once for all steps."""
   s = config.sampler
   apply: Any = functools.partial(module.apply, {'params': params})
   encode = functools.partial(apply, method='encode')
@@ -269,13 +274,13 @@ def _guided(
 def condition(
   config: ConfigDict, batch: dict[str, Any], keys: jax.Array | None = None
 ) -> Any:
-  """The condition of the examples of a batch; None if the recipe has none.
+  """The conditions of a batch; None if the recipe has none.
 
   Args:
-    config: the recipe.
-    batch: of a source of `dataset.source`.
-    keys: (B,), which of its captions an example gets, and whether it gets none
-      (`condition.drop`); without keys it gets the first.
+    config: The recipe.
+    batch: A batch of the recipe's data.
+    keys: (B,), for training: they choose one caption of each example, and drop
+      it with probability `condition.drop`. Without keys, the first caption.
   """
   c = config.condition
   if not c.name:
@@ -293,7 +298,7 @@ def condition(
   if keys is None:
     return given
   nothing = encoder(config).nothing(len(keys))
-  # Not the bits that chose the caption.
+  # Independent of the choice of the caption.
   others = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
   dropped = jax.vmap(lambda k: jax.random.bernoulli(k, c.drop))(others)
   return jax.vmap(
@@ -302,7 +307,7 @@ def condition(
 
 
 def init_state(config: ConfigDict) -> training.TrainState:
-  """The state at step 0. Call it under jit."""
+  """The training state at step 0. Call it under jit."""
   x = jnp.zeros((1, *recipe.shape(config)))
   t = jnp.ones(1, jnp.int32)
   params = network(config).init(key(config.seed, 'init'), x, t)['params']
@@ -310,12 +315,12 @@ def init_state(config: ConfigDict) -> training.TrainState:
 
 
 def begin(config: ConfigDict, params: Any) -> training.TrainState:
-  """The state at step 0 with these weights. Call it under jit."""
+  """The training state at step 0 with given weights. Call it under jit."""
   by_history = config.loss.t == 'importance'
   return training.TrainState.create(
     apply_fn=network(config).apply,
     params=params,
-    # A copy: a donated state must not hold one buffer twice.
+    # A copy: a donated state must not contain a buffer twice.
     ema_params=jax.tree.map(jnp.copy, params),
     tx=optimizer(config),
     history=timesteps.no_history(config.schedule.T) if by_history else None,
@@ -323,9 +328,10 @@ def begin(config: ConfigDict, params: Any) -> training.TrainState:
 
 
 def loss_fn(config: ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
-  """Algorithm 1 for a batch of images, as `training.train_step` wants it.
+  """Algorithm 1 for a batch, as an argument of `training.train_step`.
 
-  The randomness of an example depends on `key` and its `batch['index']` alone.
+  The random numbers of an example depend on `key` and its `batch['index']`
+  alone.
   """
   module, table, n = network(config), schedule(config), config.batch_size
   function = member(losses, config.loss.name, 'loss')
@@ -352,7 +358,7 @@ def loss_fn(config: ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
       return module.apply({'params': params}, x_t, t, *args, keys=keys)
 
     model, T = denoiser(config, table, apply), table.T
-    # Of each t, where it is drawn by its losses of the past.
+    # The probability of each t, if t is drawn by its past losses.
     p = None if history is None else timesteps.probabilities(history)
     draw = draw_t if p is None else functools.partial(draw_t, p=p)
     t = jax.vmap(lambda i: draw(k_t, i, n, T))(index)
@@ -364,10 +370,10 @@ def loss_fn(config: ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
 
 
 def train_step(config: ConfigDict, devices: int) -> Callable:
-  """`training.train_step` of a recipe, for `devices` that share the batch.
+  """`training.train_step` for a recipe and a number of batch shards.
 
   Raises:
-    UserError: if they cannot share it evenly.
+    UserError: If they do not divide the batch.
   """
   if config.batch_size % (devices * config.accumulate):
     raise errors.UserError(
@@ -384,13 +390,13 @@ def train_step(config: ConfigDict, devices: int) -> Callable:
 
 
 def key(seed: int, use: str) -> jax.Array:
-  """The key of one use of a seed."""
+  """The key for one use of a seed."""
   uses = ('init', 'train', 'sample', 'evaluate', 'codec')
   return jax.random.fold_in(jax.random.key(seed), uses.index(use))
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
-  """Of the number of steps made before: a linear warm-up from 0."""
+  """The learning rate by number of earlier steps: linear warm-up from 0."""
   c = config.optimizer
   if not c.warmup:
     return optax.constant_schedule(c.learning_rate)
@@ -414,10 +420,10 @@ def mesh(
   local: bool = False,
   devices: Sequence[Any] | None = None,
 ) -> jax.sharding.Mesh:
-  """The devices of a run; with `local`, those of this process.
+  """The mesh of a recipe; with `local`, of this process's devices alone.
 
   Raises:
-    UserError: if there are not as many.
+    UserError: If there are too few devices.
   """
   wanted = config.parallel
   return meshes.make_mesh(

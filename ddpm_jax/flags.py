@@ -1,7 +1,7 @@
-"""The command line: the flags that all modes have, and what a mode adds.
+"""The command line: the flags of all modes, and those of each mode.
 
-A mode is a file of jobs/, with a `JOB` and a function `flags` that adds its own
-flags to a parser.
+A mode is a file in jobs/ with a `JOB` and a function `flags`, which adds the
+mode's flags to a parser.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import NamedTuple
 from typing import NoReturn
 from typing import TypeVar
 
+import ddpm_jax
 from ddpm_jax import errors
 from ddpm_jax import expand
 from ddpm_jax import machine
@@ -32,23 +33,23 @@ Denoising diffusion probabilistic models: train them, sample from them.
 EPILOG = """\
 --mode=MODE --help lists the flags of a mode. Any key of a recipe can be given
 too, such as --config.batch_size=64 or --config.sampler.steps=100;
-configs/base.py explains them all. A run that was stopped goes on when its
---workdir is named again.
+configs/base.py explains them all. To resume a run, give its --workdir again.
 """
 
 
 class Job(NamedTuple):
-  """What `main` does for a mode before it runs.
+  """What `main` prepares for a mode.
 
   Attributes:
-    help: one line about it.
-    run: whether it works on the run in --workdir.
-    unless: a flag with which it does not.
-    writes: whether it writes into the run even if there is an --output.
-    recipe: whether `main` reads the recipe for it.
-    devices: 'here': those of the recipe; 'one'; or 'none', or others than here.
-    processes: whether several processes can share it.
-    reads: keys that it reads whatever function a recipe names.
+    help: One line for --help.
+    run: Whether the mode needs the run in --workdir.
+    unless: A flag with which it does not.
+    writes: Whether it writes into the run even if --output is set.
+    recipe: Whether `main` reads the recipe for it.
+    devices: 'here', the devices of the recipe; 'one'; or 'none', which includes
+      devices that are not here.
+    processes: Whether several processes can run it together.
+    reads: Keys that it always reads, whatever functions the recipe names.
   """
 
   help: str
@@ -62,7 +63,7 @@ class Job(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-  """One line for a mistake, where argparse would print the usage as well."""
+  """Raises an error with one line, where argparse also prints the usage."""
 
   def error(self, message: str) -> NoReturn:
     said = errors.short(message, 300)
@@ -70,12 +71,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> pathlib.Path:
-  """The type of a flag that names a file or folder, here or of gs://."""
+  """The type of a flag for a file or folder, local or gs://."""
   return _path(text, paths.path)
 
 
 def local_path(text: str) -> pathlib.Path:
-  """The type of a flag that names a file or folder of this machine."""
+  """The type of a flag for a local file or folder."""
   return _path(text, paths.local)
 
 
@@ -87,7 +88,7 @@ def _path(text: str, read: Callable[[str], pathlib.Path]) -> pathlib.Path:
 
 
 def name_or_path(text: str) -> str:
-  """The type of a flag that is a path, or a name on huggingface.co."""
+  """The type of a flag for a path, or a name on huggingface.co."""
   return typed(expand.expanded)(text)
 
 
@@ -109,10 +110,10 @@ def modes() -> list[str]:
 
 
 def load(mode: str) -> Any:
-  """The file of a mode, which takes seconds to import.
+  """Imports the module of a mode, which takes seconds.
 
   Raises:
-    UserError: if there is none.
+    UserError: If there is no such mode.
   """
   if mode not in modes():
     raise errors.unknown('mode', mode, modes())
@@ -121,7 +122,7 @@ def load(mode: str) -> Any:
 
 
 def parser(mode: str | None = None) -> Parser:
-  """The flags of a mode; or without one, those that all modes have."""
+  """The parser of a mode; without one, of the flags that all modes have."""
   description = DESCRIPTION
   if mode:
     job = load(mode)
@@ -142,10 +143,16 @@ def parser(mode: str | None = None) -> Parser:
 
 def _common(p: Parser) -> None:
   p.add_argument(
+    '--version',
+    action='version',
+    version=f'ddpm_jax {ddpm_jax.__version__}',
+    help='print the version, and exit',
+  )
+  p.add_argument(
     '--config',
     metavar='FILE',
     help='the recipe, such as configs/digits.py or configs/lsun.py:church; '
-    'by default the one that --workdir was begun with',
+    'by default that of the run in --workdir',
   )
   p.add_argument(
     '--mode', default='train', help=f'{" | ".join(modes())} (default: train)'
@@ -157,12 +164,12 @@ def _common(p: Parser) -> None:
     'under runs/)',
   )
   p.add_argument(
-    '--seed', type=int, help='of everything random (default: the recipe says)'
+    '--seed', type=int, help='the random seed (default: config.seed)'
   )
   p.add_argument(
     '--guidance',
     metavar='W',
-    help='strength of a condition: 1 as it is, more exaggerates; short for '
+    help='scale of classifier-free guidance; 1: none; short for '
     '--config.sampler.guidance',
   )
 
@@ -170,67 +177,70 @@ def _common(p: Parser) -> None:
 def _processes(p: Parser) -> None:
   many = p.add_argument_group(
     'for several processes',
-    'TPU pods, Slurm, MPI and Kubernetes tell JAX of the others. Elsewhere, '
-    'name them:',
+    'On TPU pods, Slurm, MPI and Kubernetes, JAX finds the processes. '
+    'Elsewhere, set:',
   )
   many.add_argument(
     '--coordinator',
     metavar='HOST:PORT',
-    help='of process 0, any free port of it; the same for all of them',
+    help='the address of process 0, with a free port; the same for all',
   )
   many.add_argument(
     '--num_processes',
     type=int,
     metavar='N',
-    help='how many there are; 1: alone, whatever the machine is part of',
+    help='the number of processes; 1: run alone, even on a cluster',
   )
   many.add_argument(
-    '--process_id', type=int, metavar='I', help='which one this is: 0 to N - 1'
+    '--process_id',
+    type=int,
+    metavar='I',
+    help='the index of this process: 0 to N - 1',
   )
   many.add_argument(
     '--start_timeout',
     type=int,
     default=300,
     metavar='SECONDS',
-    help='until all have come (default: 300)',
+    help='how long to wait for all processes to start (default: 300)',
   )
   many.add_argument(
     '--peer_timeout',
     type=int,
     default=100,
     metavar='SECONDS',
-    help='without a sign of life from one, until all stop (default: 100); one '
-    'that was killed is noticed at once',
+    help='stop all processes when one sends no heartbeat for this long '
+    '(default: 100); a process that is killed is noticed at once',
   )
   many.add_argument(
     '--stopped_code',
     type=int,
     default=0,
     metavar='CODE',
-    help='exit code where training was stopped before its end (default: 0), '
-    'so that a script knows to start it again',
+    help='the exit code if training was stopped before its end (default: 0), '
+    'so that a script can start it again',
   )
 
 
 def num_samples(p: Any, help: str = 'images to draw (default: 64)') -> None:
-  """Adds --num_samples, which several modes have."""
+  """Adds --num_samples."""
   p.add_argument('--num_samples', type=int, metavar='N', help=help)
 
 
 def output(p: Any, help: str) -> None:
-  """Adds --output, which several modes have."""
+  """Adds --output."""
   p.add_argument('--output', type=path, help=help)
 
 
 def json(p: Any) -> None:
-  """Adds --json, which several modes have."""
+  """Adds --json."""
   p.add_argument(
     '--json', action='store_true', help='print one JSON object on stdout'
   )
 
 
 def split(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-  """Parts `--config.KEY=VALUE` or `--config.KEY VALUE` from the other flags."""
+  """Separates `--config.KEY=VALUE` (or ` VALUE`) from the other flags."""
   flags, changes = [], {}
   rest = iter(argv)
   for word in rest:
@@ -245,10 +255,10 @@ def split(argv: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  """The flags of a command line; `changes` has the keys of the recipe.
+  """Parses a command line; `changes` has the keys of the recipe.
 
   Raises:
-    UserError: for an unknown mode or flag, or a bad value.
+    UserError: For an unknown mode or flag, or a value that is not valid.
   """
   words, changes = split(argv)
   mode = _mode(words)
@@ -263,10 +273,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _mode(words: list[str]) -> str | None:
-  """The mode that is named; None for help on all modes."""
+  """The mode that is named; None for help on all modes, and the version."""
   p = Parser(add_help=False, allow_abbrev=False)
   p.add_argument('--mode')
-  p.add_argument('--help', '-h', action='store_true')
+  p.add_argument('--help', '-h', '--version', action='store_true')
   known, _ = p.parse_known_args(words)
   return known.mode or (None if known.help else 'train')
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m ddpm_jax.main`."""
+"""The command line: `python -m ddpm_jax.main`, or `ddpm-jax`."""
 
 import argparse
 import logging
@@ -13,7 +13,7 @@ from ddpm_jax import streams
 
 
 def run(argv: list[str]) -> None:
-  """Runs the mode that a command line names."""
+  """Runs the mode of a command line."""
   args = flags.parse(argv)
   from ddpm_jax.parallel import processes
   from ddpm_jax.parallel import stop
@@ -28,9 +28,9 @@ def run(argv: list[str]) -> None:
   if job.run and not (job.unless and getattr(args, job.unless)):
     workdir.check_run(args.workdir)
     if job.writes or not output:
-      elsewhere = 'copy the run, and name its copy'
+      elsewhere = 'copy the run, and use the copy'
       if not job.writes:
-        elsewhere = 'name another place with --output'
+        elsewhere = 'set --output to another place'
       workdir.check_writable(args.workdir, elsewhere)
   machine.keep_compiled()
   with processes.together(
@@ -49,10 +49,10 @@ def run(argv: list[str]) -> None:
 
 
 def config_of(args: argparse.Namespace, job: flags.Job) -> Any:
-  """The recipe, refused if it cannot work or holds what nothing would read.
+  """Resolves and checks the recipe.
 
-  On a run that was begun on other devices it is fitted to those here; what the
-  run says of them stays in `args.parallel`.
+  The recipe of a run that was started on other devices is fitted to those here;
+  its own `parallel` section stays in `args.parallel`.
   """
   from ddpm_jax import recipe
   from ddpm_jax import validate
@@ -75,12 +75,19 @@ def config_of(args: argparse.Namespace, job: flags.Job) -> Any:
   return config
 
 
+def search_working_directory() -> None:
+  """Puts the working directory on sys.path, where `python -m` has it."""
+  if not sys.flags.safe_path and '' not in sys.path:
+    sys.path.insert(0, '')
+
+
 def main() -> NoReturn:
   streams.secure()
   logging.basicConfig(format='%(message)s', level=logging.WARNING)
   code = 0
   try:
     machine.open_many_files()
+    search_working_directory()
     try:
       run(sys.argv[1:])
     except SystemExit as e:  # of --help, or with --stopped_code

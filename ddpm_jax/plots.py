@@ -1,4 +1,4 @@
-"""All that Matplotlib draws: curves, scatter plots, grids with labels."""
+"""Plots with Matplotlib: curves, scatter plots, labelled grids of images."""
 
 import logging
 import os
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def new_figure(**options: Any) -> 'Figure':
-  """An empty figure of Matplotlib, which is slow to import: not before this.
+  """Returns an empty Matplotlib figure.
 
-  It reads MPLBACKEND when it is imported, and fails if it does not know the
-  backend; a notebook's is not for the files that are written here. That there
-  is no home for its cache, it says at length.
+  Matplotlib is imported here, because that is slow. On import it reads
+  MPLBACKEND, which may name a backend of a notebook that is not installed here,
+  and logs warnings if it cannot write a cache. Both are suppressed.
   """
   backend = os.environ.pop('MPLBACKEND', None)
   logging.getLogger('matplotlib').setLevel(logging.ERROR)
@@ -34,7 +34,7 @@ def new_figure(**options: Any) -> 'Figure':
 
 
 def render(fig: 'Figure') -> np.ndarray:
-  """The pixels of a figure, uint8 (H, W, 3)."""
+  """Renders a figure into uint8 pixels (H, W, 3)."""
   from matplotlib.backends import backend_agg
 
   canvas = backend_agg.FigureCanvasAgg(fig)
@@ -43,9 +43,10 @@ def render(fig: 'Figure') -> np.ndarray:
 
 
 def running_median(y: np.ndarray, half: int) -> np.ndarray:
-  """The median of `half` values to each side, and of as many at the ends.
+  """The median over a window of `half` values to each side.
 
-  The window stays symmetric, so that the median of a slope does not trail it.
+  The window shrinks at the ends but stays symmetric, so that the median of a
+  slope has no lag.
   """
   n = len(y)
   sides = [min(half, i, n - 1 - i) for i in range(n)]
@@ -57,7 +58,7 @@ def running_median(y: np.ndarray, half: int) -> np.ndarray:
 def save_curve(
   path: pathlib.Path, x: np.ndarray, y: np.ndarray, xlabel: str, ylabel: str
 ) -> None:
-  """A curve on a logarithmic y axis, with its running median over it."""
+  """Saves a curve and its running median, on a logarithmic y axis."""
   fig = new_figure(figsize=(8, 4.5), dpi=100, layout='constrained')
   axes = fig.subplots()
   axes.semilogy(x, y, color='tab:blue', alpha=0.3, linewidth=1)
@@ -70,10 +71,10 @@ def save_curve(
 
 
 def scatter_limit(data: Sequence[np.ndarray]) -> float:
-  """The largest coordinate that point sets (n, 2) are shown to.
+  """The axis limit for point sets (n, 2).
 
-  A quarter more than what 99.5% of each set stay within: a few points far out
-  do not make all others small.
+  1.25 times the limit that contains 99.5% of each set, so that a few outliers
+  do not make the others small.
   """
   return 1.25 * max(float(np.quantile(np.abs(x).max(1), 0.995)) for x in data)
 
@@ -84,13 +85,13 @@ def save_scatter(
   titles: list[str],
   data: Sequence[np.ndarray],
 ) -> None:
-  """Point sets (n, 2), a row of them each.
+  """Saves rows of scatter plots of point sets (n, 2).
 
   Args:
-    path: a .png; or a .gif, where each column is a frame.
-    rows: a name, and as many point sets as there are titles.
-    titles: of the columns.
-    data: the sets that set the scale. Points outside are counted, not drawn.
+    path: A .png, or a .gif in which each column is a frame.
+    rows: Point sets by name of the row, one for each title.
+    titles: Titles of the columns.
+    data: The sets that determine the scale. Outside, points are only counted.
   """
   limit = scatter_limit(data)
 
@@ -126,19 +127,19 @@ def labelled(
   labels: Sequence[str] = (),
   head: str = '',
 ) -> np.ndarray:
-  """A grid of uint8 (R, K, H, W, C) with words to it, (height, width, 3).
+  """Draws a grid of images with text, uint8 (height, width, 3).
 
   Args:
-    tiles: in R rows and K columns.
-    titles: of the columns.
-    labels: of the rows.
-    head: a line above all.
+    tiles: uint8 (R, K, H, W, C), images in R rows and K columns.
+    titles: K titles of columns, or none.
+    labels: R labels of rows, or none.
+    head: Title of the grid.
   """
   R, K = tiles.shape[:2]
   flat = tiles.reshape(-1, *tiles.shape[2:])
   pixels = images.grid(flat, columns=K, width=min(1200, 150 * K))
   height, width = pixels.shape[:2]
-  em = 0.62  # width of a letter, in its size; a point is 100/72 pixels
+  em = 0.62  # width of a letter / font size; a point is 100/72 pixels
   longest = max([len(title) for title in titles], default=1)
   size = min(10, width / K * 72 / 100 / (longest + 1) / em)
   left = 20 + int(max([len(x) for x in labels], default=0) * 10 * em * 100 / 72)
@@ -147,7 +148,7 @@ def labelled(
   fig = new_figure(figsize=tuple(full / 100), dpi=100)
   x, y = np.array([left, 12]) / full
   axes = fig.add_axes((x, y, width / full[0], height / full[1]))
-  # As many pixels as there are: none is blended with its neighbour.
+  # The axes have exactly the size of the grid, so that no pixels are blended.
   axes.imshow(
     np.broadcast_to(pixels, (height, width, 3)),
     extent=(0, K, R, 0),
@@ -162,14 +163,14 @@ def labelled(
   return render(fig)
 
 
-def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
-  """(h, w, 3) pictures one below the other, in the middle, on white."""
-  width = max(picture.shape[1] for picture in pictures)
+def stack(parts: Sequence[np.ndarray]) -> np.ndarray:
+  """Stacks images (h, w, 3) vertically, centered on white."""
+  width = max(part.shape[1] for part in parts)
   wide = []
-  for picture in pictures:
-    left, odd = divmod(width - picture.shape[1], 2)
+  for part in parts:
+    left, odd = divmod(width - part.shape[1], 2)
     margin = ((0, 0), (left, left + odd), (0, 0))
-    wide.append(np.pad(picture, margin, constant_values=255))
+    wide.append(np.pad(part, margin, constant_values=255))
   return np.concatenate(wide)
 
 
@@ -179,12 +180,12 @@ class Panel(NamedTuple):
   xlabel: str
   ylabel: str
   curves: dict[str, tuple[np.ndarray, np.ndarray]]  # name: (x, y)
-  bottom: float = 0.0  # of the y axis, which is logarithmic if that is not 0
+  bottom: float = 0.0  # of the y axis, which is logarithmic unless this is 0
   log_x: bool = False
 
 
 def plot(panels: Sequence[Panel], bold: str = '') -> np.ndarray:
-  """Panels side by side, (height, width, 3); the curve `bold` stands out."""
+  """Draws panels side by side, (height, width, 3); emphasizes curve `bold`."""
   fig = new_figure(
     figsize=(12, 8 / len(panels) + 1), dpi=100, layout='constrained'
   )

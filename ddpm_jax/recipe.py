@@ -4,6 +4,9 @@ import ast
 import contextlib
 import difflib
 import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import inspect
 import json
 import logging
@@ -11,7 +14,6 @@ import pathlib
 import runpy
 import sys
 import traceback
-import types
 from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -25,16 +27,8 @@ from ddpm_jax import ranges
 from ddpm_jax.storage import workdir
 
 # Beside the package in a checkout, inside it when installed.
-CONFIGS = next(
-  (
-    path
-    for path in (
-      pathlib.Path(__file__).parent / 'configs',
-      pathlib.Path(__file__).parents[1] / 'configs',
-    )
-    if path.is_dir()
-  ),
-  pathlib.Path(__file__).parents[1] / 'configs',
+CONFIGS = pathlib.Path(
+  next(iter(importlib.import_module('ddpm_jax.configs').__path__))
 )
 # Sections and keys that may change when a run resumes: they set how long and
 # where it trains and what it reports, not what it learns.
@@ -222,24 +216,44 @@ def shipped(name: str) -> ConfigDict:
   return load(str(CONFIGS / f'{name}.py'))
 
 
+class _Finder(importlib.abc.MetaPathFinder):
+  """Imports `configs` from the working directory first, then from CONFIGS.
+
+  `configs.base` is always that of CONFIGS: every recipe begins with it.
+  """
+
+  def find_spec(
+    self, name: str, path: Any, target: Any = None
+  ) -> importlib.machinery.ModuleSpec | None:
+    if name == 'configs.base':
+      return importlib.util.spec_from_file_location(name, CONFIGS / 'base.py')
+    if name != 'configs':
+      return None
+    here = pathlib.Path.cwd()
+    spec = importlib.machinery.PathFinder.find_spec(name, [str(here)])
+    if spec is None:
+      spec = importlib.machinery.ModuleSpec(name, loader=None, is_package=True)
+    spec.submodule_search_locations = [str(here / 'configs'), str(CONFIGS)]
+    return spec
+
+
 @contextlib.contextmanager
 def _importing_configs() -> Iterator[None]:
-  """Makes `from configs import base` in a recipe import from CONFIGS.
+  """Makes `from configs import base` work in a recipe; see `_Finder`.
 
-  If the working directory has a folder configs/ too, its files can be imported
-  as well; a name in both is that of CONFIGS.
+  Modules that were imported as `configs` before are put back afterwards.
   """
 
   def known() -> list[str]:
     return [x for x in sys.modules if x.partition('.')[0] == 'configs']
 
   others = {name: sys.modules.pop(name) for name in known()}
-  package = types.ModuleType('configs')
-  package.__path__ = [str(CONFIGS), str(pathlib.Path('configs').absolute())]
-  sys.modules['configs'] = package
+  finder = _Finder()
+  sys.meta_path.insert(0, finder)
   try:
     yield
   finally:
+    sys.meta_path.remove(finder)
     for name in known():
       del sys.modules[name]
     sys.modules.update(others)
@@ -398,8 +412,8 @@ def filled(config: ConfigDict, found: dict[str, int]) -> ConfigDict:
 
 def defaults() -> dict[str, Any]:
   """Returns the flattened configs/base.py; {} if configs/ is not installed."""
-  with contextlib.suppress(ImportError), _importing_configs():
-    base = importlib.import_module('configs.base')
+  with contextlib.suppress(ImportError):
+    base = importlib.import_module('ddpm_jax.configs.base')
     return flatten(base.get_config())
   return {}
 
@@ -428,7 +442,7 @@ def check_same(
 
   Args:
     config: The recipe.
-    begun: The recipe that the run was begun with.
+    begun: The recipe that the run was started with.
     where: The run, for messages.
     allow: Sections of `ALLOWED` whose keys may differ too.
 
@@ -448,13 +462,13 @@ def check_same(
   may_change = all(key.split('.')[0] in ALLOWED for key in differ)
   allowed = ', or allow the change with --allow=optimizer' * may_change
   raise errors.UserError(
-    f'{where} was begun with another recipe; these keys differ: {listed}. '
+    f'{where} was started with another recipe; these keys differ: {listed}. '
     f'Choose another --workdir, or keep their values{allowed}'
   )
 
 
 def is_another(config: ConfigDict, folder: pathlib.Path) -> bool:
-  """Whether the workdir was begun with another recipe; see `check_same`."""
+  """Whether the workdir was started with another recipe; see `check_same`."""
   try:
     begun = saved(folder)
   except errors.UserError:

@@ -307,7 +307,7 @@ def load(
     config: The recipe, from `recipe.resolve`.
     workdir: The folder.
     seed: Seed; None for that of the recipe.
-    step: The checkpoint; None for the newest whole one.
+    step: The checkpoint; None for the newest intact one.
     key: The key of the recipe that names the weights, 'ema' or 'raw'.
     engine: Another engine than the recipe's.
 
@@ -328,7 +328,7 @@ def restore(
   *,
   key: str = 'sampler.weights',
 ) -> tuple[str, int, Any]:
-  """(kind, step, weights) of a checkpoint, by default the newest whole one.
+  """(kind, step, weights) of a checkpoint, by default the newest intact one.
 
   The kind is 'EMA' or 'raw', as the recipe's `key` says. Warns if the average
   still holds too much of the initial weights.

@@ -58,6 +58,7 @@ def train(
   allow: Collection[str] = (),
   num_samples: int = 64,
   parallel: dict[str, Any] | None = None,
+  from_python: bool = False,
 ) -> runs.Run:
   """Trains in a workdir to `config.steps`, from its newest checkpoint if any.
 
@@ -70,6 +71,8 @@ def train(
     num_samples: Number of samples in the previews.
     parallel: The `parallel` section to save, if the run was started on other
       devices than those of `config`.
+    from_python: Whether a Python program calls, which no signal may end; see
+      `stop.interrupts`.
 
   Returns:
     The run. It ends before `config.steps` if a signal stopped it.
@@ -92,7 +95,8 @@ def train(
     if parallel:
       saved['parallel'] = parallel
     state = _train_locked(
-      config, engine, folder, source, allow, num_samples, saved
+      *(config, engine, folder, source, allow, num_samples, saved),
+      stops=stop.interrupts if from_python else stop.requests,
     )
   weights = 'raw' if config.sampler.weights == 'raw' else 'EMA'
   return runs.Run(
@@ -123,6 +127,7 @@ def _train_locked(
   allow: Collection[str],
   num_samples: int,
   saved: dict[str, Any],
+  stops: Callable[[], contextlib.AbstractContextManager[Callable[[int], bool]]],
 ) -> training.TrainState:
   """Trains in a workdir that no other program writes into."""
   step_fn = build.train_step(config, meshes.num_shards(engine.mesh))
@@ -147,7 +152,7 @@ def _train_locked(
   runs.warn_before_training(config, folder)
 
   with contextlib.ExitStack() as logged, contextlib.ExitStack() as stack:
-    stop_asked = stack.enter_context(stop.requests())
+    stop_asked = stack.enter_context(stops())
     checkpoints = checkpoint.open(
       folder / 'checkpoints',
       keep=config.checkpoint.keep,
@@ -226,8 +231,8 @@ def begin(
     if known and (differ := dataset.changed_data(held, folder)):
       if 'data' not in allow:
         raise errors.UserError(
-          f'the data are not those that {folder} was begun with ({differ}): '
-          'give it those, or go on with these on purpose with --allow=data'
+          f'the data are not those that {folder} was started with ({differ}): '
+          'use those, or continue with these on purpose with --allow=data'
         )
       changed['data'] = differ
     if changed:
@@ -286,8 +291,8 @@ def diverged(what: str, folder: pathlib.Path) -> errors.Diverged:
       '--config.optimizer.learning_rate, or another --seed'
     )
   return errors.Diverged(
-    f'{what}; the last checkpoint in {folder} is of step {saved[-1]}. To go on '
-    'from it, add --allow=optimizer and a lower '
+    f'{what}; the last checkpoint in {folder} is of step {saved[-1]}. To '
+    'resume from it, add --allow=optimizer and a lower '
     '--config.optimizer.learning_rate'
   )
 
@@ -299,7 +304,7 @@ def start(
   batches: grain.DatasetIterator,
   allow: Collection[str] = (),
 ) -> training.TrainState:
-  """The state of the newest whole checkpoint, or else of step 0.
+  """The state of the newest intact checkpoint, or else of step 0.
 
   Moves `batches` to the position of that checkpoint.
   """
@@ -312,7 +317,7 @@ def start(
     return meshes.init_state(init, mesh)
   begun = recipe.from_json(saved.config)
   recipe.check_same(config, begun, f'checkpoint {saved.step}', allow)
-  logs.say(f'going on from step {saved.step}')
+  logs.say(f'resuming from step {saved.step}')
   batches.set_state(saved.data)
   return abstract.replace(**saved.state, ema_params=saved.ema)
 
@@ -418,7 +423,7 @@ def finish(
   if step < config.steps:
     where = ', in each process' if jax.process_count() > 1 else ''
     logs.say(
-      f'stopped, and saved, at step {step} of {config.steps}; to go on{where}:'
+      f'stopped, and saved, at step {step} of {config.steps}; to resume{where}:'
     )
     logs.say(f'  python -m ddpm_jax.main --workdir={again}')
     return

@@ -5,12 +5,12 @@
 #     ACCELERATOR=tpu-v5-lite-podslice TOPOLOGY=4x4 \
 #     bash launch/jobset.sh --config=configs/cifar.py
 #
-# --dry-run as the first word prints the YAML. What else is given goes to
-# `python -m ddpm_jax.main` on all hosts. IMAGE holds this repository, installed,
-# and is where its commands start. CLAIM is a volume that can be written by many
-# (ReadWriteMany), with WORKDIR in it; WORKDIR=gs://BUCKET/NAME needs none, and an
-# IMAGE with gcsfs. When a host is taken away or fails, JobSet starts all of them
-# again, and the run goes on.
+# --dry-run as the first argument prints the YAML. All other arguments are passed
+# to `python -m ddpm_jax.main` on all hosts. IMAGE is that of launch/cpu.Dockerfile,
+# built for TPUs, or another with this package. CLAIM is a volume that all hosts
+# can write to (ReadWriteMany), and contains WORKDIR. WORKDIR=gs://BUCKET/NAME
+# needs no CLAIM, but gcsfs in IMAGE. When a host is preempted or fails, JobSet
+# restarts all of them, and the run resumes.
 set -euo pipefail
 
 dry_run=
@@ -18,23 +18,23 @@ if [[ ${1:-} == --dry-run ]]; then
   dry_run=yes
   shift
 fi
-: "${NAME:?is not set: what to call the JobSet}"
-: "${IMAGE:?is not set: of the container}"
+: "${NAME:?is not set: the name of the JobSet}"
+: "${IMAGE:?is not set: the image of the container}"
 : "${WORKDIR:?is not set: the folder of the run, in the volume CLAIM}"
 if [[ $WORKDIR == gs://* ]]; then
   workdir=$WORKDIR
 else
-  : "${CLAIM:?is not set: the PersistentVolumeClaim of runs}"
+  : "${CLAIM:?is not set: the PersistentVolumeClaim that holds the runs}"
   workdir=/runs/$WORKDIR
 fi
-: "${HOSTS:?is not set: how many VMs the slice has}"
-: "${CHIPS:?is not set: how many chips a VM has}"
-: "${ACCELERATOR:?is not set: such as tpu-v5-lite-podslice}"
-: "${TOPOLOGY:?is not set: such as 4x4}"
+: "${HOSTS:?is not set: the number of VMs in the slice}"
+: "${CHIPS:?is not set: the number of chips per VM}"
+: "${ACCELERATOR:?is not set: for example tpu-v5-lite-podslice}"
+: "${TOPOLOGY:?is not set: for example 4x4}"
 : "${SPOT:=}" "${RESTARTS:=20}"
 spot=${SPOT:+$'                cloud.google.com/gke-spot: "true"\n'}
 
-arguments() { # as strings of JSON, which YAML reads
+arguments() { # as JSON strings, which are valid YAML
   local word
   for word in "--workdir=$workdir" --stopped_code=75 "$@"; do
     word=${word//\\/\\\\}
@@ -67,7 +67,7 @@ spec:
   failurePolicy:
     maxRestarts: $RESTARTS
     rules:
-      # A mistake, which would be made again.
+      # A mistake of the user: a restart would not help.
       - name: mistake
         action: FailJobSet
         onJobFailureReasons: [PodFailurePolicy]
@@ -90,7 +90,7 @@ spec:
           template:
             spec:
               restartPolicy: Never
-              # To save a checkpoint after SIGTERM.
+              # Time to save a checkpoint after SIGTERM.
               terminationGracePeriodSeconds: 120
               nodeSelector:
                 cloud.google.com/gke-tpu-accelerator: $ACCELERATOR

@@ -1,8 +1,8 @@
-"""Several processes on this machine, started again when they fail.
+"""Runs several processes on this machine, and restarts them when they fail.
 
   python launch/local.py --processes=4 --restarts=20 --workdir=runs/digits ...
 
-What is not a flag of its own goes to `python -m ddpm_jax.main`.
+All other flags are passed to `python -m ddpm_jax.main`.
 """
 
 import argparse
@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-STOPPED = 75  # what a run that was asked to stop exits with (EX_TEMPFAIL)
-MISTAKE = 2  # of the user: to try it again would not help
-PATIENCE = 20  # seconds that a process has to end after another has
-PR_SET_PDEATHSIG = 1  # of prctl(2)
-LONG = 600  # seconds after which a failure is not one more of a series
+STOPPED = 75  # exit code of a run that was asked to stop (EX_TEMPFAIL)
+MISTAKE = 2  # exit code of a mistake of the user: a restart would not help
+PATIENCE = 20  # seconds from the failure of a process until the rest are killed
+PR_SET_PDEATHSIG = 1  # for prctl(2)
+LONG = 600  # seconds; a run that lasted longer resets the backoff
 
 
 def main() -> int:
@@ -33,24 +33,24 @@ def main() -> int:
   )
   p.add_argument('--processes', type=int, default=2, metavar='N')
   p.add_argument(
-    '--restarts', type=int, default=20, help='at most (default: 20)'
+    '--restarts', type=int, default=20, help='maximum number (default: 20)'
   )
   p.add_argument(
     '--backoff',
     type=float,
     default=1.0,
     metavar='SECONDS',
-    help='before the first restart; twice as long before each more, up to a '
-    'minute (default: 1)',
+    help='wait before the first restart; doubled for each further one, up to '
+    'a minute (default: 1)',
   )
   p.add_argument(
-    '--dry-run', action='store_true', help='print what would be started'
+    '--dry-run', action='store_true', help='print the commands and exit'
   )
   flags, rest = p.parse_known_args()
   if flags.processes < 1:
     p.error(f'--processes={flags.processes} is not positive')
   if flags.restarts and not any(x.startswith('--workdir') for x in rest):
-    p.error('name the --workdir: it is where a restart goes on')
+    p.error('name the --workdir: a restart resumes from it')
   if flags.dry_run:
     print('\n'.join(map(shlex.join, commands(flags.processes, 'PORT', rest))))
     return 0
@@ -67,7 +67,7 @@ def commands(n: int, port: Any, rest: list[str]) -> list[list[str]]:
 
 
 def supervise(flags: argparse.Namespace, rest: list[str]) -> int:
-  """Runs them until they are done, or it makes no sense to go on."""
+  """Runs the processes until they succeed or a restart makes no sense."""
   group = Group()
   wait = flags.backoff
   for attempt in range(flags.restarts + 1):
@@ -81,7 +81,7 @@ def supervise(flags: argparse.Namespace, rest: list[str]) -> int:
       return 0 if set(codes) <= {0, STOPPED} else 1
     if time.monotonic() - begun > LONG:
       wait = flags.backoff
-    why = ', '.join(told(i, code) for i, code in enumerate(codes))
+    why = ', '.join(describe(i, code) for i, code in enumerate(codes))
     if attempt < flags.restarts:
       say(f'{why}; restart {attempt + 1} of {flags.restarts} in {wait:g} s')
       group.sleep(wait)
@@ -93,7 +93,7 @@ def supervise(flags: argparse.Namespace, rest: list[str]) -> int:
 
 
 class Group:
-  """The processes, and the signals that are passed on to them."""
+  """The running processes; forwards signals to them."""
 
   def __init__(self) -> None:
     self.running: list[subprocess.Popen] = []
@@ -107,14 +107,15 @@ class Group:
   def stop(self, number: int, frame: Any) -> None:
     del frame
     self.asked_to_stop = True
-    # One that comes by itself may come twice, and must not quit at once.
+    # Signals that are sent automatically may arrive twice, and so are passed on
+    # as they are: a second SIGTERM would end a run at once.
     kept = number in (signal.SIGHUP, signal.SIGUSR1)
     for process in self.running:
       process.send_signal(number if kept else signal.SIGTERM)
 
   def run(self, commands: list[list[str]]) -> list[int]:
-    """The exit codes, once all have ended; -N if by signal N."""
-    # In a session of their own: Ctrl-C comes from us, and once.
+    """Runs commands, and returns their exit codes; -N for signal N."""
+    # New sessions do not receive Ctrl-C from the terminal; `stop` forwards it.
     self.running = []
     for command in commands:
       self.running.append(
@@ -122,7 +123,7 @@ class Group:
           command, start_new_session=True, preexec_fn=end_with(os.getpid())
         )
       )
-    if self.asked_to_stop:  # in between
+    if self.asked_to_stop:  # while they were started
       self.stop(signal.SIGTERM, None)
     late = None
     while any(process.poll() is None for process in self.running):
@@ -141,10 +142,10 @@ class Group:
 
 
 def end_with(parent: int) -> Callable[[], None] | None:
-  """For a new process: that it gets SIGTERM when `parent` is gone.
+  """A `preexec_fn` by which a process gets SIGTERM when `parent` is gone.
 
-  Were we killed, they would train on, and a new launch would meet them. Only
-  Linux can do this.
+  Otherwise, if this process is killed, the others continue to train and collide
+  with the next launch. None if this is not Linux.
   """
   if sys.platform != 'linux':
     return None
@@ -152,13 +153,13 @@ def end_with(parent: int) -> Callable[[], None] | None:
 
   def begin() -> None:
     prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # It was gone before that.
+    if os.getppid() != parent:  # The parent was gone before the call.
       os._exit(1)
 
   return begin
 
 
-def told(index: int, code: int) -> str:
+def describe(index: int, code: int) -> str:
   if code == STOPPED:
     return f'process {index} stopped'
   if code < 0:
@@ -174,7 +175,7 @@ def free_port() -> int:
 
 
 def say(line: str) -> None:
-  with contextlib.suppress(OSError):  # A terminal may be lost.
+  with contextlib.suppress(OSError):  # The terminal may be closed.
     print(f'launch: {line}', file=sys.stderr, flush=True)
 
 

@@ -1,15 +1,15 @@
 #!/bin/bash
-# Trains on a TPU slice of Google Cloud, of any number of hosts, which it queues
-# for, sets up, and queues for again when it was taken away:
+# Trains on a TPU slice of Google Cloud with any number of hosts. Queues for the
+# slice, sets it up, and queues again when it is preempted:
 #
 #   NAME=ddpm ZONE=us-central2-b TYPE=v4-32 VERSION=tpu-ubuntu2204-base \
 #     SETUP='sudo mount SERVER:/runs /mnt' WORKDIR=/mnt/cifar \
 #     bash launch/tpu_vm.sh --config=configs/cifar.py
 #
-# --dry-run as the first word prints what would be done. What else is given goes
-# to `python -m ddpm_jax.main` on all hosts. SETUP is run on each host first, and
-# mounts the disk of WORKDIR, which all must share; WORKDIR=gs://BUCKET/NAME needs
-# none. The project is gcloud's.
+# --dry-run as the first argument prints the commands. All other arguments are
+# passed to `python -m ddpm_jax.main` on all hosts. SETUP runs on each host first,
+# and mounts the disk of WORKDIR, which all hosts share; WORKDIR=gs://BUCKET/NAME
+# needs none. The project is the default one of gcloud.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,16 +18,16 @@ if [[ ${1:-} == --dry-run ]]; then
   dry_run=yes
   shift
 fi
-: "${NAME:?is not set: what to call the TPU}"
-: "${ZONE:?is not set: such as us-central2-b}"
-: "${TYPE:?is not set: such as v4-32 or v5litepod-16}"
-: "${VERSION:?is not set: of the TPU VM, such as tpu-ubuntu2204-base}"
+: "${NAME:?is not set: the name of the TPU}"
+: "${ZONE:?is not set: for example us-central2-b}"
+: "${TYPE:?is not set: for example v4-32 or v5litepod-16}"
+: "${VERSION:?is not set: of the TPU VM, for example tpu-ubuntu2204-base}"
 : "${WORKDIR:?is not set: the folder of the run, on a disk that hosts share}"
 : "${SETUP:=true}" "${PYTHON:=python3.11}" "${SPOT:=}" "${RESTARTS:=20}"
 
 tpus=(gcloud compute tpus)
 
-# Says what it does; in a dry run that is all.
+# Prints a command, and runs it unless this is a dry run.
 run() {
   printf '%q ' "$@"
   printf '\n'
@@ -62,7 +62,7 @@ acquire() {
   done
 }
 
-hosts() { # runs some lines on all of them
+hosts() { # runs a script on all hosts
   run "${tpus[@]}" tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all \
     --command="$1"
 }
@@ -77,8 +77,8 @@ $PYTHON -m venv venv; venv/bin/pip install -q -e './ddpm_jax[gcs]' 'jax[tpu]'
 $SETUP"
 }
 
-# One that is still there, because only our connection broke, is stopped first.
-# A TPU VM tells JAX of the other hosts, and who is who.
+# If only our connection broke, the process still runs, and is stopped first. JAX
+# learns the number and the index of hosts from the TPU VM.
 train() {
   local line
   line=$(printf ' %q' "--workdir=$WORKDIR" --stopped_code=75 "$@")
@@ -100,7 +100,7 @@ for ((restart = 0; restart <= RESTARTS; restart++)); do
     exit
   fi
   if grep -q '^ddpm_jax: exit code 2$' "$log"; then
-    exit 2 # a mistake, which would be made again
+    exit 2 # a mistake of the user: a restart would not help
   fi
   echo "launch: failed; restart $((restart + 1)) of $RESTARTS" >&2
   sleep 30

@@ -1,6 +1,10 @@
 """The Python API: the same numbers as the command line, errors, no output."""
 
+import concurrent.futures
+import dataclasses
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -133,6 +137,44 @@ def test_an_array_is_trained_on_and_resumed(tmp_path, capfd):
     ddpm_jax.train('configs/digits.py', data=255 - data, workdir=folder, **KEYS)
 
 
+def test_a_thread_trains_too(tmp_path):
+  """Signals are heard by the main thread alone: there Ctrl-C is no stop."""
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    run = pool.submit(
+      ddpm_jax.train,
+      'configs/digits.py',
+      data=images(),
+      workdir=tmp_path / 'run',
+      num_samples=1,
+      **KEYS,
+    ).result()
+  assert run.step == 3
+
+
+def test_an_interrupt_saves_and_returns_the_run(tmp_path):
+  """And Python's own handler is back."""
+  data = images()
+
+  source = store.from_arrays(data, np.full(20, -1, np.int32))
+  seen = []
+
+  def gather(indices):
+    seen.append(len(indices))
+    if len(seen) == 40:
+      os.kill(os.getpid(), signal.SIGINT)
+    return source.gather(indices)
+
+  run = ddpm_jax.train(
+    'configs/digits.py',
+    data=dataclasses.replace(source, gather=gather),
+    workdir=tmp_path / 'run',
+    **KEYS | {'steps': 10_000},
+  )
+  assert 0 < run.step < 10_000
+  assert ddpm_jax.load(tmp_path / 'run').step == run.step
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_the_program_evaluates_a_run_of_an_array_saved_as_a_file(
   tmp_path, capsys
 ):
@@ -198,13 +240,13 @@ def test_a_recipe_of_python_is_that_of_the_command_line(tmp_path):
   assert (again.sampler.steps, config.sampler.steps) == (10, 100)
 
 
-def test_what_is_no_run_is_an_error(tmp_path):
+def test_what_is_no_run_is_an_error(tiny_run, tmp_path):
   with pytest.raises(ddpm_jax.UserError, match='no such folder'):
     ddpm_jax.load(tmp_path / 'nowhere')
   with pytest.raises(ddpm_jax.UserError, match='no run in'):
     ddpm_jax.load(tmp_path)
-  with pytest.raises(ddpm_jax.UserError, match='model'):
-    ddpm_jax.load(tmp_path, model={'channels': 3})
+  with pytest.raises(ddpm_jax.UserError, match=r'model\.channels'):
+    ddpm_jax.load(tiny_run[0], model={'channels': 3})
 
 
 def test_a_folder_of_diffusers_is_loaded(tmp_path):

@@ -113,7 +113,7 @@ def test_a_comparison_prints_ratios(printed, tmp_path):
   file.write_text(json.dumps({'results': doubled}))
   lines = bench.table({}, found['results'], bench.read(file)).split('\n')
   assert len(lines) == 1 + len(doubled)
-  assert all(line.endswith('0.50 of before') for line in lines[1:])
+  assert all(line.endswith('0.50 x earlier') for line in lines[1:])
 
 
 @pytest.mark.parametrize('text', ['', '[1]', '{"a": 1}'])

@@ -126,7 +126,7 @@ def test_damage_names_the_part_that_is_whole():
   _, b, c, *_ = every.ends.values()
   data = bytearray(DATA)
   data[(b + c) // 2] ^= 1
-  with pytest.raises(errors.UserError, match=f'--bytes={b} shows'):
+  with pytest.raises(errors.UserError, match=f'--bytes={b} uses'):
     file_format.read(bytes(data), RULES)
   same_as_far_as_it_goes(file_format.read(bytes(data[:b]), RULES)[0])
 
@@ -134,11 +134,11 @@ def test_damage_names_the_part_that_is_whole():
 @pytest.mark.parametrize(
   ('data', 'what'),
   [
-    (b'', 'not a file of'),
-    (b'\x89PNG\r\n\x1a\n' * 40, 'not a file of'),
-    (DATA[:8], 'ends before its header'),
+    (b'', 'was not written by'),
+    (b'\x89PNG\r\n\x1a\n' * 40, 'was not written by'),
+    (DATA[:8], 'header is truncated'),
     (DATA[:6] + b'\x07' + DATA[7:], 'version 7'),
-    (DATA + b'more', 'damaged|goes on'),
+    (DATA + b'more', 'damaged'),
   ],
 )
 def test_another_file_is_refused(data, what):
@@ -176,7 +176,7 @@ def test_numbers_of_any_size_come_back():
 def test_noise_is_not_read_for_ever():
   """A CRC lets nothing through but what was written; this is without one."""
   decoder = range_coder.Decoder(range_coder.Odds(), b'')
-  with pytest.raises(ValueError, match=r'no number|more is told'):
+  with pytest.raises(ValueError, match=r'unary code|ends too early'):
     collections.deque(
       range_coder.whole(decoder, ('a',), None) for _ in range(99)
     )
@@ -301,5 +301,5 @@ def test_a_number_of_ones_without_an_end_is_none():
     def bit(self, context, bit):
       return 1
 
-  with pytest.raises(ValueError, match='no number is as long'):
+  with pytest.raises(ValueError, match='unary code is longer'):
     range_coder.unary(Ones(), ('a',), None)

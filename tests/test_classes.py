@@ -207,7 +207,7 @@ def test_a_run_says_keeps_and_takes_the_names_of_its_classes(
   stop_at(0)
   main.run([*tiny, '--config.steps=2'])
   main.run([f'--workdir={folder}', '--config.steps=3'])
-  assert capsys.readouterr().err.count('going on from step 1') == 2
+  assert capsys.readouterr().err.count('resuming from step 1') == 2
 
   c = recipe.resolve(None, folder, {})
   args = argparse.Namespace(prompt=None, prompts=None, workdir=folder)

@@ -570,7 +570,7 @@ def test_truncated_weights_are_noticed(tmp_path):
     ),
     (
       lambda t: t.update({'conv_in.bias': np.full(4, np.nan, np.float32)}),
-      'conv_in.bias holds values that are not finite',
+      'conv_in.bias has values that are not finite',
     ),
   ],
 )
@@ -757,7 +757,7 @@ def test_it_is_evaluated_and_goes_on_training(converted, tmp_path, capfd):
     ]
   )
   said = capfd.readouterr().err
-  assert 'going on from step 0' in said
+  assert 'resuming from step 0' in said
   assert 'random weights' not in said  # an average of imported ones is good
   lines = (run / 'metrics.jsonl').read_text().splitlines()
   assert [json.loads(line)['step'] for line in lines] == [1, 2]

@@ -400,7 +400,7 @@ def test_pickles_of_tensors_are_read_and_others_are_not(tmp_path):
     (tmp_path / 'list.bin').read_bytes(),
   ):
     weights.write_bytes(other)
-    with pytest.raises(errors.UserError, match='not a file of weights alone'):
+    with pytest.raises(errors.UserError, match='does not contain only weights'):
       main.run([*convert, f'--output={tmp_path}/other'])
 
 

@@ -1,4 +1,4 @@
-"""Commands of the README, as they stand: minutes each, so `-m slow`."""
+"""Commands of the documentation, as they stand: minutes each, so `-m slow`."""
 
 import json
 import subprocess

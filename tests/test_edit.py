@@ -15,6 +15,7 @@ from PIL import Image
 
 from configs import base
 from ddpm_jax import build
+from ddpm_jax import edits
 from ddpm_jax import errors
 from ddpm_jax import flags as command
 from ddpm_jax import main
@@ -191,7 +192,7 @@ def test_a_part_is_made_anew_and_the_rest_is_kept(files, edited, capsys):
   )
   assert len({x.tobytes() for x in drawn}) == 5
   # It takes 10 steps, of which 6, 5, 4, 3, 2 are taken again.
-  assert '32 of 64 pixels anew, in 15 steps' in capsys.readouterr().err
+  assert 'drawing 32 of 64 pixels, in 15 steps' in capsys.readouterr().err
 
 
 def test_a_variation_is_nearer_to_the_image_the_less_noisy_it_was(
@@ -219,6 +220,34 @@ def test_one_image_turns_into_another(files, edited):
   assert far == sorted(far)
 
 
+def test_an_inverted_image_comes_back(files, edited, tmp_path, capsys):
+  """To order 1 in the step: with a network that changes little over one."""
+  c, calm = tiny.config(), tmp_path / 'calm'
+  weights = jax.tree.map(lambda x: 0.1 * x, tiny.weights_of(c))
+  convert.save(c, build.mesh(c), weights, calm)
+  (image, x0), (to, other) = files['image'], files['to']
+  flags = '--invert', '--config.sampler.steps=50', f'--workdir={calm}'
+  drawn = edited(f'--image={image}', *flags)
+  assert np.abs(drawn - x0).mean() < 6
+  assert np.ptp(drawn, axis=0).max() == 0  # the seed does not matter
+  assert 'inverting the image to x_T' in capsys.readouterr().err
+  first, *_, last = edited(f'--image={image}', f'--to={to}', *flags)
+  assert np.abs(first - x0).mean() < 6
+  assert np.abs(last - other).mean() < 6
+
+
+def test_a_point_between_two_x_T_is_as_long_as_they_are():
+  a, b = process.normal(keys(2), (500,))
+  for weight, want in ((0.0, a), (1.0, b)):
+    found = editing.slerp(a, b, jnp.array(weight))
+    np.testing.assert_allclose(found, want, atol=1e-5)
+  middle = jnp.linalg.norm(editing.slerp(a, b, jnp.array(0.5)))
+  # Two normal vectors of 500 dimensions are as long to some percent.
+  np.testing.assert_allclose(middle, jnp.linalg.norm(a), rtol=0.1)
+  mean = jnp.linalg.norm((a + b) / 2)  # what the straight line gives
+  assert mean < 0.8 * middle
+
+
 def test_other_sizes_are_resized_and_said(files, edited, capsys, tmp_path):
   image, mask = files['image'][0], files['mask'][0]
   for path in (image, mask):
@@ -242,15 +271,17 @@ def test_edits_are_told_apart(tiny_run, tmp_path):
     ['--image=b.png'],
     ['--image=a.png', '--to=b.png'],
     ['--image=a.png', '--mask=b.png'],
+    ['--image=a.png', '--invert'],
+    ['--image=a.png', '--to=b.png', '--invert'],
   ):
     args = command.parse(
       ['--mode=edit', f'--workdir={tiny_run[0]}', '--num_samples=3', *flags]
     )
     names.add(edit.edit_name(args))
     told.append(edit.description(config, args, 'EMA', 200, []))
-  assert len(names) == len({json.dumps(x) for x in told}) == 5
+  assert len(names) == len({json.dumps(x) for x in told}) == 7
   assert told[0]['strength'] == 0.5
-  assert told[3]['order'] == 'image i is of λ = i / 2'
+  assert told[3]['order'] == 'image i has λ = i / 2'
   assert told[4]['edit'] == {'jump': 10, 'resample': 10}
 
 
@@ -262,7 +293,7 @@ def test_levels_are_shares_of_T_whatever_the_spacing(spacing):
   short = schedules.stride(schedules.linear(1000), 100, spacing)
   times = np.asarray(short.time)
   for strength in (0.01, 0.3, 0.75, 1.0):
-    t, told = edit.level(config, short, strength)
+    t, told = edits.level(config, short, strength)
     assert times[t] == told >= min(1000 * strength, times[-1])
     assert times[t - 1] < 1000 * strength
 
@@ -287,6 +318,10 @@ def test_mistakes_are_a_line(files, tiny_run, tmp_path):
     ([given, '--strength=0'], 'above 0 and at most 1'),
     ([given, '--strength=1.5'], 'above 0 and at most 1'),
     ([given, f'--to={image}', '--num_samples=1'], '2 or more'),
+    ([given, f'--to={image}', '--num_samples=1', '--invert'], '2 or more'),
+    ([given, f'--mask={mask}', '--invert'], '--invert and --mask'),
+    ([given, '--strength=0.5', '--invert'], '--invert and --strength'),
+    ([given, '--invert', '--config.sampler.name=heun'], 'is for DDIM'),
     (
       [given, f'--mask={mask}', '--config.edit.resample=0'],
       'resample=0 must be at least 1',

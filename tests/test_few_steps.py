@@ -512,7 +512,7 @@ def test_the_ways_of_the_table_are_samplers_within_their_evaluations():
 
 @pytest.mark.parametrize(
   ('args', 'message'),
-  [(['--num_samples=3'], 'needs 10'), (['--output=x'], '--output')],
+  [(['--num_samples=3'], 'needs at least 10'), (['--output=x'], '--output')],
 )
 def test_mistakes_with_the_table_are_a_line(args, message, tiny_run):
   with pytest.raises(errors.UserError, match=message):

@@ -347,7 +347,7 @@ def test_the_codec_sends_the_very_images_that_it_shows(
   options = dict(codec__steps='5', codec__log2_candidates='8')
   run = trained(**options)
   compression.codec(run, count=3)
-  assert 'to the very image of the sender' in capsys.readouterr().out
+  assert 'to decode, equal to the sender' in capsys.readouterr().out
   bits, rmse = plotted[0].curves['codec, without header']
   assert len(plotted[1].curves['code'][0]) == len(rmse) == 6
   x0 = common.real(run.config, 0, 3)

@@ -182,7 +182,7 @@ def test_a_run_that_diverged_goes_on_from_its_last_checkpoint(
   pictures(tmp_path / 'images', *(f'{i}.png' for i in range(4)))
   rate = '--config.optimizer.learning_rate'
   # It is of step 1, whose update is by 0, and was being saved at that moment.
-  said = r'after step 2 .* of step 1\. To go on from it'
+  said = r'after step 2 .* of step 1\. To resume from it'
   with pytest.raises(errors.Diverged, match=said):
     main.run(
       [

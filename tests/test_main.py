@@ -207,7 +207,7 @@ def test_a_run_stopped_killed_and_damaged_ends_as_the_undisturbed_run(
   wait_for(newest.exists, process)
   process.kill()
   _, err = process.communicate()
-  assert f'going on from step {stopped}' in err
+  assert f'resuming from step {stopped}' in err
   with file.open('a') as log:
     log.write('{"step": 19')  # a line cut short
   before, damaged = checkpoint.steps(workdir / 'checkpoints')[-2:]
@@ -216,7 +216,7 @@ def test_a_run_stopped_killed_and_damaged_ends_as_the_undisturbed_run(
   code, err = run(f'--workdir={workdir}', '--num_samples=9')
   assert code == 0, err
   assert f'{damaged} is damaged' in err
-  assert f'going on from step {before}' in err
+  assert f'resuming from step {before}' in err
   assert metrics(workdir) == metrics(tiny_run[0])
   assert_equal(weights(workdir), weights(tiny_run[0]))
   for name in ('samples.png', 'progress.png'):
@@ -285,7 +285,7 @@ def test_the_history_of_the_losses_is_resumed_too(tmp_path, stop_at):
 def test_a_finished_run_is_not_trained_again(tiny_run, tmp_path, capfd):
   workdir = shutil.copytree(tiny_run[0], tmp_path / 'finished')
   main.run([f'--workdir={workdir}', '--num_samples=9'])
-  assert 'going on from step 200' in capfd.readouterr().err
+  assert 'resuming from step 200' in capfd.readouterr().err
   assert metrics(workdir) == metrics(tiny_run[0])
 
 
@@ -464,7 +464,7 @@ def test_a_run_that_cannot_be_written_is_said_before_any_work(
   message = mistake(f'--mode={mode}', f'--workdir={begun}')
   assert f'cannot write into {begun}: Read-only file system: ' in message
   elsewhere = mode not in INTO_THE_RUN
-  assert ('name another place with --output' in message) == elsewhere
+  assert ('set --output to another place' in message) == elsewhere
 
 
 def test_another_recipe_under_an_existing_workdir(begun):
@@ -518,7 +518,7 @@ def test_a_checkpoint_of_another_recipe(tiny_run, tmp_path):
   config = json.loads((workdir / 'config.json').read_text())
   (workdir / 'config.json').write_text(json.dumps(config | {'seed': 5}))
   message = mistake(f'--workdir={workdir}', '--config.parallel.data=1')
-  assert 'checkpoint 200 was begun with another recipe' in message
+  assert 'checkpoint 200 was started with another recipe' in message
   assert 'seed (0 -> 5)' in message
   config['model']['name'] = 'unet'
   (workdir / 'config.json').write_text(json.dumps(config))

@@ -108,7 +108,7 @@ def test_no_checkpoint_is_promised_that_is_not_there(tmp_path):
   assert 'no checkpoint' in str(trainer.diverged('x', tmp_path))
   (tmp_path / 'checkpoints' / '7').mkdir(parents=True)
   (tmp_path / 'checkpoints' / '9.orbax-checkpoint-tmp').mkdir()
-  assert 'is of step 7. To go on from it' in str(
+  assert 'is of step 7. To resume from it' in str(
     trainer.diverged('x', tmp_path)
   )
 

@@ -529,7 +529,7 @@ def test_a_run_in_a_bucket_is_that_of_a_folder(
   assert 40 <= stopped < 200
   assert [x['step'] for x in lines(bucket / 'metrics.jsonl')][-1] == stopped
 
-  assert f'going on from step {stopped}' in run('--num_samples=9')
+  assert f'resuming from step {stopped}' in run('--num_samples=9')
   assert lines(bucket / 'metrics.jsonl') == lines(undisturbed / 'metrics.jsonl')
   for name in ('samples.png', 'progress.png'):
     assert (bucket / name).read_bytes() == (undisturbed / name).read_bytes()

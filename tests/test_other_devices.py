@@ -33,10 +33,10 @@ def test_a_run_goes_on_on_other_devices(tmp_path, stop_at, capfd):
   train(moved, 4, one)
   err = train(moved, 8, '--config.parallel.fsdp=4', one)
   assert '4 device(s)' in err
-  assert 'going on from step 4' in err
+  assert 'resuming from step 4' in err
   err = train(moved, 12, '--config.parallel.engine=pmap', two)
   assert '2 device(s)' in err
-  assert 'going on from step 8' in err
+  assert 'resuming from step 8' in err
   # To rounding, which training magnifies: Adam divides by small numbers.
   np.testing.assert_allclose(losses(moved), losses(still), rtol=2e-3)
   a, b = test_main.weights(moved), test_main.weights(still)

@@ -126,7 +126,7 @@ def test_a_bound():
   def bound_of(**changes):
     c = tiny.config(evaluate__draws='3', evaluate__batch_size='8', **changes)
     source, params = dataset.source(c), tiny.weights()
-    return bound.bound_of(c, build.mesh(c), params, source, 19, 0)
+    return bound.bound_of(c, build.engine(c), params, source, 19, 0)
 
   one = bound_of()
   assert one.terms.shape == (19, 4)

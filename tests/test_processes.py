@@ -129,12 +129,12 @@ def test_a_story_of_two_processes_and_one(start, tmp_path, capfd):
   (code, _, err), _ = ends(pair, timeout=60)
   assert time.monotonic() - began < 20
   assert code == 1
-  assert f'going on from step {stopped}' in err
+  assert f'resuming from step {stopped}' in err
   assert err.splitlines()[-1].startswith('stopped: process 1 of 2 is gone')
 
   capfd.readouterr()
   main.run(args)
-  assert 'going on from step ' in capfd.readouterr().err
+  assert 'resuming from step ' in capfd.readouterr().err
   a, b = lines(one), lines(story)
   assert [line['step'] for line in b] == list(range(1, 601))
   for name in ('loss', 'grad_norm'):
@@ -217,9 +217,9 @@ def test_four_two_and_one_go_on_with_each_others_runs(run, tmp_path):
     workdir = tmp_path / f'four and {n}'
     shutil.copytree(first, workdir)
     err = run(n, *args, '--config.steps=20', f'--workdir={workdir}', devices=2)
-    assert 'going on from step 10' in err
+    assert 'resuming from step 10' in err
     err = run(4, *args, '--config.steps=30', f'--workdir={workdir}')
-    assert 'going on from step 20' in err
+    assert 'resuming from step 20' in err
     losses = [
       [line['loss'] for line in lines(x)] for x in (workdir, tmp_path / 'one')
     ]

@@ -329,23 +329,53 @@ def test_what_a_recipe_prints_is_not_of_the_programs_output(tmp_path, capsys):
 
 
 def test_a_users_own_package_configs_is_not_ours(tmp_path, monkeypatch):
+  """It is theirs whole, but for its `base`: that of a recipe is always ours."""
   theirs = tmp_path / 'configs'
   theirs.mkdir()
-  (theirs / '__init__.py').write_text('')
+  (theirs / '__init__.py').write_text('STEPS = 77\n')
   (theirs / 'base.py').write_text('raise ValueError("theirs")\n')
-  (theirs / 'more.py').write_text('STEPS = 77\n')
+  (theirs / 'helpers.py').write_text('from configs import STEPS\n')
+  (theirs / 'digits.py').write_text('SIZE = 5\n')
   (theirs / 'mine.py').write_text(
-    'from configs import base, more\n'
-    'def get_config():\n  c = base.get_config()\n  c.steps = more.STEPS\n'
-    '  return c\n'
+    'from configs import base, digits, swiss_roll\n'
+    'from configs.helpers import STEPS\n'
+    'def get_config():\n  c = base.get_config()\n  c.steps = STEPS\n'
+    '  c.batch_size = digits.SIZE\n'
+    '  c.data = swiss_roll.get_config().data\n  return c\n'
   )
   monkeypatch.chdir(tmp_path)
   monkeypatch.syspath_prepend(tmp_path)
   module = types.ModuleType('configs')
   monkeypatch.setitem(sys.modules, 'configs', module)
-  assert recipe.load('configs/mine.py').steps == 77
+  mine = recipe.load('configs/mine.py')
+  assert (mine.steps, mine.batch_size, mine.data.name) == (77, 5, 'points')
+  # What we ship is made of what we ship.
+  assert recipe.load('configs/ablation.py').data.name == 'digits'
   assert recipe.defaults() == recipe.flatten(base.get_config())
   assert sys.modules['configs'] is module
+  assert 'configs.helpers' not in sys.modules
+
+
+@pytest.mark.parametrize('text', ['raise OSError("a\\nb")\n', 'x = (\n'])
+def test_what_is_wrong_with_their_package_is_a_line_too(
+  text, tmp_path, monkeypatch
+):
+  (tmp_path / 'configs.py').write_text(text)
+  (tmp_path / 'mine.py').write_text(BEGIN)
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(errors.UserError, match=r'mine\.py: line 1: .*Error'):
+    recipe.load('mine.py')
+  assert recipe.load('configs/digits.py').data.name == 'digits'
+
+
+def test_the_recipes_are_a_package_of_this_one():
+  from ddpm_jax import configs
+  from ddpm_jax.configs import base as theirs
+  from ddpm_jax.configs import lsun as of_church
+
+  assert sys.modules['ddpm_jax.configs'] is configs
+  assert theirs.get_config() == base.get_config()
+  assert of_church.get_config('church') == lsun.get_config('church')
 
 
 def test_our_recipes_are_found_from_any_folder(tmp_path, monkeypatch):

@@ -66,7 +66,7 @@ def test_data_without_labels_cannot_be_scored(workdir, tmp_path):
 @pytest.mark.parametrize(
   ('args', 'message'),
   [
-    (['--mode=score', '--num_samples=3'], 'needs 10'),
+    (['--mode=score', '--num_samples=3'], 'needs at least 10'),
     (['--mode=score', '--output=x'], '--output'),
     (['--mode=compare'], 'holds no run'),
   ],

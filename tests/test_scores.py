@@ -148,7 +148,7 @@ def test_a_run_that_was_killed_and_resumed_has_the_same_scores(
   with watched(made) as seen:
     main.run(args)
   out, err = capsys.readouterr()
-  assert f'going on after {3 * len(done)} images' in err
+  assert f'resuming after {3 * len(done)} images' in err
   assert seen == made  # not made again
   assert entries(workdir) == entries(undisturbed[0])
   assert '| 200 | EMA | ancestral, 4 steps | 7 |' in out

@@ -70,3 +70,13 @@ def test_what_is_ignored_stays_so(name, monkeypatch):
     assert signal.getsignal(number) == signal.SIG_IGN
   finally:
     signal.signal(number, before)
+
+
+def test_a_second_interrupt_of_a_python_program_is_an_exception():
+  with stop.interrupts() as asked:
+    assert not asked(0)
+    signal.raise_signal(signal.SIGINT)
+    assert asked(1)
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

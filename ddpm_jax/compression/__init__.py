@@ -1,1 +1,1 @@
-"""The codec: images as one file that can be cut off."""
+"""The codec: compresses images into one file that can be truncated."""

@@ -1,13 +1,14 @@
-"""Algorithms 3 and 4 carried out: a code for samples of q  (section 4.3).
+"""An implementation of algorithms 3 and 4: a code for samples of q  (sec. 4.3).
 
-The sender tells x_s of q(x_s | x_t, x_0), for falling times, to a receiver who
-knows p(x_s | x_t). It is a Poisson functional representation (Li & El Gamal
-2018): both draw the same candidates z_1, z_2, ... of p, and the sender tells
-the i with the largest (q/p)(z_i) / a_i, for the arrivals a_1 < a_2 < ... of a
-Poisson process. Then z_i is a sample of q, and log2 i has at most a bit more in
-the mean than KL(q ‖ p). There is an end to the candidates, so that a sample is
-as good as its KL is small beside their number: the dimensions of an image are
-told in groups of at most so many bits.
+The sender transmits x_s ~ q(x_s | x_t, x_0), for decreasing times, to a
+receiver that knows p(x_s | x_t). The code is a Poisson functional
+representation (Li & El Gamal 2018): both sides draw the same candidates z_1,
+z_2, ... from p, and the sender transmits the i with the largest
+(q/p)(z_i) / a_i, where a_1 < a_2 < ... are the arrivals of a Poisson process.
+Then z_i is a sample of q, and the mean of log2 i exceeds KL(q ‖ p) by at most
+about a bit. The number of candidates is finite, so a sample is accurate only if
+its KL is well below log2 of that number, and so the dimensions of an image are
+coded in groups of at most `Rules.group_bits`.
 """
 
 from typing import Any
@@ -38,33 +39,33 @@ from ddpm_jax.diffusion import shapes
 
 
 class Code(NamedTuple):
-  """What is told of B images of D dimensions in S steps."""
+  """The transmitted numbers: B images of D dimensions in S steps."""
 
-  size: Int32[Any, 'S B']  # of the groups: which of `sizes(D)`
-  chosen: Int32[Any, 'S B D']  # from 0; one and the same within a group
+  size: Int32[Any, 'S B']  # group size, an index into `sizes(D)`
+  chosen: Int32[Any, 'S B D']  # candidate, from 0; equal within a group
 
 
 class Passed(NamedTuple):
-  """What both sides know after 0, 1, ..., S steps, and the code."""
+  """The code, and the state of both sides after 0, 1, ..., S steps."""
 
   code: Code
   shown: UInt8[Array, 'S+1 B *shape']  # x̂_0
-  check: UInt32[Array, 'S+1 B']  # of the bits of x_t
+  check: UInt32[Array, 'S+1 B']  # checksum of x_t
   nats: Float[Array, 'S B']  # KL(q ‖ p) of each step; 0 at the receiver
 
 
 class Rules(NamedTuple):
-  """What both sides agree on beforehand."""
+  """The parameters that both sides agree on in advance."""
 
-  log2_candidates: int  # of a group
-  group_bits: float  # the most that KL(q ‖ p) of a group may be
+  log2_candidates: int  # per group
+  group_bits: float  # largest KL(q ‖ p) of a group
 
 
 def jumps(denoiser: denoisers.Denoiser, steps: int) -> denoisers.Denoiser:
-  """The denoiser of `steps` jumps from T to 1, and of one from 1 to 0.
+  """Returns the strided denoiser: `steps` jumps from T to 1, one from 1 to 0.
 
-  x_1 is the last that is told. The times grow by about the same factor from one
-  to the next, so that all jumps but the first few take about as many bits.
+  x_1 is the last state transmitted. The times are about geometric, so that all
+  jumps but the first few take about the same number of bits.
 
   Raises:
     ValueError: if `steps` is not in 1..T-1.
@@ -74,7 +75,7 @@ def jumps(denoiser: denoisers.Denoiser, steps: int) -> denoisers.Denoiser:
     raise ValueError('the codec sends x_1 and needs a schedule.T of 2 or more')
   if not 1 <= steps < T:
     raise ValueError(f'codec.steps must be in 1..{T - 1}, got {steps}')
-  # x̂_0 of the single step from t, whatever is predicted, and always in range.
+  # Predicts x_0 whatever the network predicts, and always clips it.
   clipped = denoiser._replace(clip=True)
   predicts_x0 = denoiser._replace(
     network=lambda x_t, t: denoisers.x0_hat(clipped, x_t, t),
@@ -84,7 +85,7 @@ def jumps(denoiser: denoisers.Denoiser, steps: int) -> denoisers.Denoiser:
 
 
 def geometric(T: int, steps: int) -> Int[np.ndarray, '{steps}+1']:
-  """0, and τ_k = T^(k / (steps-1)) from 1 to T, no two the same."""
+  """0, then τ_k = T^(k / (steps-1)) from 1 to T, rounded to distinct times."""
   k = np.arange(steps)
   return np.append(
     0, np.maximum(np.round(T ** (k / (steps - 1))), 1 + k).astype(int)
@@ -94,13 +95,13 @@ def geometric(T: int, steps: int) -> Int[np.ndarray, '{steps}+1']:
 def errors(
   denoiser: denoisers.Denoiser, keys: shapes.Keys, x0: shapes.Batch
 ) -> Float[Array, '{denoiser.schedule.T}-1 B']:
-  """Mean squares of x_0 - x̂_0 before each step, at x_t of q(x_t | x_0).
+  """Mean squares of x_0 - x̂_0 before each step, at x_t ~ q(x_t | x_0).
 
-  The variance of p is made of them, the best of all fixed ones: β̃ plus the
-  error of the mean (Bao et al. 2022, who take the mean over the data).
+  They determine the best fixed variance of p: β̃ plus the error of the mean
+  (Bao et al. 2022, who average over the data).
 
   Args:
-    denoiser: of `jumps`.
+    denoiser: The result of `jumps`.
     keys: (B,), for the noise.
     x0: (B, ...), in [-1, 1].
   """
@@ -119,11 +120,11 @@ def errors(
 def expected(
   schedule: schedules.Schedule, squares: Float[np.ndarray, 'S']
 ) -> Float64[np.ndarray, 'S']:
-  """KL(q ‖ p) of a dimension at each jump, in bits, for given errors.
+  """KL(q ‖ p) of one dimension at each jump, in bits, for given errors.
 
   Args:
-    schedule: of the `jumps`.
-    squares: as of `errors`, for any example.
+    schedule: The schedule of `jumps`.
+    squares: (S,), the `errors`, averaged over examples.
   """
   s = [np.asarray(table, np.float64) for table in schedule]
   beta, alpha_bar, one_minus, beta_tilde = s[:4]
@@ -143,21 +144,21 @@ def run(
   x0: shapes.Batch,
   sending: Bool[Array, ''],
 ) -> Passed:
-  """All steps, of the sender as of the receiver.
+  """Runs all steps, as the sender or as the receiver.
 
-  It is one function, and should be one compiled program, so that both sides
-  compute the same p to the last bit; only the sender searches.
+  One function for both sides, to be compiled once, so that both compute the
+  same p to the last bit. Only the sender searches.
 
   Args:
-    denoiser: of `jumps`.
-    key: of the candidates, which all images share.
-    x_T: (B, ...), of N(0, I), which both sides draw: it is not told, and wrong
-      by L_T.
-    rules: of the code.
-    squares: as of `errors`, for any example.
-    code: what is told, for the receiver.
-    x0: (B, ...), in [-1, 1], for the sender.
-    sending: whether this is the sender.
+    denoiser: The result of `jumps`.
+    key: Key of the candidates, shared by all images.
+    x_T: (B, ...), N(0, I), drawn by both sides. It is not transmitted, an error
+      of L_T.
+    rules: Parameters of the code.
+    squares: (S,), the `errors`, averaged over examples.
+    code: The received code; unused by the sender.
+    x0: (B, ...), in [-1, 1]; unused by the receiver.
+    sending: Whether this is the sender.
   """
   schedule, B, D = denoiser.schedule, len(x_T), int(np.prod(x_T.shape[1:]))
   order = jax.random.permutation(jax.random.fold_in(key, 0), D)
@@ -197,13 +198,13 @@ def run(
 
 
 def sizes(D: int) -> list[int]:
-  """What groups of dimensions may be of: 1, 2, 3, 4, 6, 8, 12, ... up to D."""
+  """Allowed group sizes: 1, 2, 3, 4, 6, 8, 12, ..., up to the first >= D."""
   every = sorted(m * 2**i for m in (1, 3) for i in range(D.bit_length() + 1))
   return every[: 1 + next(i for i, m in enumerate(every) if m >= D)]
 
 
 def group_sums(x: Float[Array, 'D *shape']) -> list[Float[Array, '_ *shape']]:
-  """Sums over the groups of the first axis, of each of `sizes`.
+  """Sums over groups along the first axis, for each of `sizes(D)`.
 
   The last group may be smaller than the others.
   """
@@ -220,9 +221,9 @@ def group_sums(x: Float[Array, 'D *shape']) -> list[Float[Array, '_ *shape']]:
 def group_size(
   kl: Float[Array, 'B D'], most: float | Float[Array, '']
 ) -> Int32[Array, 'B']:
-  """Which of `sizes` is the largest with no group above `most`.
+  """Index of the largest of `sizes(D)` at which no group's KL exceeds `most`.
 
-  Size 1 if there is none. `kl` is that of each dimension.
+  0, for groups of 1, if there is none. `kl` is per dimension.
   """
   fits = [jnp.all(x <= most, axis=0) for x in group_sums(kl.T)]
   which = jnp.arange(len(fits), dtype=jnp.int32)[:, None]
@@ -234,8 +235,8 @@ def candidates(
 ) -> tuple[Float[Array, '*shape'], Float[Array, '*shape']]:
   """z ~ N(0, 1) and e ~ Exp(1), the i-th of dimension d, elementwise.
 
-  Each follows from i, d and the two words of the step's key alone, so that the
-  receiver draws no more than those it is told.
+  They depend only on i, d and the two words of the step's key, so the receiver
+  draws only the chosen candidates.
   """
   i, d = jnp.broadcast_arrays(i.astype(jnp.uint32), d.astype(jnp.uint32))
   bits = random.threefry_2x32(words, jnp.concatenate([i.ravel(), d.ravel()]))
@@ -248,10 +249,10 @@ def candidates(
 def score(
   log_ratio: Float[Array, '*#shape'], arrival: Float[Array, '*#shape']
 ) -> Float[Array, '*shape']:
-  """log (q/p)(z) / a: the candidate that has most of it is told.
+  """log (q/p)(z) / a: the candidate with the highest score is transmitted.
 
-  It is a sample of q, for any q and p, if the arrivals a are those of a Poisson
-  process and the candidates z independent draws of p.
+  That candidate is a sample of q, for any q and p, if a are the arrivals of a
+  Poisson process and z independent samples of p.
   """
   return log_ratio - jnp.log(arrival)
 
@@ -264,20 +265,20 @@ def choose(
   size: Int[Array, 'B'],
   log2_candidates: int,
 ) -> Int32[Array, 'B D']:
-  """The index to tell of each group, for each of its dimensions.
+  """Index of the chosen candidate of each group, repeated for its dimensions.
 
   Args:
-    words: of the step's key.
-    gap: the mean of q less that of p.
-    var: of q.
-    var_p: of p.
-    size: of the groups: which of `sizes(D)`.
-    log2_candidates: how many there are.
+    words: Two words of the step's key.
+    gap: (B, D), the mean of q minus the mean of p.
+    var: Variance of q.
+    var_p: Variance of p.
+    size: (B,), group sizes, as indices into `sizes(D)`.
+    log2_candidates: log2 of the number of candidates.
   """
   (B, D), every = gap.shape, sizes(gap.shape[1])
-  # As many at a time as make a megabyte, side by side and last, for speed.
+  # For speed, about a megabyte of candidates at a time, along the last axis.
   n = 2 ** min(log2_candidates, max(3, (2**18 // (B * D)).bit_length() - 1))
-  # log (q/p)(z) of a dimension, but for what all candidates share.
+  # log (q/p)(z) of a dimension, up to a constant shared by all candidates.
   of_square = -0.5 * (var_p / var - 1)
   of_z = (gap * jnp.sqrt(var_p) / var).T[:, :, None]
 
@@ -288,7 +289,7 @@ def choose(
     arrivals = arrival + jnp.cumsum(waits, axis=1)
     log_ratio = (of_square * jnp.square(z))[:, None] + of_z * z[:, None]
     for j, ratios in enumerate(group_sums(log_ratio)):
-      # A group has the arrivals of its first dimension.
+      # A group uses the arrivals of its first dimension.
       scores = score(ratios, arrivals[:: every[j], None])
       better = scores > best[j]
       found[j] = jnp.where(better, i[None, None], found[j])
@@ -316,7 +317,7 @@ def choose(
 
 
 def checksum(x: Float32[Array, 'B *shape']) -> UInt32[Array, 'B']:
-  """Σ_i (2i + 1) w_i mod 2³² over the bits w of each example."""
+  """Σ_i (2i + 1) w_i mod 2³² over the 32-bit words w of each example."""
   words = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(len(x), -1)
   odd = 2 * jnp.arange(words.shape[1], dtype=jnp.uint32) + 1
   return jnp.sum(odd[None] * words, axis=1, dtype=jnp.uint32)

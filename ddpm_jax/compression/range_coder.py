@@ -1,7 +1,7 @@
 """An adaptive binary range coder (Martin 1979; Krichevsky & Trofimov 1981).
 
-`Encoder` and `Decoder` have the same methods, which take the value to be told
-and return it; a decoder is given None. So one function serves both ways.
+`Encoder.bit` and `Decoder.bit` have the same signature: they take the bit, or
+None for a decoder, and return it. So one function both encodes and decodes.
 """
 
 import collections
@@ -11,13 +11,13 @@ TOP, ALL = 2**24, 2**32 - 1
 
 
 class Odds:
-  """How likely a bit of each context is to be 1, by those before it."""
+  """Estimates the probability of a 1 in each context from earlier bits."""
 
   def __init__(self) -> None:
     self.counts: dict = collections.defaultdict(lambda: [0, 0])
 
   def of_16_bits(self, context: object) -> int:
-    """In 1..65535, of 65536."""
+    """The probability of a 1 in units of 2^-16, in 1..65535."""
     zeros, ones = self.counts[context]
     odds = (2 * ones + 1) * 65536 // (2 * (zeros + ones + 1))
     return min(65535, max(1, odds))
@@ -27,7 +27,7 @@ class Odds:
 
 
 class Encoder:
-  """Bits of contexts -> bytes. `odds` outlive it, a chunk after the other."""
+  """Encodes bits into bytes. `odds` may be shared by successive encoders."""
 
   def __init__(self, odds: Odds):
     self.odds, self.low, self.range, self.out = odds, 0, ALL, bytearray()
@@ -59,11 +59,11 @@ class Encoder:
       self.out[at] = (self.out[at] + 1) % 256
 
   def length(self) -> float:
-    """In bits, so far."""
+    """Length of the code so far, in bits."""
     return 8 * len(self.out) + 32 - math.log2(self.range)
 
   def finish(self) -> bytes:
-    """The fewest bytes that tell all; the decoder reads zeros after them."""
+    """Returns the shortest code; the decoder reads zeros after its end."""
     for n in range(5):
       unit = 2 ** (32 - 8 * n)
       value = -(-self.low // unit) * unit
@@ -75,7 +75,7 @@ class Encoder:
 
 
 class Decoder:
-  """Bytes -> the bits."""
+  """Decodes the bytes of an `Encoder`."""
 
   def __init__(self, odds: Odds, data: bytes):
     self.odds, self.range, self.data = odds, ALL, data
@@ -87,8 +87,8 @@ class Decoder:
     del bit
     odds = 32768 if context is None else self.odds.of_16_bits(context)
     split = (self.range >> 16) * odds
-    told = int(self.value < split)
-    if told:
+    decoded = int(self.value < split)
+    if decoded:
       self.range = split
     else:
       self.value, self.range = self.value - split, self.range - split
@@ -96,36 +96,37 @@ class Decoder:
       self._next()
       self.range <<= 8
     if context is not None:
-      self.odds.see(context, told)
-    return told
+      self.odds.see(context, decoded)
+    return decoded
 
   def _next(self) -> None:
-    # Zeros follow, for as much as is read ahead.
+    # The decoder reads up to four zero bytes ahead of the code's end.
     if self.at > len(self.data) + 4:
-      raise ValueError('more is told than there are bytes')
+      raise ValueError('the code ends too early')
     byte = self.data[self.at] if self.at < len(self.data) else 0
     self.value, self.at = self.value << 8 | byte, self.at + 1
 
 
 def unary(coder: Encoder | Decoder, context: tuple, n: int | None) -> int:
-  """n in 0..63 as so many ones and a zero.
+  """Codes n in 0..63 as n ones and a zero.
 
   Raises:
-    ValueError: if a decoder finds more.
+    ValueError: If a decoder reads 64 ones.
   """
   for i in range(64):
     if not coder.bit((*context, i), None if n is None else int(i < n)):
       return i
-  raise ValueError('no number is as long as this one')
+  raise ValueError('a unary code is longer than 63')
 
 
 def whole(coder: Encoder | Decoder, context: tuple, n: int | None) -> int:
-  """n in 0, 1, 2, ...: how many bits n + 1 has, adaptively, then its bits."""
+  """Codes n >= 0: the bit length of n + 1 in unary, then its lower bits."""
   length = None if n is None else (n + 1).bit_length() - 1
   length = unary(coder, context, length)
-  told = 1
+  prefix = 1
   for i in reversed(range(length)):
-    # The first bits of numbers with a long tail are not even.
-    of = (*context, length, told) if told < 4 else None
-    told = told << 1 | coder.bit(of, None if n is None else (n + 1) >> i & 1)
-  return told - 1
+    # In a long-tailed distribution the leading bits are not uniform.
+    of = (*context, length, prefix) if prefix < 4 else None
+    bit = coder.bit(of, None if n is None else (n + 1) >> i & 1)
+    prefix = prefix << 1 | bit
+  return prefix - 1

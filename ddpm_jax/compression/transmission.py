@@ -1,4 +1,4 @@
-"""Both sides of the codec for many images: sending and receiving a file."""
+"""Compresses many images into a file, and decompresses it."""
 
 import importlib.metadata
 import math
@@ -28,33 +28,34 @@ from ddpm_jax.storage import logs
 
 
 class Sent(NamedTuple):
-  """What `send` has done with N images of D dimensions in S steps."""
+  """The result of `send` for N images in S steps."""
 
   data: bytes
-  around: int  # bytes of `data` that are header, lengths and checks
-  bits: np.ndarray  # (S,), of the code of each step of all images
+  around: int  # bytes of `data` that are header, lengths and checksums
+  bits: np.ndarray  # (S,), code of each step for all images
   nats: np.ndarray  # (S, N), KL(q ‖ p)
-  shown: np.ndarray  # (S+1, N, H, W, C) uint8, x̂_0 after so many steps
-  time: np.ndarray  # (S+1,), t after so many steps
-  seconds: float  # without compiling
+  shown: np.ndarray  # (S+1, N, H, W, C) uint8, x̂_0 after 0, ..., S steps
+  time: np.ndarray  # (S+1,), t after 0, ..., S steps
+  seconds: float  # without compilation
 
 
 def describe(shape: Sequence[int]) -> str:
+  """The size of images as text, to follow the word `images`."""
   return f'of {shape[0]} x {shape[1]} x {shape[2]}'
 
 
 def model_digest(config: ConfigDict, params: Any) -> int:
-  """Of all that decides what the network computes."""
+  """Digest of everything that determines what the network computes."""
   names = ('model', 'schedule')
   about = {name: recipe.to_json(config[name]) for name in names}
-  # It came after the first files were written.
+  # Keeps files valid that were written before this key existed.
   if about['schedule'].get('s') == recipe.defaults().get('schedule.s'):
     about['schedule'].pop('s', None)
   return fingerprint.crc32({**about, 'arrays': fingerprint.describe(params)})
 
 
 def software() -> dict[str, str]:
-  """What the last bits of the network's numbers depend on."""
+  """Software and device on which the network's output bits depend."""
   versions = {
     name: importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'flax')
   }
@@ -62,15 +63,15 @@ def software() -> dict[str, str]:
 
 
 class Codec(NamedTuple):
-  """The two parts of the codec, as functions of the weights `params`."""
+  """The codec's functions, of the weights and a batch (`image`, `index`)."""
 
   errors: Callable[..., Any]  # (params, batch) -> (S, B); see `codec.errors`
   run: Callable[..., codec.Passed]  # see `codec.run`
-  schedule: schedules.Schedule  # of the jumps
+  schedule: schedules.Schedule  # see `codec.jumps`
 
 
-def codec_of(config: ConfigDict, seed: int) -> Codec:
-  """The codec of a recipe, for batches with `image` and `index`."""
+def make_codec(config: ConfigDict, seed: int) -> Codec:
+  """Returns the codec of a recipe."""
   c, module, full = config.codec, build.network(config), build.schedule(config)
   rules = codec.Rules(c.log2_candidates, c.group_bits)
 
@@ -79,13 +80,13 @@ def codec_of(config: ConfigDict, seed: int) -> Codec:
       codec.jumps, c, build.denoiser(config, full, network), of='codec'
     )
 
-  def of_weights(params: Any) -> denoisers.Denoiser:
+  def denoiser(params: Any) -> denoisers.Denoiser:
     return jumps(build.applied(module, params))
 
-  def errors_of(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+  def mean_squares(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
     keys, _ = sampling.noise(config, seed, batch['index'])
     x0 = pixels.to_float(batch['image'])
-    return codec.errors(of_weights(params), keys, x0)
+    return codec.errors(denoiser(params), keys, x0)
 
   def run(
     params: Any,
@@ -96,7 +97,7 @@ def codec_of(config: ConfigDict, seed: int) -> Codec:
   ) -> codec.Passed:
     _, x_T = sampling.noise(config, seed, batch['index'])
     return codec.run(
-      *(of_weights(params), build.key(seed, 'codec'), x_T),
+      *(denoiser(params), build.key(seed, 'codec'), x_T),
       rules=rules,
       squares=squares,
       code=code,
@@ -104,11 +105,11 @@ def codec_of(config: ConfigDict, seed: int) -> Codec:
       sending=sending,
     )
 
-  return Codec(errors_of, run, jumps(lambda x_t, t: x_t).schedule)
+  return Codec(mean_squares, run, jumps(lambda x_t, t: x_t).schedule)
 
 
-class Lockstep(NamedTuple):
-  """The one program of both sides, compiled for batches of `size`."""
+class Program(NamedTuple):
+  """`codec.run`, compiled once for both sides, for batches of `size` images."""
 
   run: Any
   size: int
@@ -116,30 +117,30 @@ class Lockstep(NamedTuple):
   steps: int
 
 
-def compiled(config: ConfigDict, params: Any, size: int, seed: int) -> Lockstep:
+def compiled(config: ConfigDict, params: Any, size: int, seed: int) -> Program:
   S, shape = config.codec.steps, recipe.shape(config)
   D = math.prod(shape)
   batch = {
     'image': jax.ShapeDtypeStruct((size, *shape), np.uint8),
     'index': jax.ShapeDtypeStruct((size,), np.int32),
   }
-  told = codec.Code(
+  code = codec.Code(
     jax.ShapeDtypeStruct((S, size), np.int32),
     jax.ShapeDtypeStruct((S, size, D), np.int32),
   )
   squares = jax.ShapeDtypeStruct((S,), np.float32)
   sending = jax.ShapeDtypeStruct((), np.bool_)
-  run = jax.jit(codec_of(config, seed).run)
+  run = jax.jit(make_codec(config, seed).run)
   lower = logs.compiling('the codec', lambda *x: run.lower(*x).compile())
-  return Lockstep(lower(params, batch, squares, told, sending), size, D, S)
+  return Program(lower(params, batch, squares, code, sending), size, D, S)
 
 
 def batches(
   x0: np.ndarray, size: int
 ) -> Iterator[tuple[dict[str, np.ndarray], int, int]]:
-  """Batches of one size, where each begins, and how many of it are real.
+  """Yields batches of `size`, their first index, and their number of images.
 
-  The last is filled up with black, as the receiver has no images.
+  The last batch is padded with zeros.
   """
   for start in range(0, len(x0), size):
     real = x0[start : start + size]
@@ -150,9 +151,9 @@ def batches(
 
 
 def send(config: ConfigDict, params: Any, x0: np.ndarray, seed: int) -> Sent:
-  """The file of uint8 images (N, H, W, C), with a progress bar."""
+  """Compresses uint8 images (N, H, W, C), with a progress bar."""
   size = min(len(x0), config.codec.batch_size)
-  parts = codec_of(config, seed)
+  parts = make_codec(config, seed)
   program = compiled(config, params, size, seed)
   squares_of = logs.compiling("the network's errors", jax.jit(parts.errors))
   begun = time.perf_counter()
@@ -161,7 +162,7 @@ def send(config: ConfigDict, params: Any, x0: np.ndarray, seed: int) -> Sent:
     for batch, _, real in batches(x0, size):
       every.append(np.asarray(squares_of(params, batch))[:, :real])
       bar.update(real)
-  # In float32 both sides read the same of what the header says.
+  # Rounded as in the header, so that both sides use the same float32.
   mean = np.concatenate(every, axis=1).mean(1)
   squares = [float(f'{x:.3g}') for x in mean]
   nothing = codec.Code(
@@ -189,7 +190,7 @@ def send(config: ConfigDict, params: Any, x0: np.ndarray, seed: int) -> Sent:
     rules(config, squares),
     passed.code.size,
     passed.code.chosen,
-    check_of(passed.check)[1:],
+    fold_checks(passed.check)[1:],
   )
   seconds = time.perf_counter() - begun
   steps = np.asarray(parts.schedule.time)[:0:-1]
@@ -198,30 +199,30 @@ def send(config: ConfigDict, params: Any, x0: np.ndarray, seed: int) -> Sent:
 
 def run_batches(
   config: ConfigDict,
-  program: Lockstep,
+  program: Program,
   params: Any,
   x0: np.ndarray,
   squares: list[float],
-  told: codec.Code,
+  code: codec.Code,
   sending: bool,
 ) -> Any:
-  """One side for all images: a `codec.Passed` of NumPy arrays.
+  """Runs one side for all N images; returns a `codec.Passed` of NumPy arrays.
 
-  `told` is of all N images; for the sender, nothing of one batch serves all.
+  The receiver's `code` covers all N images. The sender's is ignored, and may
+  cover any number of them.
   """
   passed: list[Any] = []
   begun = time.perf_counter()
   name = 'compressing' if sending else 'decompressing'
   with logs.Progress(name, len(x0)) as bar:
     for batch, start, real in batches(x0, program.size):
-      of_batch = jax.tree.map(
-        lambda x, at=start: filled(x[:, at : at + program.size], program.size),
-        told,
+      batch_code = jax.tree.map(
+        lambda x, at=start: padded(x[:, at : at + program.size], program.size),
+        code,
       )
-      # The sender is told nothing, and what is filled up takes no room.
       part = program.run(
         *(params, batch, np.array(squares, np.float32)),
-        *(of_batch, np.array(sending)),
+        *(batch_code, np.array(sending)),
       )
       passed.append(jax.tree.map(lambda x, n=real: np.asarray(x)[:, :n], part))
       bar.update(real)
@@ -235,36 +236,36 @@ def run_batches(
   return jax.tree.map(lambda *x: np.concatenate(x, axis=1), *passed)
 
 
-def filled(x: np.ndarray, size: int) -> np.ndarray:
-  """(S, n, ...) with zeros to (S, size, ...)."""
+def padded(x: np.ndarray, size: int) -> np.ndarray:
+  """Pads (S, n, ...) with zeros to (S, size, ...)."""
   more = size - x.shape[1]
   return np.pad(x, [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)])
 
 
 def rules(config: ConfigDict, squares: list[float]) -> file_format.Rules:
-  """What the bits of a file follow from, beside the code itself."""
-  short = codec_of(config, 0).schedule
-  expected = codec.expected(short, np.array(squares))
+  """The rules of the file format for a recipe and the `codec.errors`."""
+  schedule = make_codec(config, 0).schedule
+  expected = codec.expected(schedule, np.array(squares))
   dims = math.prod(recipe.shape(config))
   return file_format.Rules(codec.sizes(dims), expected.tolist())
 
 
-def check_of(check: np.ndarray) -> np.ndarray:
-  """16 bits of the checksums (S+1, N) of all images after each step."""
+def fold_checks(check: np.ndarray) -> np.ndarray:
+  """Folds checksums (S+1, N) of all images into 16 bits for each step."""
   total = check.sum(1, dtype=np.uint32)
   return (total ^ total >> 16) & 0xFFFF
 
 
 class Spent(NamedTuple):
-  """By steps received, 0 to S: bits/dim, and RMSE of 0..255."""
+  """Rate and distortion after 0, ..., S steps."""
 
-  kl: np.ndarray
-  code: np.ndarray
-  rmse: np.ndarray
+  kl: np.ndarray  # bits/dim
+  code: np.ndarray  # bits/dim
+  rmse: np.ndarray  # of values in 0..255
 
 
 def spent(sent: Sent, x0: np.ndarray) -> Spent:
-  """Sums over the steps so far, means over the images."""
+  """Computes rates, summed over the steps so far, and distortions."""
   bits = sent.nats.sum(1) * likelihood.BITS
   gap = sent.shown.astype(np.float32) - x0
   return Spent(
@@ -275,7 +276,7 @@ def spent(sent: Sent, x0: np.ndarray) -> Spent:
 
 
 def table(sent: Sent, x0: np.ndarray) -> str:
-  """For a person."""
+  """Rates and distortions in at most eleven lines, and totals, as text."""
   s = spent(sent, x0)
   S = len(s.kl) - 1
   lines = [
@@ -291,9 +292,9 @@ def table(sent: Sent, x0: np.ndarray) -> str:
   return '\n'.join(
     [
       *lines,
-      f'{len(sent.data)} bytes, {len(sent.data) / n:.1f} an image; '
-      f'{sent.around} of them header, lengths and checks',
-      f'{sent.seconds / n:.3f} seconds an image',
+      f'{len(sent.data)} bytes, {len(sent.data) / n:.1f} per image; '
+      f'{sent.around} of them are header, lengths and checksums',
+      f'{sent.seconds / n:.3f} seconds per image',
     ]
   )
 
@@ -301,7 +302,7 @@ def table(sent: Sent, x0: np.ndarray) -> str:
 def images_of(
   config: ConfigDict, params: Any, data: bytes
 ) -> tuple[int, np.ndarray, float]:
-  """As `receive`, of bytes that this very model and program have written."""
+  """Like `receive`, for a file written by this model and this process."""
   header, _ = file_format.read_header(data)
   read, _ = file_format.read(data, rules(config, header['squares']))
   config = config.copy_and_resolve_references()
@@ -312,16 +313,19 @@ def images_of(
 def receive(
   config: ConfigDict, params: Any, read: file_format.Read
 ) -> tuple[int, np.ndarray, float]:
-  """How many steps there are, the uint8 images after them, and the seconds.
+  """Decompresses the contents of a file.
+
+  Returns:
+    The number of usable steps, the uint8 images after them, and the seconds.
 
   Raises:
-    UserError: if what is computed here is not what the sender had.
+    UserError: If the network's output differs from the sender's at once.
   """
   header = read.header
   N, size, S = header['images'], config.codec.batch_size, config.codec.steps
   program = compiled(config, params, size, header['seed'])
   begun = time.perf_counter()
-  told = codec.Code(
+  code = codec.Code(
     *(
       np.pad(x, [(0, S - len(x)), *[(0, 0)] * (x.ndim - 1)])
       for x in (read.size, read.chosen)
@@ -329,22 +333,22 @@ def receive(
   )
   black = np.zeros((N, *header['shape']), np.uint8)
   passed = run_batches(
-    config, program, params, black, header['squares'], told, False
+    config, program, params, black, header['squares'], code, False
   )
   seconds = time.perf_counter() - begun
-  check, done = check_of(passed.check), 0
+  check, done = fold_checks(passed.check), 0
   for steps, theirs in read.checks.items():
     if check[steps] != theirs:
       logs.say(
-        f'from step {done + 1} on the network computes other numbers here than '
-        'where this was compressed; what is shown is from before that'
+        f'from step {done + 1} on the network computes other numbers than when '
+        'this was compressed; the images use only the steps before'
       )
       break
     done = steps
   if not done and read.checks:
     raise errors.UserError(
-      'the network computes other numbers here than where this was '
-      'compressed: use the same machine and the same software, '
+      'the network computes other numbers than when this was compressed: '
+      'use the same kind of machine and the same software, '
       + ', '.join(
         f'{errors.short(k)} {errors.short(v)}'
         for k, v in list(header['software'].items())[:4]

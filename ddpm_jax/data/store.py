@@ -13,6 +13,7 @@ import tqdm
 from ddpm_jax import errors
 from ddpm_jax.data import contents
 from ddpm_jax.data import decode
+from ddpm_jax.storage import logs
 
 # Bytes of pixels that are kept in memory: 700,000 images of 32 x 32, or 10,000
 # of 256 x 256. Training hosts have room for it in each of eight processes.
@@ -134,10 +135,12 @@ def _decode_now(
         failed(files.name(i), error)
     return len(chunk)
 
+  # None: shown in a terminal.
+  quiet = None if logs.is_shown() else True
   with (
     _pool() as pool,
     tqdm.tqdm(
-      desc='decoding', total=files.length, unit=' images', disable=None
+      desc='decoding', total=files.length, unit=' images', disable=quiet
     ) as bar,
   ):
     for done in pool.map(work, range(0, files.length, _CHUNK)):

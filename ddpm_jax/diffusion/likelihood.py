@@ -4,6 +4,7 @@ Values are in nats per dimension: means over the dimensions of an example.
 Multiply by `BITS` for bits per dimension.
 """
 
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -143,8 +144,10 @@ def bound(
   T = denoiser.schedule.T
   fold = jax.vmap(jax.random.fold_in, (0, None))
   if draws and T > 1:
-    draw = jax.vmap(lambda key: jax.random.randint(key, (draws,), 2, T + 1))
-    drawn = draw(fold(keys, T + 1))
+    draw = functools.partial(
+      jax.random.randint, shape=(draws,), minval=2, maxval=T + 1
+    )
+    drawn = jax.vmap(draw)(fold(keys, T + 1))
     times = jnp.pad(drawn.T, ((1, 0), (0, 0)), constant_values=1)
   else:
     times = jnp.broadcast_to(jnp.arange(1, T + 1)[:, None], (T, len(x0)))

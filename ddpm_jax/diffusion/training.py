@@ -85,7 +85,8 @@ def train_step(
   if history is not None:
     history = timesteps.record(history, *rows(seen))
 
-  state = state.apply_gradients(grads=grads, history=history)
+  apply: Any = state.apply_gradients  # which has no types
+  state = apply(grads=grads, history=history)
   state = state.replace(
     ema_params=optax.incremental_update(state.params, state.ema_params, 1 - ema)
   )

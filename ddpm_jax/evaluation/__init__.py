@@ -1,1 +1,1 @@
-"""Measurements of a run: the bound, and scores of samples."""
+"""Evaluation of a run: the variational bound, and scores of samples."""

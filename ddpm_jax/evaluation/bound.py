@@ -1,4 +1,4 @@
-"""The bound on the likelihood of the data, in bits a dimension."""
+"""The variational bound on the data, in bits per dimension."""
 
 import argparse
 import math
@@ -24,15 +24,17 @@ from ddpm_jax.storage import logs
 
 
 def run(config: ConfigDict, args: argparse.Namespace) -> None:
-  """Writes `evaluation.json` and `evaluation.png` into `--workdir`, and prints.
+  """Evaluates the bound; writes evaluation.json and .png, and prints a table.
 
   Raises:
-    UserError: if there is no run in `--workdir`.
+    UserError: If there is no run in `--workdir`.
   """
   if args.output:
-    raise errors.UserError('--output is for images: evaluate has --workdir')
+    raise errors.UserError(
+      '--output is for images; evaluate writes into --workdir'
+    )
   if not recipe.image_size(config):
-    raise errors.UserError('bits/dim are of images: points have no grays')
+    raise errors.UserError('bits/dim are defined for images, not for points')
   run = runs.load(
     *(config, args.workdir),
     seed=args.seed,
@@ -72,7 +74,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     'L_(t-1), bits/dim',
   )
   print(table(result))
-  logs.say(f'all of it            {args.workdir}/evaluation.json')
+  logs.say(f'all results          {args.workdir}/evaluation.json')
   logs.say(f'its terms by t       {args.workdir}/evaluation.png')
 
 
@@ -99,10 +101,10 @@ def bound_of(
 
 
 def check_finite(bound: likelihood.Bound, start: int) -> None:
-  """Refuses terms that are not finite; `start` is the first image's number.
+  """Refuses terms that are not finite; `start` is the first image's index.
 
   Raises:
-    RunError: naming the first image of them, and the time.
+    RunError: Naming the first such image, and t.
   """
   finite = np.isfinite(bound.terms) & np.isfinite(bound.prior)[:, None]
   if not np.all(finite):
@@ -131,7 +133,7 @@ def rows(
 
 
 def summary(bound: likelihood.Bound, T: int) -> dict[str, Any]:
-  """Bits a dimension and their parts, means over images."""
+  """Bits per dimension and their parts, as means over images."""
   bits = [part * likelihood.BITS for part in likelihood.totals(bound, T)]
   total = sum(bits)
   names = ('L_T', 'L_1_to_T-1', 'L_0')
@@ -145,7 +147,7 @@ def summary(bound: likelihood.Bound, T: int) -> dict[str, Any]:
     **{name: float(np.mean(x)) for name, x in zip(names, bits, strict=True)},
     'rate': float(np.mean(bits[0] + bits[1])),
     'distortion': float(np.mean(bits[2])),
-    # x̂_0 at t = 1, in grays of 0..255.
+    # Of x̂_0 at t = 1, in gray levels 0..255.
     'rmse': float(127.5 * math.sqrt(np.mean(at_1))),
     'L_t_by_t': {
       't': times.tolist(),
@@ -155,7 +157,7 @@ def summary(bound: likelihood.Bound, T: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-  """For a person."""
+  """Formats the results as text."""
   error = result['standard_error']
   how = 'exact in t' if result['exact_in_t'] else 'Monte Carlo over t, unbiased'
   return '\n'.join(

@@ -1,7 +1,7 @@
-"""Inception's features of many images, shared out over the processes.
+"""Inception features of many images, computed by all processes.
 
-Each process has a mesh of its own devices, and works on its own batches; what
-they found goes through files, in a folder that all of them see.
+Each process uses a mesh of its own devices and its own share of the batches.
+Results are exchanged through files in a folder that all processes can read.
 """
 
 import functools
@@ -27,11 +27,11 @@ from ddpm_jax.parallel import processes
 from ddpm_jax.storage import logs
 from ddpm_jax.storage import paths
 
-# Images that a device takes at once: half a gigabyte of activations.
+# Images per device and batch: half a gigabyte of activations.
 AT_ONCE = 32
 
 Extract = Callable[[np.ndarray], inception.Features]
-Span = tuple[int, int]  # of images: start, stop
+Span = tuple[int, int]  # indices of images: start, stop
 
 
 def extractor(
@@ -58,26 +58,26 @@ def extractor(
 
 
 def features(config: ConfigDict) -> Callable[[Any, jax.Array], Any]:
-  """(Inception's parameters, uint8 (B, H, W, 1 or 3)) -> its features."""
+  """Returns (Inception's weights, uint8 (B, H, W, 1 or 3)) -> features."""
   prepare = build.member(inception, config.evaluate.resize, 'resize')
 
   def apply(params: Any, images: jax.Array) -> inception.Features:
     B, H, W, _ = images.shape
-    images = jnp.broadcast_to(images, (B, H, W, 3))  # gray is repeated
+    images = jnp.broadcast_to(images, (B, H, W, 3))  # gray to RGB
     return inception.Inception().apply({'params': params}, prepare(images))  # type: ignore[return-value]
 
   return apply
 
 
 def spans(count: int, size: int) -> list[Span]:
-  """All images in batches, the last of which may be smaller."""
+  """Splits `count` images into batches; the last may be smaller."""
   return [(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def of_source(
   source: Any, count: int, size: int, extract: Extract
 ) -> Iterator[tuple[Span, inception.Features]]:
-  """Of the first `count` images: this process's share of the batches."""
+  """Features of this process's share of the first `count` images."""
   share = spans(count, size)[jax.process_index() :: jax.process_count()]
   total = sum(stop - start for start, stop in share)
   with logs.Progress('features', total) as bar:
@@ -90,7 +90,7 @@ def of_source(
 def add_up(
   parts: Iterable[tuple[Span, inception.Features]], kept: np.ndarray
 ) -> fidelity.Sums | None:
-  """The sums of all parts, in their order; None if there are none."""
+  """Sums over all parts, in order; None if there are none."""
   total = None
   for span, features in parts:
     part = fidelity.sums(np.arange(*span), features, kept)
@@ -101,9 +101,9 @@ def add_up(
 def everyones(
   mine: fidelity.Sums | None, folder: pathlib.Path
 ) -> fidelity.Sums:
-  """The sums of all processes, by way of files in a folder.
+  """Sums over all processes, exchanged through files in a folder.
 
-  Other evaluations may use the folder: the names are of this one alone.
+  The file names are unique to this evaluation: others may use the folder.
   """
   if jax.process_count() == 1:
     assert mine
@@ -133,10 +133,10 @@ def in_parts(
   extract: Extract,
   keep_images: bool,
 ) -> None:
-  """Makes this process's share of the images, and writes their features.
+  """Draws this process's share of the images, and saves their features.
 
-  A batch is a file in `folder`; one that is there is not made again. Returns
-  when the files of all processes are there.
+  Each batch is a file in `folder`; existing files are kept. Returns when the
+  files of all processes exist.
   """
   folder.mkdir(parents=True, exist_ok=True)
   share = batches[jax.process_index() :: jax.process_count()]
@@ -144,7 +144,7 @@ def in_parts(
   before = sum(stop - start for start, stop in done)
   total = sum(stop - start for start, stop in share)
   if done:
-    logs.say(f'going on after {before} images')
+    logs.say(f'resuming after {before} images')
   with logs.Progress('drawing', total, initial=before) as bar:
     for start, stop in share:
       if (start, stop) in done:
@@ -163,7 +163,7 @@ def in_parts(
 def parts(
   folder: pathlib.Path, batches: list[Span]
 ) -> Iterator[tuple[Span, inception.Features]]:
-  """What `in_parts` has written."""
+  """Reads the features that `in_parts` saved."""
   for span in batches:
     names = inception.Features._fields
     with _file(folder, span).open('rb') as file:

@@ -1,4 +1,4 @@
-"""`evaluation.json`: the bounds, and the scores of each set of samples."""
+"""`evaluation.json`: bounds, and scores of sets of samples."""
 
 import pathlib
 from typing import Any
@@ -9,9 +9,9 @@ from ddpm_jax.storage import results
 
 NAME = 'evaluation.json'
 BOUNDS = 'bounds'
-MARK = 'bits_per_dim'  # of a bound in files of earlier versions
+MARK = 'bits_per_dim'  # marks a file of earlier versions, which is one bound
 SCORES = 'scores_of_samples'
-# What is found of a bound; the other keys of an entry say how.
+# Keys of a bound's results; the other keys say how they were computed.
 FOUND = (
   *('bits_per_dim', 'standard_error', 'L_T', 'L_1_to_T-1', 'L_0'),
   *('rate', 'distortion', 'rmse', 'L_t_by_t'),
@@ -19,32 +19,32 @@ FOUND = (
 
 
 def weights_key(config: ConfigDict) -> str:
-  """The key of the recipe that says which weights to evaluate."""
+  """The key of the recipe that selects the weights to evaluate."""
   return 'evaluate.weights' if config.evaluate.weights else 'sampler.weights'
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
-  """The bounds and the scores of a workdir; {} if there are none."""
+  """Reads the bounds and scores of a workdir; {} if there are none."""
   return results.read(folder / NAME, BOUNDS, MARK)
 
 
 def write_bound(
   folder: pathlib.Path, bound: dict[str, Any]
 ) -> list[dict[str, Any]]:
-  """Adds a bound, in the place of one made in the same way; returns all."""
+  """Adds a bound, replacing one with the same settings; returns all."""
   return results.add(folder / NAME, BOUNDS, MARK, bound, FOUND)
 
 
 def write_scores(
   folder: pathlib.Path, entry: dict[str, Any]
 ) -> list[dict[str, Any]]:
-  """Adds scores, in the place of those made in the same way; returns all."""
+  """Adds scores, replacing those with the same settings; returns all."""
   found = results.add(folder / NAME, SCORES, MARK, entry, ['scores'])
   return sorted(found, key=lambda e: e['step'])
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-  """Rows of the README's table of scores."""
+  """Formats scores as the Markdown table of docs/evaluation.md."""
   rows = [
     '| step | weights | sampler | samples | against | published | here |',
     '|---|---|---|---|---|---|---|',
@@ -70,7 +70,7 @@ def least(entries: list[dict[str, Any]]) -> tuple[str, float, int]:
 
 
 def best(entries: list[dict[str, Any]], entry: dict[str, Any]) -> str:
-  """The best FID over the checkpoints scored as `entry` was; '' if one."""
+  """Best FID of several checkpoints with `entry`'s settings; '' if one."""
   alike = [e for e in entries if _protocol(e) == _protocol(entry)]
   if len(alike) < 2:
     return ''
@@ -79,7 +79,7 @@ def best(entries: list[dict[str, Any]], entry: dict[str, Any]) -> str:
 
 
 def details(entry: dict[str, Any]) -> str:
-  """All scores of one entry, for a person."""
+  """Formats all scores of one entry as text."""
   found = dict(entry['scores'])
   lines = [f'{name:<21}{found[name]:.3f}' for name in found if 'FID' in name]
   lines.append(f'{"IS":<21}{inception_score(entry)}')
@@ -90,7 +90,7 @@ def details(entry: dict[str, Any]) -> str:
       f'{"KID":<21}{found["KID"]:.5f} ± {error:.5f}',
       f'{"precision, recall":<21}{found["precision"]:.3f}, '
       f'{found["recall"]:.3f}',
-      f'{"":<21}(these three of {k} images of each side)',
+      f'{"":<21}(these three from {k} images of each set)',
     ]
   return '\n'.join(lines)
 
@@ -100,7 +100,7 @@ def _protocol(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def fid(entry: dict[str, Any]) -> tuple[str, float]:
-  """Name and value: FID, or FID@N of few samples."""
+  """Name and value of the FID; the name is FID@N for few samples."""
   return next(
     (name, value)
     for name, value in entry['scores'].items()
@@ -109,6 +109,6 @@ def fid(entry: dict[str, Any]) -> tuple[str, float]:
 
 
 def inception_score(entry: dict[str, Any]) -> str:
-  """With its deviation, for a person."""
+  """Formats the inception score and its standard deviation."""
   scores = entry['scores']
   return f'{scores["IS"]:.2f} ± {scores["IS_deviation"]:.2f}'

@@ -1,4 +1,4 @@
-"""What scores compare with: statistics of the data set, computed once."""
+"""The reference of FID and other scores: statistics of a data set."""
 
 import hashlib
 import pathlib
@@ -18,17 +18,16 @@ from ddpm_jax.storage import logs
 from ddpm_jax.storage import paths
 from ddpm_jax.storage import workdir
 
-# Images whose pixels say whether the data are the same.
-LOOKED_AT = 1000
+HASHED = 1000  # images whose pixels identify the data
 
 
 def from_file(
   path: pathlib.Path, config: ConfigDict, inception: str
 ) -> tuple[fidelity.Statistics, str]:
-  """The statistics of a file that the user names, and what to call them.
+  """Reads statistics from a file; returns them and a title.
 
   Raises:
-    UserError: it cannot be read, or says that it was made in another way.
+    UserError: If the file cannot be read, or was computed with other settings.
   """
   found, whence = fidelity.load(path)
   here = {'resize': config.evaluate.resize, 'inception': inception}
@@ -44,23 +43,23 @@ def from_data(
   extract: features.Extract,
   inception: str,
 ) -> tuple[fidelity.Statistics, str]:
-  """The statistics of the data set of a recipe, and what to call them.
+  """Computes the statistics of a recipe's data set; returns them and a title.
 
-  They are kept in `config.evaluate.cache`, with what they were made of.
+  They are cached in `config.evaluate.cache` together with their settings.
 
   Args:
-    config: the recipe.
-    folder: the workdir, if there is one.
-    extract: see `features.extractor`.
-    inception: the digest of its weights.
+    config: The recipe.
+    folder: The workdir, if there is one.
+    extract: See `features.extractor`.
+    inception: Digest of Inception's weights.
 
   Raises:
-    UserError: what is kept was made of something else.
+    UserError: If the cached statistics were computed with other settings.
   """
   source, split = dataset.source_to_evaluate(config)
   count = min(len(source), config.evaluate.images or len(source))
   if count < 2:
-    raise errors.UserError('statistics of a data set need 2 images of it')
+    raise errors.UserError('statistics need a data set of 2 or more images')
   name = data_name(config)
   kept = fidelity.chosen(count, config.evaluate.neighbours)
   whence = {
@@ -80,7 +79,7 @@ def from_data(
     found, there = fidelity.load(path)
     _compare(path, there, whence)
     return found, title
-  logs.say(f'statistics of {title}, once and for all: {path}')
+  logs.say(f'computing statistics of {title}, to be kept in {path}')
   parts = features.of_source(source, count, config.evaluate.batch_size, extract)
   sums = features.everyones(features.add_up(parts, kept), path.parent)
   found = fidelity.statistics(sums)
@@ -92,7 +91,7 @@ def from_data(
 
 
 def cache(config: ConfigDict, folder: pathlib.Path | None) -> pathlib.Path:
-  """The folder of statistics, which is made if need be."""
+  """Returns the folder of cached statistics, creating it if needed."""
   runs = folder.parent if folder else pathlib.Path('runs')
   path = runs / 'reference'
   if named := expand.expanded(config.evaluate.cache):
@@ -102,7 +101,7 @@ def cache(config: ConfigDict, folder: pathlib.Path | None) -> pathlib.Path:
 
 
 def data_name(config: ConfigDict) -> str:
-  """Of the data, for people and for a file."""
+  """The name of the data, for titles and file names."""
   data = config.data
   if data.name == 'tfds':
     return data.tfds.replace('/', '_')
@@ -110,8 +109,8 @@ def data_name(config: ConfigDict) -> str:
 
 
 def _digest(source: Any, count: int) -> str:
-  """Of the pixels of images spread evenly over the data."""
-  index = fidelity.chosen(count, LOOKED_AT).astype(np.int32)
+  """Digest of the pixels of images spread evenly over the data."""
+  index = fidelity.chosen(count, HASHED).astype(np.int32)
   pixels = np.ascontiguousarray(source.gather(index)['image'])
   return hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
 
@@ -126,7 +125,7 @@ def _compare(
   ]
   if differ:
     raise errors.UserError(
-      f'the statistics in {path} do not fit; these differ: '
-      f'{", ".join(differ)}. Delete the file, and it is made anew, or name '
+      f'the statistics in {path} were computed with other settings: '
+      f'{", ".join(differ)}. Delete the file to recompute it, or name '
       'another folder with --config.evaluate.cache'
     )

@@ -1,4 +1,4 @@
-"""FID and its like, of samples of a run or of images made elsewhere."""
+"""FID and other scores of a run's samples, or of images from elsewhere."""
 
 import argparse
 import functools
@@ -30,14 +30,14 @@ from ddpm_jax.storage import results
 
 
 def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
-  """Draws `--num_samples` images, and scores them, in one pass.
+  """Draws and scores `--num_samples` images.
 
-  Batches that are done stand in the workdir until all are: a run of this that
-  was killed goes on where it was. Writes `evaluation.json`, and images into
-  `--output` if it is named.
+  Finished batches are kept in the workdir until all are done, so that an
+  interrupted evaluation resumes. Writes `evaluation.json`, and the images to
+  `--output` if given.
 
   Raises:
-    UserError: for whatever is missing or does not fit, before any is drawn.
+    UserError: If something is missing or not valid, before anything is drawn.
   """
   count = args.num_samples
   trained = check(config, args, count)
@@ -103,21 +103,21 @@ def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
   paths.remove_tree(folder)
   print(record.table(entries) + record.best(entries, entry))
   print(record.details(entry))
-  logs.say(f'all of it            {args.workdir}/{record.NAME}')
+  logs.say(f'all results          {args.workdir}/{record.NAME}')
 
 
 def of_images(config: ConfigDict, args: argparse.Namespace) -> None:
-  """Scores the images of `--images`; writes JSON into `--output`, if named.
+  """Scores the images of `--images`; writes JSON to `--output` if given.
 
   Raises:
-    UserError: for whatever is missing or does not fit.
+    UserError: If something is missing or not valid.
   """
   if args.step is not None:
-    raise errors.UserError('--step is of a checkpoint, and --images has none')
+    raise errors.UserError('--images uses no checkpoint: leave --step out')
   source, shape = unresized.load(args.images, config.data.max_value)
   trained = check(config, args, len(source), shape)
   if args.output and args.output.suffix != '.json':
-    raise errors.UserError(f'--output={args.output}: scores go into a .json')
+    raise errors.UserError(f'--output={args.output} must end in .json')
   engine = build.engine(config, local=True)
   size = config.evaluate.batch_size
   extract = features.extractor(config, engine, trained.params, size)
@@ -153,33 +153,33 @@ def check(
   count: int,
   shape: tuple[int, ...] = (),
 ) -> weights_file.Weights:
-  """Refuses what would come to light late; returns Inception's weights.
+  """Checks early what would fail late; returns Inception's weights.
 
   Args:
-    config: the recipe.
-    args: the flags.
-    count: how many images there will be.
-    shape: of one of them; by default that of the recipe.
+    config: The recipe.
+    args: The flags.
+    count: Number of images to score.
+    shape: (H, W, C), by default that of the recipe.
 
   Raises:
-    UserError: with the reason.
+    UserError: If the scores cannot be computed.
   """
-  features.features(config)  # an unknown resize
+  features.features(config)  # raises if evaluate.resize is unknown
   data = recipe.image_size(config)
   if not data:
-    raise errors.UserError('FID and the like are of images, not of points')
+    raise errors.UserError('FID needs images, and these data are points')
   H, W, C = shape or recipe.shape(config)
   if data != (H, W) and not args.reference:
     raise errors.UserError(
       f'the images are {H}x{W}, those of the recipe {data[0]}x{data[1]}: name '
-      'a --config of the data to compare with, or its --reference'
+      'the --config or the --reference of the data to compare with'
     )
   if count < 2:
-    raise errors.UserError('scores need 2 images, and say little below 10000')
+    raise errors.UserError('scores need 2 images, and mean little below 10000')
   if not args.inception:
     raise weights_file.missing()
   if C == 1:
-    logs.say('gray images: Inception sees them three times, as RGB')
+    logs.say('gray images: Inception receives them as RGB')
   return weights_file.load(args.inception)
 
 
@@ -189,7 +189,7 @@ def reference_of(
   extract: features.Extract,
   trained: weights_file.Weights,
 ) -> tuple[fidelity.Statistics, str]:
-  """The statistics to compare with, and what to call them."""
+  """Returns the statistics to compare with, and their title."""
   if args.reference:
     return reference.from_file(args.reference, config, trained.digest)
   return reference.from_data(config, args.workdir, extract, trained.digest)

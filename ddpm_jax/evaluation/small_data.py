@@ -1,4 +1,4 @@
-"""The small-data score of a run: its classifier, and what was found."""
+"""The small-data score of a run: its classifier, and its results."""
 
 import pathlib
 
@@ -14,32 +14,28 @@ from ddpm_jax.storage import results
 from ddpm_jax.storage import workdir as workdirs
 
 NAME = 'score.json'
-
-
 SCORES = 'scores'
-
-
-MARK = 'frechet_distance'  # of an entry in files of earlier versions
+MARK = 'frechet_distance'  # marks a file of earlier versions: one score
 
 
 def read(folder: pathlib.Path) -> list[results.Entry]:
-  """The scores in a workdir."""
+  """Reads the scores of a workdir."""
   return results.read(folder / NAME, SCORES, MARK).get(SCORES, [])
 
 
 def judge(
   config: ConfigDict, workdir: pathlib.Path
 ) -> tuple[dict[str, np.ndarray], classifiers.Classifier]:
-  """The training data, and the classifier of a workdir, made if need be.
+  """Loads the training data and the workdir's classifier, or trains it.
 
   Raises:
-    UserError: if the data have no labels.
+    UserError: If the data have no labels.
   """
   source = dataset.source(config, folder=workdir)
   if not source.class_names:
     raise errors.UserError(
-      f'the data set {config.data.name} has no labels, which the small-data '
-      'score needs for its classifier'
+      f'the data set {config.data.name} has no labels, and the small-data '
+      'score needs them for its classifier'
     )
   saved = workdirs.read_classes(workdir)
   if saved and saved != source.class_names:

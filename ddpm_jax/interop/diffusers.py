@@ -1,9 +1,9 @@
-"""Names and layouts of U-Net weights elsewhere: Hugging Face diffusers, and
+"""Converts U-Net weights from and to Hugging Face diffusers, and
 pesser/pytorch_diffusion, a PyTorch port of the authors' code.
 
-Both keep convolutions as (out, in, height, width) and dense layers as (out,
-in); here they are (height, width, in, out) and (in, out). Nothing else differs:
-the skips are concatenated in the same order.
+Both store convolutions as (out, in, height, width) and dense layers as (out,
+in); here they are (height, width, in, out) and (in, out). Only layouts and
+names differ; the skips are concatenated in the same order.
 """
 
 import re
@@ -18,10 +18,10 @@ from ddpm_jax import errors
 
 
 class Names(NamedTuple):
-  """What another program calls the parts of our U-Net.
+  """Another program's names for the parts of our U-Net.
 
-  `level` counts from the full size, `rise` from the smallest; `i` counts the
-  blocks of a level in the order of computation.
+  In patterns, `level` counts from the full resolution, `rise` from the lowest,
+  and `i` counts the blocks of a level in the order of computation.
   """
 
   parts: Mapping[str, str]
@@ -96,10 +96,10 @@ PYTORCH_DIFFUSION = Names(
   up_attention='up.{level}.attn.{i}',
   upsample='up.{level}.upsample.conv',
 )
-# What is added to the time embedding, a row for each class.
+# Added to the time embedding; one row per class.
 CLASSES = 'class_embedding.weight'
-# What diffusers called the parts of attention before version 0.15, and so in
-# the weights released by then.
+# Names of the parts of attention before diffusers 0.15, and in weights released
+# before it.
 OLD_ATTENTION = {
   'query': 'to_q',
   'key': 'to_k',
@@ -109,7 +109,7 @@ OLD_ATTENTION = {
 
 
 def name(path: tuple[str, ...], levels: int, names: Names) -> str:
-  """Of a parameter of our U-Net, such as ('up_0_2', 'conv_1', 'kernel')."""
+  """Their name of a parameter such as ('up_0_2', 'conv_1', 'kernel')."""
   *(module, *inner), leaf = path
   leaf = 'bias' if leaf == 'bias' else 'weight'
   if module in names.parts:
@@ -127,18 +127,18 @@ def name(path: tuple[str, ...], levels: int, names: Names) -> str:
 def to_params(
   abstract: Any, tensors: Mapping[str, np.ndarray], names: Names
 ) -> Any:
-  """Our parameters, float32, from the tensors of another program.
+  """Converts the tensors of another program into our parameters, float32.
 
-  An embedding of classes without a row for no class gets one of zeros.
+  If the class embedding lacks the row for no class, a row of zeros is added.
 
   Args:
-    abstract: the tree of parameters wanted, of anything with a shape.
-    tensors: by name, of any float type.
-    names: how the other program calls them.
+    abstract: The tree of parameters; its leaves have a shape.
+    tensors: The tensors by name, of any float type.
+    names: The other program's names.
 
   Raises:
-    UserError: naming a tensor that is missing, of another shape, not finite,
-      or without a place in the network.
+    UserError: If a tensor is missing, unknown, not finite, or has a wrong
+      shape; the message names it.
   """
   tensors = {modern(name): x for name, x in tensors.items()}
   if 'encoder' in abstract:
@@ -149,44 +149,48 @@ def to_params(
   for what, some in (
     ('lack', set(theirs.values()) - set(tensors)),
     (
-      'hold what has no place in the network',
+      'hold tensors with no place in the network',
       set(tensors) - {*theirs.values()},
     ),
   ):
     if some:
       raise errors.UserError(
-        f'the weights {what}: {_some(some)} ({len(some)} in '
-        'all); they are of another network than the configuration'
+        f'the weights {what}: {_listed(some)} ({len(some)} in all); they '
+        'belong to another network than that of the configuration'
       )
   return traverse_util.unflatten_dict(
     {
-      path: _checked(theirs[path], _here(tensors[theirs[path]], path), x.shape)
+      path: _checked(
+        theirs[path], _from_torch(tensors[theirs[path]], path), x.shape
+      )
       for path, x in wanted.items()
     }
   )
 
 
-def _some(names: set[str]) -> str:
+def _listed(names: set[str]) -> str:
   return ', '.join(errors.short(name) for name in sorted(names)[:3])
 
 
 def from_params(params: Any, names: Names) -> dict[str, np.ndarray]:
-  """The tensors of another program, by name, from our parameters."""
+  """Converts our parameters into another program's tensors, by name."""
   if 'encoder' in params:
     params = _from_conditional(params)
   flat = traverse_util.flatten_dict(params)
   levels = count_levels(flat)
   return {
-    name(path, levels, names): np.ascontiguousarray(_there(np.asarray(x), path))
+    name(path, levels, names): np.ascontiguousarray(
+      _to_torch(np.asarray(x), path)
+    )
     for path, x in flat.items()
   }
 
 
 def _from_conditional(params: Any) -> Any:
-  """The U-Net's parameters, with the class embedding as one of its parts.
+  """Merges the class encoder into the U-Net's parameters, as `classes`.
 
-  Our embedding and the dense layer after it are linear, so that one embedding
-  of the width of the time embedding does the same.
+  Our embedding and the dense layer after it are linear, so one embedding as
+  wide as the time embedding is equivalent.
   """
   network = {**params['network']}
   dense = network.pop('condition')
@@ -198,14 +202,14 @@ def _from_conditional(params: Any) -> Any:
 def _to_conditional(
   abstract: Any, tensors: Mapping[str, np.ndarray], names: Names
 ) -> Any:
-  """The inverse of `_from_conditional`, with the identity as dense layer."""
+  """Inverse of `_from_conditional`, with the identity as the dense layer."""
   network, embedding = {**abstract['network']}, abstract['encoder']['Embed_0']
   del network['condition']
-  given = tensors.get(CLASSES, np.zeros(0))
+  classes = tensors.get(CLASSES, np.zeros(0))
   rows, width = embedding['embedding'].shape
-  if given.shape[:1] == (rows - 1,):
-    none = np.zeros_like(given[:1])
-    tensors = {**tensors, CLASSES: np.concatenate([given, none])}
+  if classes.shape[:1] == (rows - 1,):
+    none = np.zeros_like(classes[:1])
+    tensors = {**tensors, CLASSES: np.concatenate([classes, none])}
   found = to_params({**network, 'classes': embedding}, tensors, names)
   identity = np.eye(width, dtype=np.float32)
   dense = {'kernel': identity, 'bias': np.zeros(width, np.float32)}
@@ -224,7 +228,7 @@ def count_levels(paths: Any) -> int:
 
 
 def modern(name: str) -> str:
-  """A name of diffusers as it is since version 0.15."""
+  """The name since diffusers 0.15 of a tensor with an older name."""
   return re.sub(
     r'(\.attentions\.\d+\.)(query|key|value|proj_attn)\.',
     lambda found: f'{found[1]}{OLD_ATTENTION[found[2]]}.',
@@ -232,15 +236,15 @@ def modern(name: str) -> str:
   )
 
 
-def _here(x: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
+def _from_torch(x: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
   if path[-1] != 'kernel':
     return x
-  if x.ndim == 4 and x.shape[2:] == (1, 1):  # a dense layer to us
+  if x.ndim == 4 and x.shape[2:] == (1, 1):  # a dense layer here
     x = x[..., 0, 0]
   return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
 
 
-def _there(x: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
+def _to_torch(x: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
   if path[-1] != 'kernel':
     return x
   x = x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
@@ -250,9 +254,9 @@ def _there(x: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
 def _checked(name: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   if x.shape != shape:
     raise errors.UserError(
-      f'{name} is {x.shape} in our layout where the configuration asks for '
-      f'{shape}: the weights are of another network'
+      f'{name} is {x.shape} in our layout, and the configuration needs '
+      f'{shape}: the weights belong to another network'
     )
   if not np.all(np.isfinite(x)):
-    raise errors.UserError(f'{name} holds values that are not finite')
+    raise errors.UserError(f'{name} has values that are not finite')
   return np.ascontiguousarray(x, np.float32)

@@ -1,5 +1,5 @@
-"""The configuration of diffusers' UNet2DModel and DDPMScheduler, as keys of a
-recipe and back. What our network or process is not is refused by its field.
+"""Converts the configuration of diffusers' UNet2DModel and DDPMScheduler to the
+keys of a recipe, and back. Fields that have no equivalent here are rejected.
 """
 
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from ddpm_jax import errors
 from ddpm_jax import ranges
 
 Fields = Mapping[str, Any]
-MOST = 12  # fields that are named at once
+MOST = 12  # fields named in one message
 
-# What a field means that is absent, as in the files of older versions; None
-# also where that is an error further on.
+# Values of fields that are absent, as in files of older versions. None may be
+# rejected later.
 UNET_DEFAULTS: Fields = {
   'sample_size': None,
   'in_channels': 3,
@@ -38,7 +38,7 @@ UNET_DEFAULTS: Fields = {
   'attention_head_dim': 8,
   'norm_num_groups': 32,
   'attn_norm_num_groups': None,
-  'num_train_timesteps': None,  # of a learned time embedding only
+  'num_train_timesteps': None,  # only for a learned time embedding
   '_class_name': 'UNet2DModel',
   'center_input_sample': False,
   'time_embedding_type': 'positional',
@@ -55,7 +55,7 @@ UNET_DEFAULTS: Fields = {
   'class_embed_type': None,
   'num_class_embeds': None,
 }
-# What our U-Net is, whatever the recipe.
+# Values that match our U-Net for every recipe.
 UNET: Fields = {
   '_class_name': ('UNet2DModel',),
   'center_input_sample': (False,),
@@ -69,7 +69,7 @@ UNET: Fields = {
   'act_fn': ('silu', 'swish'),
   'norm_eps': (1e-6,),
   'resnet_time_scale_shift': ('default',),
-  'add_attention': (True,),  # in the middle
+  'add_attention': (True,),  # in the middle block
   'class_embed_type': (None,),  # nn.Embedding, or no classes
 }
 SCHEDULER_DEFAULTS: Fields = {
@@ -84,12 +84,12 @@ SCHEDULER_DEFAULTS: Fields = {
   'clip_sample_range': 1.0,
   'trained_betas': None,
   'thresholding': False,
-  'dynamic_thresholding_ratio': 0.995,  # of `thresholding`
+  'dynamic_thresholding_ratio': 0.995,  # only for `thresholding`
   'sample_max_value': 1.0,
   'timestep_spacing': 'leading',
   'steps_offset': 0,
   'rescale_betas_zero_snr': False,
-  # Of versions before 1.0.
+  # Fields of versions before 1.0.
   'predict_epsilon': True,
   'tensor_format': 'pt',
   'timestep_values': None,
@@ -99,7 +99,7 @@ SCHEDULER: Fields = {
   'clip_sample_range': (1.0,),
   'trained_betas': (None,),
   'thresholding': (False,),
-  # The three are one with as many steps as T.
+  # All three are the same if the number of steps is T.
   'timestep_spacing': ('leading', 'linspace', 'trailing'),
   'steps_offset': (0,),
   'rescale_betas_zero_snr': (False, True),
@@ -112,16 +112,17 @@ SCHEDULES = {
   'squaredcos_cap_v2': 'cosine',
 }
 PREDICTIONS = {'epsilon': 'eps', 'sample': 'x0', 'v_prediction': 'v'}
+# Without `learned`: the network's output is σ² in diffusers, and log σ² here.
 VARIANCES = {
   'fixed_small': 'beta_tilde',
-  'fixed_small_log': 'beta_tilde',  # the same, by way of the logarithm
+  'fixed_small_log': 'beta_tilde',  # computed from its logarithm
   'fixed_large': 'beta',
   'learned_range': 'learned_range',
 }
 _TYPES = ranges.Range(
   str, lengths=range(1, 17), like="('DownBlock2D', 'AttnDownBlock2D')"
 )
-# What the rest relies on. No network is larger.
+# Types and ranges, which the rest of this module relies on.
 KINDS: Mapping[str, ranges.Range] = {
   'sample_size': ranges.KEYS['data.image_size']._replace(
     lengths=(2,), like='32, or (32, 48): sides in pixels'
@@ -142,27 +143,28 @@ KINDS: Mapping[str, ranges.Range] = {
   'clip_sample': ranges.FLAG,
   'rescale_betas_zero_snr': ranges.FLAG,
 }
-# `learned` is not among them: diffusers takes what the network says for σ²,
-# where it is log σ² here.
 
 
 def to_recipe(unet: Fields, scheduler: Fields) -> dict[str, Any]:
-  """Keys of a recipe, such as {'model.channels': 128}, from both files.
+  """Returns keys of a recipe, such as {'model.channels': 128}.
 
   Raises:
-    UserError: naming every field that does not fit.
+    UserError: If fields have no equivalent; the message names them.
   """
   u = {**UNET_DEFAULTS, **unet}
   s = {**SCHEDULER_DEFAULTS, **scheduler}
   _check_kinds(u, s)
   wrong = [
     *_wrong(unet, u, UNET_DEFAULTS, {**UNET, **_unet_allowed(u, s)}),
-    *_wrong(scheduler, s, SCHEDULER_DEFAULTS, {**SCHEDULER, **_allowed(s)}),
+    *_wrong(
+      *(scheduler, s, SCHEDULER_DEFAULTS),
+      {**SCHEDULER, **_scheduler_allowed(s)},
+    ),
   ]
   if wrong:
     more = f'; and {len(wrong) - MOST} more' if len(wrong) > MOST else ''
     raise errors.UserError(
-      f'this is not a model that we have: {"; ".join(wrong[:MOST])}{more}'
+      f'this model is not supported: {"; ".join(wrong[:MOST])}{more}'
     )
   channels = u['block_out_channels']
   size = u['sample_size']
@@ -187,13 +189,13 @@ def to_recipe(unet: Fields, scheduler: Fields) -> dict[str, Any]:
     'schedule.name': SCHEDULES[s['beta_schedule']],
     'schedule.T': s['num_train_timesteps'],
     'schedule.beta_1': float(s['beta_start']),
-    # Of one step, theirs is β_1 and ours β_T.
+    # With a single step, diffusers uses β_1 and we use β_T.
     'schedule.beta_T': float(
       s['beta_end'] if s['num_train_timesteps'] > 1 else s['beta_start']
     ),
     'schedule.zero_terminal_snr': s['rescale_betas_zero_snr'],
     'sampler.clip': s['clip_sample'],
-    # The one that trains such a variance; else the recipe's own.
+    # The loss that trains a learned variance.
     **({'loss.name': 'hybrid'} if variance == 'learned_range' else {}),
   }
 
@@ -201,14 +203,14 @@ def to_recipe(unet: Fields, scheduler: Fields) -> dict[str, Any]:
 def from_recipe(
   keys: Fields, betas: Sequence[float]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """The fields of UNet2DModel and of DDPMScheduler, from a whole recipe.
+  """Returns the fields of UNet2DModel and of DDPMScheduler.
 
   Args:
-    keys: of the recipe, such as {'model.channels': 128}.
-    betas: β_1..β_T, written out where diffusers has no name for the schedule.
+    keys: All keys of a recipe, such as {'model.channels': 128}.
+    betas: β_1..β_T, written if diffusers does not have the schedule.
 
   Raises:
-    UserError: naming the key that has no counterpart.
+    UserError: If a key has no equivalent; the message names it.
   """
   _check_exportable(keys)
   multipliers = keys['model.multipliers']
@@ -232,7 +234,7 @@ def from_recipe(
       'AttnUpBlock2D' if here else 'UpBlock2D' for here in reversed(attended)
     ],
     'layers_per_block': keys['model.blocks'],
-    'downsample_padding': 0,  # to UNet2DModel: right and bottom only
+    'downsample_padding': 0,  # means right and bottom only
     'attention_head_dim': None,  # one head
     'norm_num_groups': keys['model.groups'],
     'attn_norm_num_groups': None,
@@ -249,14 +251,14 @@ def from_recipe(
     'rescale_betas_zero_snr': keys['schedule.zero_terminal_snr'],
     'clip_sample': keys['sampler.clip'],
     'clip_sample_range': 1.0,
-    # Of fewer steps than T.
+    # Matters with fewer steps than T.
     'timestep_spacing': (
       'leading' if keys['sampler.spacing'] == 'leading' else 'trailing'
     ),
   }
-  # Each under two names here.
+  # Two of our schedules equal others under another name.
   named = _back(SCHEDULES) | {'sqrt_linear': 'linear', 'quad': 'scaled_linear'}
-  # Of one step, a named schedule has β_1 there and β_T here.
+  # With a single step, a named schedule is β_1 in diffusers and β_T here.
   if keys['schedule.name'] in named and keys['schedule.T'] > 1:
     scheduler['beta_schedule'] = named[keys['schedule.name']]
   else:
@@ -265,16 +267,16 @@ def from_recipe(
 
 
 def _condition(u: Fields) -> dict[str, Any]:
-  """All but `condition.classes`: the last row may or may not be a class."""
+  """Keys of `condition`, except `classes`: the last row need not be a class."""
   if u['num_class_embeds'] is None:
     return {'condition.name': ''}
-  # Their embedding becomes ours, and is as wide as the time embedding.
+  # Their class embedding is as wide as the time embedding.
   width = 4 * u['block_out_channels'][0]
   return {'condition.name': 'label', 'condition.width': width}
 
 
 def _class_rows(keys: Fields) -> int | None:
-  """One for each class, and a last one for no class if that was trained."""
+  """Rows of the class embedding; the last is for no class, if trained."""
   if not keys['condition.name']:
     return None
   return keys['condition.classes'] + (keys['condition.drop'] > 0)
@@ -286,8 +288,8 @@ def _check_exportable(keys: Fields) -> None:
     (
       'condition.name',
       ('', 'label'),
-      'a UNet2DModel knows classes, but has no cross-attention to a text; '
-      'UNet2DConditionModel, which has, is another network',
+      'a UNet2DModel takes classes, but has no cross-attention to text, and '
+      'UNet2DConditionModel is another network',
     ),
     ('model.patch', (1,), 'a UNet2DModel has no patches'),
     (
@@ -298,7 +300,7 @@ def _check_exportable(keys: Fields) -> None:
     (
       'sampler.variance',
       VARIANCES.values(),
-      'a DDPMScheduler takes what the network says for σ², not for log σ²',
+      'a DDPMScheduler reads the output of the network as σ², not log σ²',
     ),
     (
       'sampler.spacing',
@@ -308,19 +310,19 @@ def _check_exportable(keys: Fields) -> None:
   ):
     if keys[key] not in known:
       raise errors.UserError(
-        f'config.{key}={keys[key]} cannot be written: {why}; '
+        f'config.{key}={keys[key]} cannot be exported: {why}; '
         f'{", ".join(repr(x) for x in dict.fromkeys(known))} can'
       )
   if keys['model.multipliers'][0] != 1:
     raise errors.UserError(
       f'config.model.multipliers={keys["model.multipliers"]} cannot be '
-      'written: the first level of a UNet2DModel is as wide as its first '
-      'convolution and its time embedding, so that they must begin with 1'
+      'exported: they must begin with 1, because a UNet2DModel has one width '
+      'for the first level, the first convolution and the time embedding'
     )
 
 
 def _back(table: Mapping[str, str]) -> dict[str, str]:
-  """The inverse; the first of several names that mean the same."""
+  """The inverse mapping, to the first of several equivalent names."""
   return {ours: theirs for theirs, ours in reversed([*table.items()])}
 
 
@@ -329,7 +331,7 @@ def _attended(types: Sequence[str]) -> list[int]:
 
 
 def _check_kinds(u: Fields, s: Fields) -> None:
-  """Refuses what is not even of the type or size that the rest relies on."""
+  """Raises UserError if a field has a wrong type or is out of range."""
   classes = u['num_class_embeds']
   found = {
     **{field: s[field] if field in s else u[field] for field in KINDS},
@@ -338,11 +340,11 @@ def _check_kinds(u: Fields, s: Fields) -> None:
   try:
     ranges.check_fields(found, KINDS)
   except errors.UserError as e:
-    raise errors.UserError(f'this is not a model that we have: {e}') from None
+    raise errors.UserError(f'this model is not supported: {e}') from None
 
 
 def _unet_allowed(u: Fields, s: Fields) -> dict[str, Any]:
-  """What fits for the fields that hang together."""
+  """Supported values of U-Net fields that depend on other fields."""
   channels, types = u['block_out_channels'], u['down_block_types']
   levels = len(channels)
   plain = ['AttnDownBlock2D' if 'Attn' in t else 'DownBlock2D' for t in types]
@@ -360,17 +362,18 @@ def _unet_allowed(u: Fields, s: Fields) -> dict[str, Any]:
     'time_embedding_dim': (None, 4 * first),
     'attn_norm_num_groups': (None, u['norm_num_groups']),
     'downsample_padding': (0,) if levels > 1 else (u['downsample_padding'],),
-    # None is one head; so is a number where all attention has as many channels.
+    # One head: None, or the number of channels if all attention has the same.
     'attention_head_dim': (None, *(attended if len(attended) == 1 else ())),
   }
 
 
-def _allowed(s: Fields) -> dict[str, Any]:
+def _scheduler_allowed(s: Fields) -> dict[str, Any]:
+  """Supported values of scheduler fields that may depend on other fields."""
   return {
     'beta_schedule': tuple(SCHEDULES),
     'variance_type': tuple(VARIANCES),
     'prediction_type': tuple(PREDICTIONS),
-    # Of no meaning where nothing is clipped.
+    # Unused without clipping.
     'clip_sample_range': (1.0,)
     if s['clip_sample']
     else (s['clip_sample_range'],),
@@ -380,7 +383,7 @@ def _allowed(s: Fields) -> dict[str, Any]:
 def _wrong(
   given: Fields, whole: Fields, known: Fields, allowed: Fields
 ) -> list[str]:
-  """What does not fit, a line each."""
+  """Describes each unknown field and each unsupported value."""
   lines = []
   for field, value in whole.items():
     if field not in known:

@@ -1,4 +1,4 @@
-"""Folders and files of weights as other programs write them."""
+"""Reads and writes the folders and weight files of other programs."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ from safetensors import numpy as safetensors_numpy
 from ddpm_jax import errors
 from ddpm_jax import jsonfile
 
-LIMIT = 2**20  # bytes of a configuration, which has a few hundred
+LIMIT = 2**20  # bytes of a configuration, which normally has a few hundred
 WEIGHTS = 'diffusion_pytorch_model'
 UNET = ('unet/config.json', 'config.json')
 SCHEDULER = ('scheduler/scheduler_config.json', 'scheduler_config.json')
@@ -29,10 +29,10 @@ class Model(NamedTuple):
 
 
 def locate(name: str) -> pathlib.Path:
-  """The folder or file of that name, or else the model of the hub, fetched.
+  """Returns the path of a folder or file, or downloads a model of the hub.
 
   Raises:
-    UserError: if there is neither.
+    UserError: If there is neither.
   """
   path = pathlib.Path(name)
   if path.exists():
@@ -41,11 +41,11 @@ def locate(name: str) -> pathlib.Path:
     raise errors.UserError(f'no such folder or file: {name}')
   huggingface_hub = errors.optional(
     'huggingface_hub',
-    what=f'no such folder: {name}; a model of huggingface.co',
+    what=f'no such folder: {name}; downloading it from huggingface.co',
     install="pip install -e '.[hub]'",
   )
   try:
-    # Half a gigabyte of pickles only where there is nothing else.
+    # Fetches the pickle, half a gigabyte, only if there is no .safetensors.
     for weights in (SAFE, PICKLED):
       folder = huggingface_hub.snapshot_download(
         name, allow_patterns=[*UNET, *SCHEDULER, *weights]
@@ -53,19 +53,19 @@ def locate(name: str) -> pathlib.Path:
       if any((pathlib.Path(folder) / file).exists() for file in weights):
         break
     return pathlib.Path(folder)
-  except Exception as e:  # No network, no such model, no right to it.
+  except Exception as e:  # no network, no such model, or no permission
     reason = ' '.join(str(e).split())
     raise errors.UserError(
-      f'no such folder, and huggingface.co does not give it: {name} '
+      f'no such folder, and downloading it from huggingface.co failed: {name} '
       f'({type(e).__name__}: {reason:.200})'
     ) from e
 
 
 def read_model(folder: pathlib.Path) -> Model:
-  """What a folder holds that diffusers has written.
+  """Reads a folder written by diffusers.
 
   Raises:
-    UserError: if a file is missing or damaged.
+    UserError: If a file is missing or damaged.
   """
   return Model(
     unet=read_json(_one_of(folder, UNET)),
@@ -79,7 +79,7 @@ def _one_of(folder: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
     if (folder / name).is_file():
       return folder / name
   raise errors.UserError(
-    f'{folder} is not a whole diffusers folder: it has no {" or ".join(names)}'
+    f'{folder} is not a diffusers folder: it has no {" or ".join(names)}'
   )
 
 
@@ -89,28 +89,28 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   except OSError as e:
     raise errors.UserError(f'{path}: {e.strerror}') from None
   if not isinstance(fields, dict):
-    raise errors.UserError(f'{path} is damaged: it holds no fields')
+    raise errors.UserError(f'{path} is damaged: it is not a JSON object')
   return fields
 
 
 def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The tensors of a .safetensors or of a pickle (.bin, .ckpt, .pt), by name.
+  """Reads the tensors of a .safetensors or a pickle (.bin, .ckpt, .pt).
 
-  Pickles run code as they are read: torch alone reads them without.
+  A pickle may run code when it is loaded. Only torch can load it without.
 
   Raises:
-    UserError: if it cannot be read, or not safely.
+    UserError: If the file cannot be read safely.
   """
   if path.suffix == '.safetensors':
     try:
       return safetensors_numpy.load_file(path)
-    except Exception as e:  # of its own, or NumPy's
+    except Exception as e:  # an error of safetensors or NumPy
       reason = errors.short(str(e), 200)
       raise errors.UserError(f'{path} cannot be read: {reason}') from None
   torch = errors.optional(
     'torch',
-    what=f'{path} is a pickle, which could run code; to read it safely one',
-    install='pip install torch, or find a .safetensors of it',
+    what=f'{path} is a pickle, which could run code; reading it safely',
+    install='pip install torch, or use a .safetensors file',
   )
   try:
     found = torch.load(path, map_location='cpu', weights_only=True)
@@ -121,7 +121,7 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   ) as e:
     reason = str(e).strip().partition('\n')[0]
     raise errors.UserError(
-      f'{path} is not a file of weights alone: {reason:.200}'
+      f'{path} does not contain only weights: {reason:.200}'
     ) from None
 
 
@@ -131,13 +131,13 @@ def write_model(
   scheduler: Mapping[str, Any],
   tensors: Mapping[str, np.ndarray],
 ) -> None:
-  """A folder for `DDPMPipeline.from_pretrained`; its index comes last."""
+  """Writes a folder for `DDPMPipeline.from_pretrained`, its index last."""
   (folder / 'unet').mkdir(parents=True)
   (folder / 'scheduler').mkdir()
   safetensors_numpy.save_file(
     dict(tensors),
     folder / SAFE[0],
-    metadata={'format': 'pt'},  # diffusers wants to be told
+    metadata={'format': 'pt'},  # required by diffusers
   )
   write_json(folder / UNET[0], unet)
   write_json(folder / SCHEDULER[0], scheduler)

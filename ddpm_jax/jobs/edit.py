@@ -159,7 +159,10 @@ def by_ddim(config: ConfigDict, args: argparse.Namespace) -> ConfigDict:
   asked = args.prompt or args.prompts or args.label or args.to
   if not asked and args.num_samples is None:
     args.num_samples = 1  # all would be the same
-  return recipe.changed_copy(config, {'sampler.name': 'ddim'})
+  keys: dict[str, Any] = {'sampler.name': 'ddim'}
+  if 'sampler.clip' not in args.changes:
+    keys['sampler.clip'] = False  # Clipping cannot be inverted.
+  return recipe.changed_copy(config, keys)
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -80,5 +80,5 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   results.add(path, few_steps.TABLES, 'samplers', result, found_keys)
   images.save_png(args.workdir / 'few_steps.png', few_steps.plot(result))
   print(few_steps.table(result))
-  logs.say(f'all of it            {path}')
+  logs.say(f'all results          {path}')
   logs.say(f'as curves            {args.workdir}/few_steps.png')

@@ -71,4 +71,4 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   keys = found.keys() - {'fake_images'}  # a setting, not a result
   results.add(path, small_data.SCORES, small_data.MARK, made | found, keys)
   print(classifier_score.table(made | found))
-  logs.say(f'all of it            {path}')
+  logs.say(f'all results          {path}')

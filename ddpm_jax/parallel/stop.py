@@ -54,6 +54,32 @@ def requests() -> Iterator[Callable[[int], bool]]:
 
 
 @contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[int], bool]]:
+  """Like `requests`, for a caller in Python, whose program must not end.
+
+  It handles Ctrl-C alone, in the main thread alone. The first one is a request
+  to stop, and a second one raises KeyboardInterrupt.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    yield lambda step: False
+    return
+  asked: list[int] = []
+
+  def hear(signum: int, frame: object) -> None:
+    del frame
+    if asked:
+      raise KeyboardInterrupt
+    asked.append(signum)
+    logs.say(_STOPPING)
+
+  before = signal.signal(signal.SIGINT, hear)
+  try:
+    yield lambda step: bool(asked)
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
 def second_quits() -> Iterator[None]:
   """Makes a second Ctrl-C end the program; the first raises as usual.
 

@@ -1,1 +1,1 @@
-"""What a program costs, here or on devices that are not here."""
+"""Costs of a program: measured here, or computed for other devices."""

@@ -1,4 +1,4 @@
-"""What to change in a recipe whose programs do not fit."""
+"""Suggests changes to a recipe whose programs do not fit in memory."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def of_training(
   mesh: jax.sharding.Mesh,
   train: dict[str, Any],
 ) -> dict[str, Any] | None:
-  """A change with which the training step should fit; None if it does."""
+  """A change that should make the training step fit; None if it does."""
   return _first(
     *(config, target, mesh, train),
     programs.train,
@@ -39,7 +39,7 @@ def of_sampling(
   mesh: jax.sharding.Mesh,
   draw: dict[str, Any],
 ) -> dict[str, Any] | None:
-  """What would make the sampler fit: fewer images at a time."""
+  """Like `of_training`, for the sampler: fewer images at a time."""
   return _first(
     *(config, target, mesh, draw),
     programs.draw,
@@ -57,9 +57,9 @@ def _first(
   changes: Iterable[dict[str, Any]],
   share: Callable[[ConfigDict], float],
 ) -> dict[str, Any] | None:
-  """The first change that should do by estimate, or else the last, compiled.
+  """Compiles the first change that is estimated to fit, or else the last.
 
-  `share` is how much of its images a recipe works on at a time.
+  `share` of a recipe is proportional to the images that it processes at a time.
   """
   memory = target.chip.memory
   if not memory or found['fits'] or found['peak_bytes'] is None:
@@ -70,10 +70,10 @@ def _first(
     estimate = estimated(mesh, found, other, share(other) / share(config))
     if estimate < 0.95 * memory:
       break
-  if not change:  # There is nothing to make smaller.
+  if not change:
     return None
   flags = ' '.join(f'--config.{k}={str(v).lower()}' for k, v in change.items())
-  logs.say(f'it does not fit; compiling it with {flags}')
+  logs.say(f'this does not fit in memory; compiling it with {flags}')
   devices = list(mesh.devices.flat)
   again = measure.program(
     program(other, build.mesh(other, devices=devices)), target
@@ -89,7 +89,7 @@ def _first(
 def smaller(
   config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> Iterator[dict[str, Any]]:
-  """Changes that need less and less memory for the same training."""
+  """Yields changes that need ever less memory for the same training."""
   parts, change = meshes.num_shards(mesh), {}
   if mesh.shape['fsdp'] < parts:
     change = {'parallel.data': 1, 'parallel.fsdp': parts}
@@ -102,9 +102,9 @@ def smaller(
   yield change | {'model.remat': True}
 
 
-def fewer(images: int, parts: int) -> Iterator[dict[str, Any]]:
-  """Halves of `images` at a time, as long as each of `parts` has some."""
-  while images // 2 >= parts:
+def fewer(images: int, num_shards: int) -> Iterator[dict[str, Any]]:
+  """Yields halved batch sizes, as long as each shard has an image."""
+  while images // 2 >= num_shards:
     images //= 2
     yield {'sampler.batch_size': images}
 
@@ -121,16 +121,17 @@ def estimated(
   other: ConfigDict,
   share: float,
 ) -> float:
-  """Bytes of a device: the state as it is cut, the weights whole, and
-  activations in proportion to the images that are worked on at a time.
+  """Estimates the peak bytes of one device.
 
-  What recomputing blocks saves is not known before; it is not counted.
+  The sum of its shard of the state, the gathered weights, and activations in
+  proportion to `share`. Savings by `model.remat` cannot be estimated and are
+  not counted.
   """
   before, after = mesh.shape['fsdp'], max(other.parallel.fsdp, 1)
   state = found['state_bytes']
   if after == before:
     cut = state
   else:
-    # Of the four parts (weights, average, two moments) one is gathered.
+    # One of the four parts (weights, average, two moments) is gathered.
     cut = state * before / after + state * before / 4
   return cut + (found['peak_bytes'] - state) * share

@@ -1,4 +1,4 @@
-"""What a recipe costs on this machine, measured, and a table of it."""
+"""Measures the cost of a recipe on this machine."""
 
 import functools
 import pathlib
@@ -28,12 +28,12 @@ from ddpm_jax.planning import timing
 from ddpm_jax.storage import checkpoint
 from ddpm_jax.storage import logs
 
-SECONDS = 4.0  # For which each thing is timed.
-STEPS = 10  # Steps of the sampler that are timed.
+SECONDS = 4.0  # duration of a measurement
+STEPS = 10  # of the sampler, that are timed
 
 
 class Bench:
-  """A training state, its compiled step, and what there is to measure."""
+  """A training state, its compiled step, and the measurements."""
 
   def __init__(
     self,
@@ -58,7 +58,7 @@ class Bench:
     self.rows = self.put()
 
   def everything(self) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, result) of everything; each takes some seconds."""
+    """Runs all measurements, and yields (name, result)."""
     for part in (
       self.compilation,
       self.train_step,
@@ -88,7 +88,7 @@ class Bench:
       yield f'train step, compilation {name}', result(took, 's')
     yield 'train step, tracing', result(traced, 's')
     self.step = step
-    jax.block_until_ready(self.one_step())  # takes it from that cache too
+    jax.block_until_ready(self.one_step())  # loads it from that cache too
     jax.config.update('jax_compilation_cache_dir', cache)
     compilation_cache.reset_cache()
 
@@ -102,7 +102,7 @@ class Bench:
     yield 'train step, speed', rate(self.batch, self.took)
     said = hlo.of(self.compiled)
     if said.flops is not None:
-      # The compiler counts the body of the loop over parts of a batch once.
+      # The compiler counts the body of the loop over microbatches once.
       self.flops = said.flops * self.config.accumulate * self.mesh.size
       yield 'train step, work', result(self.flops, 'FLOP')
       yield 'train step, rate', result(self.flops / self.took.median, 'FLOP/s')
@@ -123,7 +123,7 @@ class Bench:
         yield f'train step, share of that ({kind})', result(100 * share, '%')
 
   def loop(self) -> Iterator[tuple[str, dict[str, Any]]]:
-    """As training does it: other data each time, metrics read a step late."""
+    """Like training: new data in each step, metrics read one step late."""
     steps = timing.agreed(max(2, round(SECONDS / 4 / self.took.median)))
 
     def trained() -> Any:
@@ -140,7 +140,7 @@ class Bench:
         self.one_step()
       return self.state
 
-    # In turns, for a machine that others use is not as fast all the time.
+    # Alternates, because the speed of a shared machine changes with time.
     turns = [
       [timing.clock(f, seconds=0, least=1).median for f in (trained, alone)]
       for _ in range(5)
@@ -159,7 +159,7 @@ class Bench:
 
   def data(self) -> Iterator[tuple[str, dict[str, Any]]]:
     for _ in range(20):
-      next(self.batches)  # what was read ahead does not count
+      next(self.batches)  # batches that were prefetched do not count
     number, begun = 0, time.perf_counter()
     while time.perf_counter() - begun < SECONDS / 2 or number < 20:
       next(self.batches)
@@ -189,7 +189,7 @@ class Bench:
     yield 'checkpoint, until it is on disk', seconds(timing.spread(whole))
 
   def sampling(self) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A few steps in one scan, and as many with a dispatch each."""
+    """Compares a few steps in one scan with one dispatch for each step."""
     config, mesh, steps = self.config, self.mesh, self.config.sampler.steps
     few = min(STEPS, steps)
     size = runs.at_a_time(config, mesh, self.batch)
@@ -211,7 +211,7 @@ class Bench:
 
     scan, one = steps_in_one(few), steps_in_one(1)
     yield 'sampler, a step', result(scan.median / few, 's')
-    # One that takes all steps is as many times as long: its loop is the same.
+    # Extrapolated to all steps, which run in the same loop.
     yield 'sampler, speed', rate(size * few / steps, scan)
     ratio = one.median * few / scan.median
     yield 'sampler, a dispatch a step, over one scan', result(ratio, 'times')
@@ -224,13 +224,13 @@ class Bench:
 
 
 def data(config: ConfigDict) -> store.Source:
-  """The data of the recipe; images of noise, where they are not here."""
+  """The data of a recipe, or images of noise if they are not available."""
   try:
     return dataset.source(config)
   except errors.UserError as error:
     if config.condition.name:
       raise
-    logs.say(f'noise stands in for the data: {error}')
+    logs.say(f'using noise instead of the data: {error}')
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (256, *recipe.shape(config)), np.uint8)
   return store.from_arrays(images, np.full(256, -1, np.int32))
@@ -253,10 +253,10 @@ def seconds(spread: timing.Spread) -> dict[str, Any]:
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-  """The results in a file that `--json` has written.
+  """Reads the results from a file written with `--json`.
 
   Raises:
-    UserError: if it is not one.
+    UserError: If it is not such a file.
   """
   try:
     found = jsonfile.read(path)['results']
@@ -272,7 +272,7 @@ def table(
   results: dict[str, dict[str, Any]],
   earlier: dict[str, Any],
 ) -> str:
-  """A line a result: what, how much, from least to most; now over earlier."""
+  """One line per result: name, value, range, and ratio to `earlier`."""
   lines = [', '.join(f'{key} {value}' for key, value in about.items() if value)]
   for name, now in results.items():
     line = f'{name:45}{shown(now["value"], now["unit"]):>18}'
@@ -280,7 +280,7 @@ def table(
       low, high = (shown(now[key], now['unit']) for key in ('low', 'high'))
       line += f'  ({low} to {high})'
     if before := earlier.get(name, {}).get('value'):
-      line = f'{line:95}{now["value"] / before:6.2f} of before'
+      line = f'{line:95}{now["value"] / before:6.2f} x earlier'
     lines.append(line.rstrip())
   return '\n'.join(lines)
 

@@ -1,7 +1,7 @@
-"""What a compiled program says of itself: memory, work, collectives.
+"""Memory, work and collectives of a compiled program.
 
-All numbers are of one device. Nothing is run: the program may be for devices
-that are not here.
+All numbers are for one device. Nothing is run, so the program may be compiled
+for devices that this machine does not have.
 """
 
 import re
@@ -20,8 +20,8 @@ KINDS = (
 )
 HOST = ('infeed', 'outfeed', 'send', 'recv')
 
-# `ROOT %name = type opcode(operands), attributes`: the opcode is the first word
-# before a parenthesis, for those inside a type follow a colon or another one.
+# `ROOT %name = type opcode(operands), attributes`. The opcode is the first
+# lowercase word before a parenthesis; a layout like `{0:T(8)(2,1)}` has none.
 INSTRUCTION = re.compile(
   r'^\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$'
 )
@@ -34,11 +34,11 @@ ARRAY = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,<=]*)\]')
 
 
 class Collective(NamedTuple):
-  """The collectives of one kind in a program, as its text has them.
+  """The collectives of one kind in the text of a program.
 
-  The bytes are of the larger of what goes in and what comes out: of the whole
-  array that is reduced, gathered or moved. One in the body of a loop stands
-  once in the text, and runs in every turn.
+  Bytes are those of the operands or of the outputs, whichever are larger: of
+  the whole array that is reduced, gathered or moved. A collective in a loop is
+  counted once, although it runs in every iteration.
   """
 
   number: int
@@ -48,35 +48,35 @@ class Collective(NamedTuple):
 
 
 class Account(NamedTuple):
-  """Bytes of memory, and work, of one device. A count is None if unknown.
+  """Memory, in bytes, and work of one device; None is unknown.
 
-  `flops` and `bytes` are the compiler's own, and have the body of a loop once,
-  however often it runs.
+  `flops` and `bytes` are the compiler's counts, which include the body of a
+  loop once, however often it runs.
   """
 
   arguments: int
-  outputs: int  # with what is donated
-  donated: int  # of the outputs, what takes the memory of arguments
+  outputs: int  # including donated ones
+  donated: int  # outputs that reuse the memory of arguments
   temporaries: int
   code: int
-  peak: int  # all of it at once
+  peak: int  # all of the above at once
   flops: float | None
   bytes: float | None  # read and written
-  optimal_seconds: float | None  # of the compiler's model of the device
-  collectives: dict[str, Collective]  # those that there are, by kind
-  host_transfers: tuple[str, ...]  # names of instructions that talk to the host
+  optimal_seconds: float | None  # by the compiler's model of the device
+  collectives: dict[str, Collective]  # by kind, only those present
+  host_transfers: tuple[str, ...]  # instructions that communicate with the host
 
 
 def of(compiled: Any) -> Account:
-  """The account of what `jax.jit(f).lower(...).compile()` returns."""
+  """Returns the account of `jax.jit(f).lower(...).compile()`."""
   memory, text = compiled.memory_analysis(), compiled.as_text()
   cost = compiled.cost_analysis() or {}
-  # Some versions give a list of one.
+  # Some versions of JAX return a list with one element.
   cost = cost[0] if isinstance(cost, list) else cost
 
   def known(key: str) -> float | None:
     value = cost.get(key, -1.0)
-    return value if value >= 0 else None  # below zero means: not known
+    return value if value >= 0 else None  # negative: not known
 
   arguments = memory.argument_size_in_bytes
   outputs = memory.output_size_in_bytes
@@ -107,7 +107,7 @@ class Instruction(NamedTuple):
 
 
 def instructions(text: str) -> Iterator[Instruction]:
-  """Those of a program in XLA's HLO text, such as `compiled.as_text()`."""
+  """Yields the instructions of a program in HLO text (`compiled.as_text()`)."""
   computation = ''
   for line in text.splitlines():
     if head := COMPUTATION.match(line):
@@ -117,12 +117,12 @@ def instructions(text: str) -> Iterator[Instruction]:
 
 
 def collectives(text: str) -> dict[str, Collective]:
-  """Those of a program, by kind; an asynchronous pair counts as one."""
-  all_of_them = list(instructions(text))
-  sizes = {i.name: type_bytes(i.type) for i in all_of_them}
-  looped = in_loops(all_of_them)
+  """Counts collectives by kind; an asynchronous start and done count as one."""
+  program = list(instructions(text))
+  sizes = {i.name: type_bytes(i.type) for i in program}
+  looped = in_loops(program)
   found: dict[str, Collective] = {}
-  for i in all_of_them:
+  for i in program:
     kind = i.opcode.removesuffix('-start')
     if kind not in KINDS:
       continue
@@ -144,12 +144,12 @@ def collective_bytes(i: Instruction, sizes: dict[str, int]) -> int:
   if i.opcode == 'collective-permute-start':
     return into or out // 2
   if i.opcode.endswith('-start') and out > into:
-    out -= into  # its type holds the operands as well
+    out -= into  # the type of a start includes its operands
   return max(into, out)
 
 
 def operands(rest: str) -> list[str]:
-  """The names in `%a, f32[2]{0} %b), attributes`."""
+  """Operand names in text such as `%a, f32[2]{0} %b), attributes`."""
   depth = 0
   for end, character in enumerate(rest):
     depth += (character == '(') - (character == ')')
@@ -159,7 +159,7 @@ def operands(rest: str) -> list[str]:
 
 
 def type_bytes(text: str) -> int:
-  """Of an array or a tuple, such as `(f32[8,32]{1,0}, u32[])`."""
+  """Bytes of an array or tuple type such as `(f32[8,32]{1,0}, u32[])`."""
   total = 0
   for name, bits, shape in ARRAY.findall(text):
     size = 8 if name == 'pred' else int(bits)
@@ -169,11 +169,11 @@ def type_bytes(text: str) -> int:
   return total
 
 
-def in_loops(all_of_them: list[Instruction]) -> set[str]:
-  """The computations that run in every turn of some loop."""
+def in_loops(program: list[Instruction]) -> set[str]:
+  """Names of the computations that run in every iteration of some loop."""
   calls: dict[str, set[str]] = {}
   waiting = []
-  for i in all_of_them:
+  for i in program:
     for how, name in CALLED.findall(i.rest):
       calls.setdefault(i.computation, set()).add(name)
       if i.opcode == 'while' and how in ('body', 'condition'):
@@ -192,7 +192,7 @@ def in_loops(all_of_them: list[Instruction]) -> set[str]:
 
 
 def host_transfers(text: str) -> tuple[str, ...]:
-  """The instructions that stop for the host: feeds, transfers, callbacks."""
+  """Names of instructions that wait for the host: feeds, sends, callbacks."""
   return tuple(
     i.name
     for i in instructions(text)

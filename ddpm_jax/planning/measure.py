@@ -1,4 +1,4 @@
-"""A program, compiled, in numbers."""
+"""Compiles a program, and reports its memory, work and time."""
 
 import math
 import re
@@ -14,14 +14,17 @@ from ddpm_jax.planning import topology as targets
 UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
-def program(it: programs.Program, target: targets.Target) -> dict[str, Any]:
-  """Compiles it. What is not known is None, such as all but the memory that it
-  needs of a program that does not fit."""
-  chip, turns = target.chip, it.turns
-  state = device_bytes(it.args[0])
+def program(p: programs.Program, target: targets.Target) -> dict[str, Any]:
+  """Compiles a program; returns its numbers for one device.
+
+  A number that is not known is None. If the compiler rejects the program
+  because it does not fit, only the memory that it needs is known.
+  """
+  chip, turns = target.chip, p.turns
+  state = device_bytes(p.args[0])
   found = {
     'fits': False if chip.memory else None,
-    'images': it.images,
+    'images': p.images,
     'state_bytes': state,
     **dict.fromkeys(
       (
@@ -32,9 +35,7 @@ def program(it: programs.Program, target: targets.Target) -> dict[str, Any]:
     ),
   }
   start = time.time()
-  lowered = it.jitted.trace(*it.args).lower(
-    lowering_platforms=(target.platform,)
-  )
+  lowered = p.jitted.trace(*p.args).lower(lowering_platforms=(target.platform,))
   try:
     a = hlo.of(lowered.compile())
   except jax.errors.JaxRuntimeError as e:
@@ -60,7 +61,7 @@ def program(it: programs.Program, target: targets.Target) -> dict[str, Any]:
   seconds = known[bound_by] if bound_by else None
   optimal = all_turns(a.optimal_seconds) or None
   return found | {
-    # The TPU's compiler refuses what does not fit; the others do not look.
+    # The TPU compiler rejects a program that does not fit; others do not check.
     'fits': target.platform == 'tpu' or (chip.memory and a.peak <= chip.memory),
     'argument_bytes': a.arguments,
     'activation_bytes': a.temporaries,
@@ -79,12 +80,12 @@ def program(it: programs.Program, target: targets.Target) -> dict[str, Any]:
     'optimal_seconds': optimal,
     'roofline_seconds': seconds,
     'bound_by': bound_by,
-    'images_per_second': seconds and it.images / seconds,
+    'images_per_second': seconds and p.images / seconds,
   }
 
 
 def device_bytes(tree: Any) -> int:
-  """Of arrays, on one device."""
+  """Bytes of the arrays of a tree on one device."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     for x in jax.tree.leaves(tree)
@@ -92,7 +93,10 @@ def device_bytes(tree: Any) -> int:
 
 
 def needed(message: str, state: int) -> int | None:
-  """Bytes that a compiler says a program would have needed."""
+  """Bytes needed according to an out-of-memory message; None if not stated.
+
+  `state` is added where the message states only the temporaries.
+  """
   for pattern, before in (
     (r'Used ([\d.]+)([KMGT]?) of', 0),
     (r'temporaries \(([\d.]+)([KMGT]?)\)', state),

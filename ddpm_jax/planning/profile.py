@@ -1,4 +1,4 @@
-"""Where the time of a compiled program goes, by kinds of operation."""
+"""Profiles a compiled program: its time by kind of operation."""
 
 import collections
 import pathlib
@@ -14,17 +14,18 @@ import jax
 from ddpm_jax.parallel import processes
 from ddpm_jax.planning import hlo
 
-STEPS = 3  # that are traced
-HOLDS_OTHERS = ('while', 'call', 'conditional')
+STEPS = 3  # traced
+# Opcodes whose time includes that of other instructions.
+CONTAINERS = ('while', 'call', 'conditional')
 
 
 class Cost(NamedTuple):
-  """What operations of one kind take of a step."""
+  """The cost per step of the operations of one kind."""
 
-  kind: str  # such as `backward conv_general_dilated`
+  kind: str  # for example `backward conv_general_dilated`
   seconds: float
-  share: float  # of all operations
-  number: int
+  share: float  # of the time of all operations, 0..1
+  number: int  # of operations
 
 
 def costliest(
@@ -33,15 +34,15 @@ def costliest(
   compiled: jax.stages.Compiled,
   most: int = 10,
 ) -> list[Cost]:
-  """Traces a few steps into `folder`, and adds up their operations.
+  """Traces a few steps; returns the costliest kinds of operation, sorted.
+
+  Only the primary process is traced; the others return [].
 
   Args:
-    step: runs `compiled` once, and returns arrays.
-    folder: what TensorBoard and Perfetto open comes below it.
-    compiled: whose text says what operations are for.
-    most: kinds that are returned, the costliest first.
-
-  Of several processes the first one is traced.
+    step: Runs `compiled` once, and returns arrays.
+    folder: Where the trace is written, for TensorBoard and Perfetto.
+    compiled: The program; its HLO text gives the kinds of operations.
+    most: Number of kinds to return.
   """
   jax.block_until_ready(step())
   trace_it = processes.is_primary()
@@ -66,25 +67,25 @@ def costliest(
 
 
 def operations(trace: pathlib.Path) -> Iterator[tuple[str, float]]:
-  """(name of an instruction, seconds) of every event of a trace."""
+  """Yields (instruction name, seconds) for every operation in a trace."""
   for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
     for line in plane.lines:
       for event in line.events:
         name = dict(event.stats).get('hlo_op')
-        if name is None and line.name == 'XLA Ops':  # of a TPU
+        if name is None and line.name == 'XLA Ops':  # TPU
           name = event.name.removeprefix('%').partition(' ')[0]
         if name is not None:
           yield str(name), event.duration_ns / 1e9
 
 
 def named(text: str) -> dict[str, str]:
-  """What each instruction of a program in HLO text is for, by its name.
+  """Maps instruction names of a program in HLO text to kinds of operation.
 
-  A fusion without a note of its own is for what is costliest inside it.
+  A fusion has the kind of the convolution or matrix product inside it, if any.
   """
   inside = collections.defaultdict(list)
-  everything = list(hlo.instructions(text))
-  for i in everything:
+  program = list(hlo.instructions(text))
+  for i in program:
     inside[i.computation].append(i)
 
   def kind(i: hlo.Instruction) -> str:
@@ -100,7 +101,7 @@ def named(text: str) -> dict[str, str]:
         return next(filter(None, found))
     return re.sub(r'[.\d]+$', '', i.name)
 
-  return {i.name: kind(i) for i in everything if i.opcode not in HOLDS_OTHERS}
+  return {i.name: kind(i) for i in program if i.opcode not in CONTAINERS}
 
 
 def purpose(rest: str) -> str:
@@ -119,4 +120,4 @@ def table(costs: list[Cost]) -> str:
     f'{c.share:6.1%}{1e3 * c.seconds:11.2f} ms{c.number:7} times  {c.kind}'
     for c in costs
   ]
-  return '\n'.join(['of a train step, by kinds of operation', *rows])
+  return '\n'.join(['time of a train step, by kind of operation', *rows])

@@ -1,4 +1,4 @@
-"""The programs of a recipe, with the shapes of what they take."""
+"""The compiled programs of a recipe, with the shapes of their arguments."""
 
 import functools
 from typing import Any
@@ -15,20 +15,27 @@ from ddpm_jax import sampling
 from ddpm_jax.parallel import engines
 from ddpm_jax.parallel import meshes
 
-IMAGES = 50_000  # to draw in all: papers score so many
+IMAGES = 50_000  # Number of samples, as for FID in papers.
 
 
 class Program(NamedTuple):
-  """What is compiled, and how it counts."""
+  """A program to compile, and how its costs are counted.
 
-  jitted: Any  # by jit, not yet for any devices
-  args: tuple[Any, ...]  # shapes, types and shardings
-  turns: int  # of the loop that holds its work, which the compiler counts once
-  images: int  # made or learned from in a call
+  Attributes:
+    jitted: The jitted function.
+    args: Shapes, dtypes and shardings of the arguments.
+    turns: Iterations of its main loop, which the compiler counts once.
+    images: Images drawn, or trained on, per call.
+  """
+
+  jitted: Any
+  args: tuple[Any, ...]
+  turns: int
+  images: int
 
 
 def train(config: ConfigDict, mesh: jax.sharding.Mesh) -> Program:
-  """As `jobs/train.py` compiles it."""
+  """The training step, as `trainer.loop` compiles it."""
   init = functools.partial(build.init_state, config)
   state = meshes.abstract_state(init, mesh)
   step = engines.Jit(mesh).compile_step(
@@ -40,7 +47,7 @@ def train(config: ConfigDict, mesh: jax.sharding.Mesh) -> Program:
 
 
 def batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """The shapes of what a source gives."""
+  """The shapes of a batch of the recipe's data."""
   n = config.batch_size
   dtype = jnp.uint8 if recipe.image_size(config) else jnp.float32
   shapes: dict[str, Any] = {
@@ -49,7 +56,7 @@ def batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     'label': jax.ShapeDtypeStruct((n,), jnp.int32),
   }
   if config.condition.name not in ('', 'label'):
-    # With one caption an image.
+    # With one caption per image.
     shapes['text'] = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((n, 1, *x.shape[1:]), x.dtype),
       conditions(config, n),
@@ -58,7 +65,7 @@ def batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 
 def conditions(config: ConfigDict, n: int) -> Any:
-  """The shapes of n conditions of texts."""
+  """The shapes of n encoded texts."""
   return jax.eval_shape(lambda: build.encoder(config).nothing(n))
 
 
@@ -70,7 +77,7 @@ def placed(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def draw(config: ConfigDict, mesh: jax.sharding.Mesh) -> Program:
-  """As `jobs/sample.py` compiles it."""
+  """The sampler, as `run.sampler` compiles it."""
   init = functools.partial(build.init_state, config)
   params = meshes.abstract_state(init, mesh).ema_params
   n = runs.at_a_time(config, mesh, IMAGES)

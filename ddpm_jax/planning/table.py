@@ -1,4 +1,4 @@
-"""A plan for people."""
+"""Formats a plan as text."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +7,7 @@ from ddpm_jax.planning import programs
 
 
 def markdown(found: dict[str, Any]) -> str:
-  """A plan as a table for people, in Markdown."""
+  """Returns a plan as a Markdown table with notes below it."""
   draw = found['sampler']
   mesh = ' x '.join(f'{k} {n}' for k, n in found['mesh'].items())
   memory = found['memory_bytes']
@@ -48,24 +48,24 @@ def markdown(found: dict[str, Any]) -> str:
 def notes(found: dict[str, Any]) -> Iterator[str]:
   if found['roofline_seconds']:
     yield (
-      'Times are at least that: no program reaches the roofline, and what the '
-      'collectives take is not in it.'
+      'Times are lower bounds: no program reaches the roofline, and it does '
+      'not include the collectives.'
     )
   elif found['memory_bytes'] and found['train_fits']:
     yield (
-      'The compiler for GPUs counts no work, and its memory is without the '
-      'workspace of cuDNN.'
+      'The GPU compiler does not count FLOPs or bytes, and its memory does not '
+      'include the workspace of cuDNN.'
     )
   if not found['optimized']:
     yield (
-      'Compiled at O0: with the FLOPs and the collectives of a run, and nearly '
-      'its memory. --optimize compiles as a run does, which takes long.'
+      'Compiled at O0: FLOPs and collectives are those of a run, and memory is '
+      'nearly so. --optimize compiles as a run does, which takes long.'
     )
   for what, of in ('training step', found), ('sampler', found['sampler']):
     if advised := of['advice']:
       word = 'fits' if advised['fits'] else 'does not fit either'
       yield (
-        f'Instead, {advised["change"]}: the {what} then {word}, with '
+        f'With {advised["change"]} the {what} {word}: '
         f'{size(advised["peak_bytes"])} as compiled; the estimate was '
         f'{size(advised["estimated_bytes"]) or "not possible"}.'
       )

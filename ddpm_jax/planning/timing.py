@@ -1,4 +1,4 @@
-"""How long things take, and how fast this machine is at best."""
+"""Measures the time of calls, and the peak FLOP/s of this machine."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ from ddpm_jax.parallel import meshes
 
 
 class Spread(NamedTuple):
-  """Seconds of one call, over several."""
+  """Seconds per call: median, minimum and maximum over several calls."""
 
   median: float
   low: float
@@ -31,11 +31,10 @@ def spread(took: list[float]) -> Spread:
 
 
 def clock(call: Callable[[], Any], *, seconds: float, least: int = 3) -> Spread:
-  """Times `call` again and again, for about so many seconds.
+  """Times calls for about `seconds` in total, at least `least` of them.
 
-  Each is timed until its arrays are there, after one that is not timed: it
-  compiles, and gets its memory from the system. Of several processes all call
-  it as often.
+  Each is timed until its arrays are ready. A first call, which compiles and
+  allocates memory, is not timed. All processes make as many calls.
   """
   jax.block_until_ready(call())
   took: list[float] = []
@@ -50,7 +49,7 @@ def clock(call: Callable[[], Any], *, seconds: float, least: int = 3) -> Spread:
 
 
 def agreed(number: int) -> int:
-  """What process 0 says."""
+  """The number of process 0, for all processes."""
   if jax.process_count() == 1:
     return number
   return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
@@ -67,10 +66,10 @@ def compile_seconds(
 def peaks(
   mesh: jax.sharding.Mesh, dtype: str, seconds: float
 ) -> dict[str, float]:
-  """FLOP/s of all devices of a mesh together, for the best of two sizes.
+  """Measures the FLOP/s of all devices of a mesh together.
 
-  `matmul`: of square matrices; `convolution`: 3x3, as in the U-Net. Each device
-  has rows, or images, of its own.
+  `matmul` is for square matrices, `convolution` for 3x3 kernels as in the
+  U-Net; each is the best of two sizes. Each device has its own rows or images.
   """
   cpu = mesh.devices.flat[0].platform == 'cpu'
   images = 8 if cpu else 256
@@ -87,7 +86,7 @@ def peaks(
     )
     kernel = jax.device_put(np.ones(w, dtype), meshes.replicated(mesh))
     call = functools.partial(jax.jit(work), rows, kernel)
-    # Each output is made of all of w that leads to it.
+    # 2 prod(w) FLOPs for each row or pixel.
     number = 2 * n * math.prod(x[:-1]) * math.prod(w)
     return number / clock(call, seconds=seconds).low
 

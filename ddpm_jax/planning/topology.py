@@ -1,8 +1,8 @@
-"""Devices that need not be here, to compile for, and what they can do.
+"""Devices to compile for, which this machine need not have, and their limits.
 
-cpu:8      8 devices on this machine's processor
-v5e:4x4    TPU: v4, v5e, v5p, v6e, by the shape of the slice in chips
-h100:2x8   GPU: hosts x GPUs of each
+cpu:8      8 devices on the CPU of this machine
+v5e:4x4    TPU: v4, v5e, v5p or v6e, and the shape of the slice in chips
+h100:2x8   GPU: hosts x GPUs per host
 """
 
 import math
@@ -20,23 +20,23 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """What one device has; None: not known, or not asked."""
+  """Limits of one device; None is not known or not used."""
 
-  memory: float | None = None  # bytes that a program may have
-  flops: float | None = None  # a second, bfloat16
-  bandwidth: float | None = None  # bytes a second, of that memory
+  memory: float | None = None  # bytes available to a program
+  flops: float | None = None  # FLOP/s in bfloat16
+  bandwidth: float | None = None  # bytes/s of the memory
 
 
-# The memory is what libtpu 0.0.42 lets a program have, of the 32, 16, 95 and 32
-# GB of the chip; the rest is from docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p
-# and /v6e.
+# Memory is what libtpu 0.0.42 makes available to a program, of the 32, 16, 95
+# and 32 GB of the chips. The other numbers are from
+# docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e.
 TPUS = {
   'v4': Chip(30.75 * GIB, 275e12, 1228e9),
   'v5e': Chip(15.75 * GIB, 197e12, 819e9),
   'v5p': Chip(95.74 * GIB, 459e12, 2765e9),
   'v6e': Chip(31.25 * GIB, 918e12, 1638e9),
 }
-# What the CUDA compiler asks of a device: an H100 SXM, 80 GB.
+# Description of an H100 SXM (80 GB) for the CUDA compiler.
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -74,26 +74,26 @@ EXAMPLES = (
 
 class Target(NamedTuple):
   name: str
-  platform: str  # of the compiler: cpu, tpu or cuda
+  platform: str  # compiler platform: cpu, tpu or cuda
   devices: list[Any]
   chip: Chip
 
 
 def find(name: str) -> Target:
-  """The devices of a topology such as `v5e:4x4`.
+  """Returns the devices of a topology such as `v5e:4x4`.
 
-  Call it before anything runs: this process will have no other devices.
+  Must be called before JAX is used: it restricts this process to the CPU.
 
   Raises:
-    UserError: if there is none of the name, or its compiler is not installed.
+    UserError: If the topology is unknown, or its compiler is not installed.
   """
   kind, _, shape = name.partition(':')
   sides = [int(side) for side in shape.split('x') if side.isdecimal()]
   unknown = errors.unknown('topology', name, EXAMPLES)
   if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', shape):
     raise unknown
-  # Planning runs nothing, so it takes no device from those who do. Programs for
-  # devices that are not here cannot be read back from a cache.
+  # Planning runs nothing, so it leaves the accelerators to other processes.
+  # Programs for absent devices cannot be read back from a compilation cache.
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_enable_compilation_cache', False)
   if kind == 'cpu' and len(sides) == 1:
@@ -109,7 +109,7 @@ def find(name: str) -> Target:
 def _cpu(n: int) -> list[Any]:
   try:
     jax.config.update('jax_num_cpu_devices', n)
-  except RuntimeError:  # They are there already.
+  except RuntimeError:  # JAX is already initialized.
     if len(jax.devices()) < n:
       raise errors.UserError(
         f'--topology=cpu:{n}: this process has {len(jax.devices())} devices'
@@ -125,10 +125,10 @@ def _tpu(name: str, kind: str, sides: list[int]) -> list[Any]:
   )
   options: dict[str, Any] = {}
   if kind == 'v4':
-    options['chip_config_name'] = 'megacore'  # a chip is one device
+    options['chip_config_name'] = 'megacore'  # one device per chip
   if math.prod(sides) == 1:
     options['chips_per_host_bounds'] = (1, 1, 1)
-  # Else libtpu looks for a TPU of its own, and says so at length.
+  # Otherwise libtpu searches for a local TPU, and logs many lines about it.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-16')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
@@ -137,7 +137,7 @@ def _tpu(name: str, kind: str, sides: list[int]) -> list[Any]:
     found = topologies.get_topology_desc(name, 'tpu', **options)
   except jax.errors.JaxRuntimeError as e:
     raise errors.UserError(
-      f'--topology={name}: {e}; take one such as {", ".join(EXAMPLES[1:-1])}'
+      f'--topology={name}: {e}; use for example {", ".join(EXAMPLES[1:-1])}'
     ) from None
   return list(found.devices)
 

@@ -52,20 +52,20 @@ def shown(progress: bool) -> Iterator[None]:
     _shown.reset(token)
 
 
-def _is_shown() -> bool:
+def is_shown() -> bool:
   """Whether this process prints: the first of several, if not hidden."""
   return processes.is_primary() and _shown.get()
 
 
 def say(message: str) -> None:
   """Prints a line to stderr, above the progress bar, if shown."""
-  if _is_shown():
+  if is_shown():
     tqdm.tqdm.write(message, file=sys.stderr)
 
 
 def result(message: str) -> None:
   """Prints a line to stdout, if shown."""
-  if _is_shown():
+  if is_shown():
     print(message)
 
 
@@ -513,7 +513,7 @@ def _bar(
     initial=initial,
     unit=unit,
     postfix=shown,
-    disable=not _is_shown(),
+    disable=not is_shown(),
     file=sys.stderr if terminal else _Lines(sys.stderr),
     dynamic_ncols=True,
     leave=None,  # keep it, unless it is inside another bar

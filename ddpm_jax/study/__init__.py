@@ -1,1 +1,1 @@
-"""The figures of the paper, and others like them."""
+"""Figures of the paper, and further figures of the same kind."""

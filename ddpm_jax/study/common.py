@@ -1,4 +1,4 @@
-"""What figures share: a run that has been trained, and how they come back."""
+"""Code shared by the figures: the type that they return, and their data."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,42 +20,41 @@ Run = runs.Run
 
 
 class Drawn(NamedTuple):
-  """A figure: tiles, with words to them, below a plot; perhaps a film."""
+  """A figure: any of a plot, a labelled grid below it, and an animation."""
 
   tiles: np.ndarray | None = None  # uint8 (rows, columns, H, W, C)
-  titles: Sequence[str] = ()  # of the columns
-  labels: Sequence[str] = ()  # of the rows
-  plot: np.ndarray | None = None
-  # Frames (F, rows, columns, H, W, C), and what stands above each.
-  frames: np.ndarray | None = None
-  heads: Sequence[str] = ()
+  titles: Sequence[str] = ()  # of columns
+  labels: Sequence[str] = ()  # of rows
+  plot: np.ndarray | None = None  # uint8 (height, width, 3)
+  frames: np.ndarray | None = None  # uint8 (F, rows, columns, H, W, C)
+  heads: Sequence[str] = ()  # F titles of frames
 
 
 def spread(T: int, n: int) -> list[int]:
-  """n + 1 times from 0 to T, evenly; fewer if T is smaller."""
+  """n + 1 evenly spaced times from 0 to T; fewer if T < n."""
   return sorted({round(T * k / n) for k in range(n + 1)})
 
 
 def real(config: ConfigDict, seed: int, count: int) -> np.ndarray:
-  """Some images of the split to evaluate on, uint8; all if they are fewer."""
+  """`count` random images of the evaluation split, uint8, or all if fewer."""
   source, _ = dataset.source_to_evaluate(config)
   return source.gather(some(len(source), seed, count))['image']
 
 
 def need_two(figure: str, count: int) -> None:
-  """Refuses a figure of variances that would be of one image.
+  """Checks that a figure of variances over images has at least two images.
 
   Raises:
-    UserError: if `count` is below 2.
+    UserError: If `count` is below 2.
   """
   if count < 2:
     raise errors.UserError(
-      f'--figure={figure} is of variances over images, and needs 2 or more'
+      f'--figure={figure} shows variances over images, and needs 2 or more'
     )
 
 
 def some(n: int, seed: int, count: int) -> np.ndarray:
-  """`count` of n, in random order; all if they are fewer."""
+  """`count` random indices below n, without repeats; all if n < `count`."""
   index = np.random.default_rng(seed).permutation(n)[:count]
   return index.astype(np.int32)
 
@@ -63,10 +62,7 @@ def some(n: int, seed: int, count: int) -> np.ndarray:
 def noised(
   table: tables.Schedule, x0: Any, times: Any, eps: jax.Array
 ) -> np.ndarray:
-  """uint8 x_t of uint8 images, (images, times, H, W, C)  (eq. 4).
-
-  On one device: there is no network in it.
-  """
+  """uint8 x_t of uint8 images, (images, times, H, W, C)  (eq. 4)."""
   over_times = jax.vmap(process.q_sample, (None, None, 0, None))
   over_images = jax.vmap(over_times, (None, 0, None, 0))
   x_t = over_images(table, pixels.to_float(jnp.asarray(x0)), times, eps)

@@ -1,4 +1,4 @@
-"""The figure of the codec, beside its theory and beside JPEG and WebP.
+"""The figure that compares the codec with its theory, JPEG and WebP.
 
 `__all__` lists the figures.
 """
@@ -23,12 +23,12 @@ __all__ = ['codec']
 def codec(
   trained: common.Run, count: int = 32, path: pathlib.Path | None = None
 ) -> common.Drawn:
-  """What the codec sends of real images, and what comes of every part of it.
+  """Rate and distortion of the codec on real images.
 
-  Beside ΣKL, by steps received; and RMSE by bits/dim beside that of the bound,
-  which is of all T steps and sends nothing, and of JPEG and WebP, each with its
-  headers and without. `path` is of images to take in the place of those of the
-  split to evaluate on.
+  Plots the code length and ΣKL by steps received; and RMSE by bits/dim for the
+  codec, the bound with all T steps, JPEG and WebP, with and without headers.
+
+  Uses images of the evaluation split, or those of `path`.
   """
   config = trained.config.copy_and_resolve_references()
   config.evaluate.draws = 0
@@ -41,8 +41,8 @@ def codec(
   sent = transmission.send(config, params, x0, trained.seed)
   table = transmission.table(sent, x0)
   _, shown, seconds = transmission.images_of(config, params, sent.data)
-  same = 'the very image' if np.array_equal(shown, sent.shown[-1]) else 'OTHERS'
-  print(f'{table}\n{seconds / len(x0):.3f} to decode, to {same} of the sender')
+  same = 'equal' if np.array_equal(shown, sent.shown[-1]) else 'NOT equal'
+  print(f'{table}\n{seconds / len(x0):.3f} to decode, {same} to the sender')
   source = store.from_arrays(x0, np.full(len(x0), -1, np.int32))
   bound = bounds.bound_of(
     config, trained.engine, trained.params, source, len(x0), trained.seed
@@ -77,7 +77,7 @@ def codec(
 def by_quality(
   x0: np.ndarray, form: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Bits/dim of whole files and without headers, and RMSE, by quality."""
+  """Bits/dim with and without headers, and RMSE, for a range of qualities."""
   rows = []
   for quality in (1, 5, 10, 20, 30, 50, 70, 80, 90, 95, 100):
     every = [images.encode(x, form, quality) for x in x0]
@@ -92,7 +92,7 @@ def by_quality(
 def quality_table(
   form: str, whole: np.ndarray, inner: np.ndarray, rmse: np.ndarray
 ) -> str:
-  """For a person."""
+  """Formats the result of `by_quality` as text."""
   rows = [f'{form}: whole file (bits/dim)   without header   RMSE (0..255)']
   for row in zip(whole, inner, rmse, strict=True):
     rows += ['{:27.3f}   {:14.3f}   {:13.3f}'.format(*row)]

@@ -1,4 +1,4 @@
-"""The figures of curves, and the tables that they print.
+"""The figures that are curves. Each also prints a table.
 
 `__all__` lists the figures.
 """
@@ -34,8 +34,8 @@ __all__ = ['gradients', 'quality', 'rate_distortion', 'two_term']
 def quality(trained: common.Run, count: int = 500) -> common.Drawn:
   """Sample quality by reverse step: figure 10, with the small-data score.
 
-  Of x̂_0 at twenty times on the way, in the features of a classifier of the
-  data; see `metrics/classifier_score.py`.
+  Scores x̂_0 at twenty times of the chain with the features of a classifier of
+  the data; see `metrics/classifier_score.py`.
   """
   common.need_two('quality', count)
   config, N = trained.config, trained.config.sampler.steps
@@ -69,11 +69,11 @@ def quality(trained: common.Run, count: int = 500) -> common.Drawn:
 
 
 def rate_distortion(trained: common.Run, count: int = 64) -> common.Drawn:
-  """Progressive lossy compression: figure 5, and the appendix's table of it.
+  """Progressive lossy compression: figure 5, and its table in the appendix.
 
-  The rate at t is what tells x_t to one who has the model (Algorithms 3 and 4),
-  the distortion the error of x̂_0 made of it. Exact in t, for the first `count`
-  images of the split to evaluate on.
+  The rate at t is the cost of sending x_t to a receiver with the model
+  (Algorithms 3 and 4). The distortion is the error of x̂_0(x_t). Evaluates all
+  t, on the first `count` images of the evaluation split.
   """
   config = trained.config.copy_and_resolve_references()
   config.evaluate.draws = 0
@@ -94,12 +94,12 @@ def rate_distortion(trained: common.Run, count: int = 64) -> common.Drawn:
 
 
 def progress(bound: likelihood.Bound) -> tuple[np.ndarray, np.ndarray]:
-  """Rate, bits/dim, and RMSE, in 0..255, at reverse steps 1..T (t = T..1).
+  """Rate (bits/dim) and RMSE (0..255), (T,), at reverse steps 1..T (t = T..1).
 
-  Means over the images of a bound at all times. L_T tells x_T; then L_{s-1}
-  tells x_{s-1}, so that x_t has cost L_T + Σ_{s>t} L_{s-1}.
+  Means over the images of a bound at all times. Sending x_T costs L_T, and then
+  x_{s-1} costs L_{s-1}, so the rate at t is L_T + Σ_{s>t} L_{s-1}.
   """
-  nats = np.asarray(bound.terms, np.float64).mean(0)[1:]  # for x_1..x_{T-1}
+  nats = np.asarray(bound.terms, np.float64).mean(0)[1:]  # L_1..L_{T-1}
   prior = np.asarray(bound.prior, np.float64).mean()
   rate = np.cumsum([prior, *nats[::-1]]) * likelihood.BITS
   mse = np.asarray(bound.mse, np.float64).mean(0)
@@ -107,7 +107,7 @@ def progress(bound: likelihood.Bound) -> tuple[np.ndarray, np.ndarray]:
 
 
 def table(rate: np.ndarray, rmse: np.ndarray, of: str) -> str:
-  """For a person, as in the paper's appendix."""
+  """Formats rates and RMSE as in the paper's appendix."""
   lines = ['reverse step   rate (bits/dim)   RMSE (0..255)']
   for step in common.spread(len(rate), 10)[:0:-1]:
     lines += [f'{step:12}   {rate[step - 1]:15.5f}   {rmse[step - 1]:13.5f}']
@@ -115,12 +115,12 @@ def table(rate: np.ndarray, rmse: np.ndarray, of: str) -> str:
 
 
 def gradients(trained: common.Run, count: int = 256) -> common.Drawn:
-  """How much the gradients of two losses with one minimum vary, by t.
+  """Gradient variance by t of two losses with the same minimum.
 
-  `losses.two_noise` and `losses.one_noise`, on the trained network. The
-  variance is the trace of the covariance over `count` images with their noise;
-  its estimate, E_v Var(v·∇L) over directions v ~ N(0, I), needs no gradient an
-  example, but a forward pass with tangents.
+  Compares `losses.two_noise` and `losses.one_noise` on the trained network. The
+  variance is the trace of the covariance over `count` images and their noise.
+  Its estimate, E_v Var(v·∇L) for directions v ~ N(0, I), needs forward-mode
+  derivatives instead of a gradient for each example.
   """
   config, directions = trained.config, 8
   x0 = common.real(config, trained.seed, count)
@@ -169,7 +169,7 @@ def gradients(trained: common.Run, count: int = 256) -> common.Drawn:
 
 
 def gradient_table(times: np.ndarray, two: np.ndarray, one: np.ndarray) -> str:
-  """For a person."""
+  """Formats gradient variances at some times as text."""
   lines = ['variance of the gradient: t   two noises   one noise   ratio']
   for row in zip(times, two, one, two / one, strict=True):
     lines += ['{:27}   {:10.3g}   {:9.3g}   {:5.4g}'.format(*row)]
@@ -177,10 +177,10 @@ def gradient_table(times: np.ndarray, two: np.ndarray, one: np.ndarray) -> str:
 
 
 def two_term(trained: common.Run, count: int = 8) -> common.Drawn:
-  """How noisy the bound's form in two terms is, beside that in three.
+  """Noise of the bound's estimators with two terms (eq. 3) and three (eq. 5).
 
-  Each is drawn 16 times for each of `count` images, and noise is the standard
-  deviation over what is drawn for one image.
+  Each estimator is drawn 16 times for each of `count` images. Noise is the
+  standard deviation over the draws of one image.
   """
   config, draws = trained.config.copy_and_resolve_references(), 16
   config.evaluate.draws = 0
@@ -215,7 +215,7 @@ def two_term(trained: common.Run, count: int = 8) -> common.Drawn:
 
 
 def two_term_table(drawn: dict[str, np.ndarray]) -> str:
-  """Of bits/dim (images, draws, 1 + T), L_T first, for a person."""
+  """Formats terms, (images, draws, 1 + T) bits/dim with L_T first, as text."""
   lines = ['                 bound   noise: all t   one t, T times']
   for name, x in drawn.items():
     total, terms = x.sum(2), x[..., 1:]

@@ -1,4 +1,4 @@
-"""The figures of images: the paper's 2, 6 to 9, and those of its appendix.
+"""The figures that are grids of images: 2, 6 to 9, and the appendix's.
 
 `__all__` lists the figures.
 """
@@ -40,7 +40,7 @@ __all__ = [
 def forward(trained: common.Run, count: int = 6) -> common.Drawn:
   """Images becoming noise under q: the chain of figure 2, from right to left.
 
-  An image keeps one ε for all t, so that the film is of one thing.
+  Each image has the same ε for all t, so that the animation is continuous.
   """
   config, table = trained.config, build.schedule(trained.config)
   x0 = common.real(config, trained.seed, count)
@@ -58,7 +58,7 @@ def forward(trained: common.Run, count: int = 6) -> common.Drawn:
 
 
 def every_schedule(config: ConfigDict) -> dict[str, tables.Schedule]:
-  """All schedules with the keys of a recipe; equal ones share a line."""
+  """All schedules for a recipe by name; equal ones have one joined name."""
   names: dict[bytes, list[str]] = {}
   known: dict[bytes, tables.Schedule] = {}
   for name in tables.__all__:
@@ -74,7 +74,7 @@ def every_schedule(config: ConfigDict) -> dict[str, tables.Schedule]:
 def schedules(trained: common.Run) -> common.Drawn:
   """ᾱ_t and SNR of all schedules, and one image under each; not in the paper.
 
-  The schedule of the run itself is the thick line, and the marked row.
+  The run's own schedule is the thick line and the marked row.
   """
   config, every = trained.config, every_schedule(trained.config)
   own = next(k for k in every if config.schedule.name in k.split(', '))
@@ -103,7 +103,7 @@ def schedules(trained: common.Run) -> common.Drawn:
 
 
 def schedule_table(every: dict[str, tables.Schedule]) -> str:
-  """How much of x_0 is left in x_T, for a person."""
+  """Formats how much of x_0 is left in x_T as text."""
   width = max(len(name) for name in every)
   lines = [f'{"schedule":{width}}   log ᾱ_T   KL(q(x_T | x_0) ‖ N(0, I))']
   for name, s in every.items():
@@ -115,13 +115,13 @@ def schedule_table(every: dict[str, tables.Schedule]) -> str:
 
 
 def progressive(trained: common.Run, count: int = 8) -> common.Drawn:
-  """x̂_0 of samples at ten times on the way: figure 6."""
+  """x̂_0 of samples at ten times of the chain: figure 6."""
   config, N = trained.config, trained.config.sampler.steps
   K = min(50, N)
   draw = runs.sampler(config, trained.engine, count, snapshots=K)
   _, seen = runs.gather(draw(trained.params, seed=trained.seed))
   heads = [f't = {t}' for t in snapshot_times(config, K)]
-  # The last is the sample itself.
+  # The last snapshot is the sample itself.
   shown = [round(K * k / min(K, 10)) - 1 for k in range(1, min(K, 10) + 1)]
   return common.Drawn(
     seen[:, shown],
@@ -132,9 +132,9 @@ def progressive(trained: common.Run, count: int = 8) -> common.Drawn:
 
 
 def snapshot_times(config: ConfigDict, K: int) -> list[int]:
-  """The times that K snapshots of `samplers.sample` are of.
+  """The times of K snapshots of `samplers.sample`.
 
-  Found by sampling with a step of which the prediction is the time.
+  Found by sampling with a step that returns the time as its prediction.
   """
   table = build.sampler(config).schedule
 
@@ -148,10 +148,10 @@ def snapshot_times(config: ConfigDict, K: int) -> list[int]:
 
 
 def shared(trained: common.Run, count: int = 7) -> common.Drawn:
-  """Samples that share x_t, at several t: figure 7.
+  """Samples that share x_t, for several t: figure 7.
 
-  One chain runs to x_t, and `count` others go on from there, with noise of
-  their own. The less noise is shared, the more of the image is.
+  One chain runs to x_t, and `count` chains with different noise continue from
+  there. The smaller t, the more the samples have in common.
   """
   config, seed = trained.config, trained.seed
   p = build.sampler(config)
@@ -175,18 +175,18 @@ def shared(trained: common.Run, count: int = 7) -> common.Drawn:
     return sampling.Drawn(tiles, None, bad_t)
 
   tiles = trained.map(fn, {'t': forks, 'chain': np.zeros_like(forks)})
-  told = np.asarray(p.schedule.time)[forks]
+  times = np.asarray(p.schedule.time)[forks]
   titles = ['$x_t$', *[f'{k + 1}' for k in range(count)]]
-  return common.Drawn(tiles, titles, [f't = {t}' for t in told])
+  return common.Drawn(tiles, titles, [f't = {t}' for t in times])
 
 
 def interpolation(trained: common.Run, count: int = 1) -> common.Drawn:
   """Two images mixed at x_t and denoised, for several t: figures 8 and 9.
 
-  Each of `count` pairs of images has one ε for both, which is our choice (see
-  `editing.interpolate`), and one noise for all of its chains. At λ = 0 and 1
-  the images are reconstructed; at t = T there is next to nothing of them in
-  x_T, and a row is of one image.
+  Both images of each of `count` pairs have the same ε (see
+  `editing.interpolate`), and all chains of a pair the same noise. λ = 0 and 1
+  reconstruct the images. At t = T almost nothing of them is left in x_T, so all
+  images of a row are nearly the same.
   """
   config, seed = trained.config, trained.seed
   p = build.sampler(config)
@@ -219,22 +219,22 @@ def interpolation(trained: common.Run, count: int = 1) -> common.Drawn:
   ]
   tiles = np.concatenate([sources[0], mixed, sources[1]], axis=2)
   inner = [f'λ = {weight:.1f}' for weight in weights[1:-1]]
-  told = [f't = {t}' for t in np.asarray(p.schedule.time)[times]]
+  labels = [f't = {t}' for t in np.asarray(p.schedule.time)[times]]
   return common.Drawn(
     tiles.reshape(-1, *tiles.shape[2:]),
     ['source', 'rec.', *inner, 'rec.', 'source'],
-    told * count,
+    labels * count,
   )
 
 
 def unlike(x0: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-  """n pairs: an image of each n-th part of them, and the one least like it.
+  """Splits images into n parts, and pairs the first of each with its farthest.
 
   Raises:
-    UserError: if there are not two images for each.
+    UserError: If there are fewer than 2n images.
   """
   if len(x0) < 2 * n:
-    raise errors.UserError(f'{n} pairs are more than {len(x0)} images make')
+    raise errors.UserError(f'{n} pairs need {2 * n} images, not {len(x0)}')
   pairs = []
   for part in np.array_split(x0, n):
     gap = part.astype(np.float32) - part[0]
@@ -244,9 +244,9 @@ def unlike(x0: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nearest(trained: common.Run, count: int = 8) -> common.Drawn:
-  """Samples beside the nearest images trained on, as in the appendix.
+  """Samples and their nearest training images, as in the appendix.
 
-  By squared distance in pixels, which sees copies and little else.
+  Distances are squared differences of pixels, which reveal little but copies.
   """
   config, k = trained.config, 8
   draw = runs.sampler(config, trained.engine, count)
@@ -265,7 +265,7 @@ def neighbours(
 ) -> tuple[np.ndarray, np.ndarray]:
   """The k nearest images of a source (n, k, ...), and squared distances (n, k).
 
-  Mirrored ones as well, where those were trained on. The source is read once.
+  With `flip`, mirrored images are compared as well. The source is read once.
   """
   best = np.zeros((len(drawn), 0, *drawn.shape[1:]), np.uint8)
   squares = np.zeros((len(drawn), 0))
@@ -286,9 +286,9 @@ def neighbours(
 
 
 def generation(trained: common.Run, count: int = 10) -> common.Drawn:
-  """Greedy generation (σ = 0 at every step) and random, of the same x_T.
+  """Greedy (σ = 0 at every step) and random samples from the same x_T.
 
-  After Su's articles on DDPM; not in the paper. A column is of one x_T.
+  After Su's articles on DDPM; not in the paper. Each column has one x_T.
   """
   config, seed, draws = trained.config, trained.seed, 3
   ways = []

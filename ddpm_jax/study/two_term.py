@@ -1,4 +1,4 @@
-"""The variational bound as in eq. 3; `likelihood` computes that of eq. 5.
+"""The variational bound in the form of eq. 3; `likelihood` computes eq. 5.
 
 -E_q[log p(x_T)] + Σ E_q[log q(x_t | x_{t-1}) / p(x_{t-1} | x_t)] over a path of
 q. Both have the same expectation (Ho et al. 2020, appendix A). Where eq. 5 has
@@ -20,10 +20,10 @@ from ddpm_jax.diffusion import shapes
 def bound(
   denoiser: denoisers.Denoiser, keys: shapes.Keys, x0: shapes.Batch
 ) -> likelihood.Bound:
-  """The terms of one path x_1..x_T for each of x0; see `likelihood.bound`.
+  """Like `likelihood.bound`, from one path x_1..x_T for each example.
 
-  Here `prior` is -log p(x_T), and a term is the log ratio at t; each may be
-  negative, and only their sum is a bound.
+  `prior` is -log p(x_T), and a term is the log ratio at t. Each may be
+  negative; only their sum is a bound.
   """
   schedule = denoiser.schedule
 

@@ -1,0 +1,1 @@
+"""A user's package, which has the name of ours."""

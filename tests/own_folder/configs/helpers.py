@@ -1,0 +1,3 @@
+"""What a user's recipes share."""
+
+STEPS = 2
