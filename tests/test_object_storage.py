@@ -410,7 +410,7 @@ def test_weights_for_diffusers_are_not_written_into_a_bucket(folder):
   line = refusal(
     *('--mode=convert', f'--workdir={folder}', f'--output={folder}/out')
   )
-  assert 'name a folder' in line
+  assert 'name a local folder' in line
 
 
 @pytest.mark.parametrize('text', BAD)
