@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import dataset
+from ddpm_jax import drawing
 from ddpm_jax import plots
 from ddpm_jax import recipe
-from ddpm_jax import run as runs
 from ddpm_jax import sampling
 from ddpm_jax.data import store
 from ddpm_jax.diffusion import process
@@ -58,10 +58,10 @@ def drawer(
     return _point_drawer(config, engine, folder, source)
   condition = dataset.of_data(config, source, count)
   snapshots = min(10, config.sampler.steps)
-  draw = runs.sampler(config, engine, count, snapshots=snapshots)
+  draw = drawing.sampler(config, engine, count, snapshots=snapshots)
 
   def preview(params: Any, suffix: str) -> None:
-    tiles, seen = runs.gather(draw(params, condition, seed=config.seed))
+    tiles, seen = drawing.gather(draw(params, condition, seed=config.seed))
     if not processes.is_primary():
       return
     rows = seen[:8].reshape(-1, *tiles.shape[1:])
@@ -101,7 +101,7 @@ def _point_drawer(
 
   def preview(params: Any, suffix: str) -> None:
     chains = draw(params, rows)
-    runs.check_finite(chains.bad_t)
+    drawing.check_finite(chains.bad_t)
     reverse = list(chains.images.swapaxes(0, 1))
     if not processes.is_primary():
       return

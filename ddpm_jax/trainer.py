@@ -38,10 +38,12 @@ from ddpm_jax.parallel import engines
 from ddpm_jax.parallel import meshes
 from ddpm_jax.parallel import processes
 from ddpm_jax.parallel import stop
+from ddpm_jax.storage import boards
 from ddpm_jax.storage import checkpoint
 from ddpm_jax.storage import fingerprint
 from ddpm_jax.storage import lock
 from ddpm_jax.storage import logs
+from ddpm_jax.storage import metrics_log
 from ddpm_jax.storage import workdir
 
 # The largest weight that is saved. Those of a network that learns are below
@@ -163,7 +165,7 @@ def _train_locked(
     stack.enter_context(processes.one_fails_all(errors.RunError))
     state = start(config, engine.mesh, checkpoints, batches, allow)
     board = logged.enter_context(
-      logs.boards(
+      boards.opened(
         *(folder, int(state.step)),
         project=config.log.wandb,
         config=recipe.to_json(config),
@@ -348,7 +350,7 @@ def loop(
   batches: grain.DatasetIterator,
   save: Callable[[training.TrainState, int], None],
   preview: previews.Preview,
-  board: logs.Board,
+  board: boards.Board,
   stop_asked: Callable[[int], bool],
 ) -> training.TrainState:
   """Trains to `config.steps`, or until a stop is requested; then saves."""
@@ -360,7 +362,7 @@ def loop(
   rate_at = _learning_rates(config, step)
 
   with (
-    logs.metrics(folder, board, step, config.batch_size) as log,
+    metrics_log.opened(folder, board, step, config.batch_size) as log,
     logs.Progress('training', config.steps, 'steps', initial=step) as bar,
   ):
 
@@ -416,7 +418,7 @@ def finish(
   folder: pathlib.Path,
   state: training.TrainState,
   preview: previews.Preview,
-  board: logs.Board,
+  board: boards.Board,
 ) -> None:
   """Draws the previews of a finished run, and prints what to do next."""
   step, again = int(state.step), shlex.quote(str(folder))
@@ -433,7 +435,7 @@ def finish(
   if not processes.is_primary():
     return
   board.pictures(step, previews.paths(folder))
-  steps, losses = logs.curve(folder, 'loss')
+  steps, losses = metrics_log.curve(folder, 'loss')
   plots.save_curve(folder / 'loss.png', steps, losses, 'step', 'loss')
   logs.say(f'samples              {folder}/samples.png')
   logs.say(f'out of the noise     {folder}/progress.png')

@@ -29,6 +29,7 @@ from ddpm_jax.models import layers
 from ddpm_jax.models import networks
 from ddpm_jax.parallel import engines
 from ddpm_jax.parallel import meshes
+from ddpm_jax.storage import boards
 from ddpm_jax.storage import logs
 
 # The sections whose `name` is a function: the module it is a member of, what
@@ -307,7 +308,7 @@ def wandb(config: ConfigDict) -> None:
   errors.find_optional(
     'wandb',
     what=f'config.log.wandb={project}',
-    install=f"{logs.WANDB_INSTALL}, or set --config.log.wandb=''",
+    install=f"{boards.WANDB_INSTALL}, or set --config.log.wandb=''",
   )
 
 

@@ -12,8 +12,8 @@ import pytest
 from configs import digits
 from ddpm_jax import build
 from ddpm_jax import dataset
+from ddpm_jax import drawing
 from ddpm_jax import recipe
-from ddpm_jax import run as runs
 from ddpm_jax import sampling
 from ddpm_jax import trainer
 from ddpm_jax.data import pipeline
@@ -109,7 +109,7 @@ def test_sampling_is_one_program_and_moves_nothing_unasked(how, compiled):
   """Also where the last batch is not full."""
   c, engine, state = start(how)
   draw = traced_once(sampling.sampler(c))
-  size, batch = runs.drawer(c, engine, 10, draw)
+  size, batch = drawing.drawer(c, engine, 10, draw)
   assert size == 4
   before = len(compiled)
   with jax.transfer_guard('disallow'):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ddpm_jax import build
 from ddpm_jax import dataset
+from ddpm_jax import drawing
 from ddpm_jax import errors
 from ddpm_jax import flags as command
 from ddpm_jax import main
@@ -82,8 +83,8 @@ def plotted(monkeypatch):
 
 def samples(run, count):
   """Those of --mode=sample."""
-  drawn, _ = runs.gather(
-    runs.sampler(run.config, run.engine, count)(run.params, seed=run.seed)
+  drawn, _ = drawing.gather(
+    drawing.sampler(run.config, run.engine, count)(run.params, seed=run.seed)
   )
   return drawn
 

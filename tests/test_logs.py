@@ -12,7 +12,9 @@ import tqdm
 
 from ddpm_jax.parallel import engines
 from ddpm_jax.parallel import meshes
+from ddpm_jax.storage import boards
 from ddpm_jax.storage import logs
+from ddpm_jax.storage import metrics_log
 
 
 class Clock:
@@ -148,7 +150,7 @@ def test_what_compiles_says_so_once(make, capsys):
 
 
 def write(folder, start, steps, **values):
-  with logs.metrics(folder, logs.Board(), start, 64) as log:
+  with metrics_log.opened(folder, boards.Board(), start, 64) as log:
     for step, seconds in steps:
       log.write(step, {'loss': 1 / step} | values, seconds)
 
@@ -159,12 +161,12 @@ def test_a_line_has_seconds_of_training_and_images_a_second(tmp_path):
   with (tmp_path / 'metrics.jsonl').open('a') as file:
     file.write('{"step": 25, "loss": 1.0, "seconds": 12.0}\n{"step": 26, "lo')
   write(tmp_path, 20, [(21, 1e-5), (30, 4.5)], learning_rate=0.1)
-  lines = logs.read(tmp_path / 'metrics.jsonl')
+  lines = metrics_log.read(tmp_path / 'metrics.jsonl')
   assert [line['step'] for line in lines] == [10, 20, 21, 30]
   assert [line['seconds'] for line in lines] == [4.5, 9.5, 9.5, 14.0]
   rates = [line.get('images_per_second') for line in lines]
   assert rates == [128.0, 128.0, None, 128.0]  # half a second a step
-  steps, loss = logs.curve(tmp_path, 'loss')
+  steps, loss = metrics_log.curve(tmp_path, 'loss')
   np.testing.assert_array_equal(loss, 1 / steps)
 
 
@@ -173,7 +175,7 @@ def test_a_log_of_before_is_read_and_gone_on_with(tmp_path):
   path.write_text('{"step": 10, "loss": 0.5, "grad_norm": 1.0}\n')
   write(tmp_path, 10, [(20, 4.5)])
   assert json.loads(path.read_text().splitlines()[0])['loss'] == 0.5
-  steps, _ = logs.curve(tmp_path, 'loss')
+  steps, _ = metrics_log.curve(tmp_path, 'loss')
   assert steps.tolist() == [10, 20]
-  steps, seconds = logs.curve(tmp_path, 'seconds')
+  steps, seconds = metrics_log.curve(tmp_path, 'seconds')
   assert (steps.tolist(), seconds.tolist()) == ([20], [4.5])

@@ -9,6 +9,7 @@ import pytest
 
 from ddpm_jax import build
 from ddpm_jax import dataset
+from ddpm_jax import drawing
 from ddpm_jax import errors
 from ddpm_jax import recipe
 from ddpm_jax import run as runs
@@ -48,15 +49,15 @@ def broken(config, state):
 
 def test_samples_name_the_image_and_the_time(broken):
   config, engine, params = broken
-  draw = runs.sampler(config, engine, 3)
+  draw = drawing.sampler(config, engine, 3)
   with pytest.raises(errors.RunError, match=r'image 0 .* t = 5'):
-    runs.gather(draw(params, seed=0))
+    drawing.gather(draw(params, seed=0))
 
 
 def test_what_was_only_drawn_to_fill_a_batch_is_not_looked_at():
-  runs.check_finite(np.zeros(4, int), 64)
+  drawing.check_finite(np.zeros(4, int), 64)
   with pytest.raises(errors.RunError, match=r'image 66 .* t = 7'):
-    runs.check_finite(np.array([0, 0, 7, 9]), 64)
+    drawing.check_finite(np.array([0, 0, 7, 9]), 64)
 
 
 def test_a_folder_has_all_images_or_none(tmp_path):

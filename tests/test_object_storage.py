@@ -27,9 +27,10 @@ from PIL import Image
 
 from ddpm_jax import errors
 from ddpm_jax import main
+from ddpm_jax.storage import boards
 from ddpm_jax.storage import checkpoint
 from ddpm_jax.storage import images
-from ddpm_jax.storage import logs
+from ddpm_jax.storage import metrics_log
 from ddpm_jax.storage import outputs
 from ddpm_jax.storage import paths
 from ddpm_jax.storage import results
@@ -252,11 +253,11 @@ def test_the_log_is_in_the_bucket_before_the_checkpoint(folder):
   """It is put as a whole: there is no append."""
 
   def steps():
-    return [line['step'] for line in logs.read(folder / 'metrics.jsonl')]
+    return [line['step'] for line in metrics_log.read(folder / 'metrics.jsonl')]
 
   with (
-    logs.tensorboard(folder, 0) as board,
-    logs.metrics(folder, board, 0, 4) as log,
+    boards.tensorboard(folder, 0) as board,
+    metrics_log.opened(folder, board, 0, 4) as log,
   ):
     for step in (1, 2, 3):
       log.write(step, {'loss': 1 / step}, float(step))
@@ -266,11 +267,11 @@ def test_the_log_is_in_the_bucket_before_the_checkpoint(folder):
     log.write(4, {'loss': 0.25}, 4.0)
   assert steps() == [1, 2, 3, 4]
   # Of a run that goes on from step 2.
-  with logs.metrics(folder, logs.Board(), 2, 4) as log:
+  with metrics_log.opened(folder, boards.Board(), 2, 4) as log:
     assert steps() == [1, 2]
     log.write(3, {'loss': 0.5}, 1.0)
   assert steps() == [1, 2, 3]
-  assert logs.read(folder / 'metrics.jsonl')[-1]['seconds'] == 3.0
+  assert metrics_log.read(folder / 'metrics.jsonl')[-1]['seconds'] == 3.0
 
 
 def test_a_log_grows_while_the_run_goes_on(folder, monkeypatch):

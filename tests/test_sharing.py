@@ -36,7 +36,8 @@ from ddpm_jax.evaluation import record
 from ddpm_jax.interop import card
 from ddpm_jax.interop import hub
 from ddpm_jax.parallel import processes
-from ddpm_jax.storage import logs
+from ddpm_jax.storage import boards
+from ddpm_jax.storage import metrics_log
 
 BOUND = {
   'bits_per_dim': 3.70123,
@@ -473,21 +474,21 @@ def log_to(folder, start=0, project='mine'):
   """Logs as a run of three steps does."""
   Image.new('RGB', (4, 2)).save(folder / 'samples.png')
   with (
-    logs.boards(folder, start, project=project, config={'seed': 1}) as board,
-    logs.metrics(folder, board, start, 4) as log,
+    boards.opened(folder, start, project=project, config={'seed': 1}) as board,
+    metrics_log.opened(folder, board, start, 4) as log,
   ):
     for step in range(start + 1, start + 4):
       log.write(step, {'loss': 1 / step}, float(step))
     log.sync()
     files = {'samples': folder / 'samples.png', 'none': folder / 'none.png'}
     board.pictures(start + 3, files)
-  lines = logs.read(folder / 'metrics.jsonl')
+  lines = metrics_log.read(folder / 'metrics.jsonl')
   assert [line['step'] for line in lines] == list(range(1, start + 4))
 
 
 def test_wandb_gets_the_lines_and_a_resumed_run_continues(fake, tmp_path):
   log_to(tmp_path)
-  lines = logs.read(tmp_path / 'metrics.jsonl')
+  lines = metrics_log.read(tmp_path / 'metrics.jsonl')
   assert fake.logged == [*lines, {'step': 3, 'samples': (4, 2)}]
   assert fake.given['project'] == 'mine'
   assert fake.given['config'] == {'seed': 1}
@@ -506,7 +507,7 @@ def test_wandb_gets_the_lines_and_a_resumed_run_continues(fake, tmp_path):
 
 
 def test_a_run_that_fails_has_failed_there_too(fake, tmp_path):
-  board = logs.boards(tmp_path, 0, project='mine', config={})
+  board = boards.opened(tmp_path, 0, project='mine', config={})
   with pytest.raises(ZeroDivisionError), board:
     _ = 1 / 0
   assert fake.exit_code == 1
@@ -529,7 +530,7 @@ def test_one_process_logs_and_only_where_it_is_asked_for(
 ):
   log_to(tmp_path, project='')
   monkeypatch.setattr(processes, 'is_primary', lambda: False)
-  with logs.boards(tmp_path, 0, project='mine', config={}) as board:
+  with boards.opened(tmp_path, 0, project='mine', config={}) as board:
     board.scalars(1, {'loss': 1.0})
   assert not fake.calls
   assert not (tmp_path / 'wandb.json').exists()
@@ -619,7 +620,7 @@ def test_the_real_wandb_logs_offline_and_resumes(tmp_path, env):
   }
   assert json.loads((workdir / 'wandb.json').read_text())['id'] == run_id
   first, second = sorted(workdir.glob('wandb/offline-run-*'))
-  lines = logs.read(workdir / 'metrics.jsonl')
+  lines = metrics_log.read(workdir / 'metrics.jsonl')
   for folder, steps, drawn in ((first, 4, [3, 4]), (second, 6, [6])):
     logged = list(history(folder))
     want = lines[:4] if steps == 4 else lines[4:]

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import dataset
+from ddpm_jax import drawing
 from ddpm_jax import errors
 from ddpm_jax import plots
 from ddpm_jax import recipe
@@ -97,7 +98,7 @@ def bound_of(
       parts.append(jax.tree.map(lambda x, n=real: x[:n], part))
       check_finite(parts[-1], sum(len(p.prior) for p in parts[:-1]))
       bar.update(real)
-  return runs.gather(iter(parts))
+  return drawing.gather(iter(parts))
 
 
 def check_finite(bound: likelihood.Bound, start: int) -> None:

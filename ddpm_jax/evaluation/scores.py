@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import drawing
 from ddpm_jax import errors
 from ddpm_jax import recipe
 from ddpm_jax import run as runs
@@ -47,7 +48,7 @@ def of_samples(config: ConfigDict, args: argparse.Namespace) -> None:
   seed = config.seed if args.seed is None else args.seed
   shard = functools.partial(meshes.shard_rows, mesh=engine.mesh)
   sampler = sampling.sampler(config, shard=shard)
-  size, draw = runs.drawer(config, engine, count, sampler)
+  size, draw = drawing.drawer(config, engine, count, sampler)
   kind, step, params = runs.restore(
     *(config, engine.mesh, args.workdir, args.step),
     key=record.weights_key(config),

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from ddpm_jax import drawing
 from ddpm_jax import edits
 from ddpm_jax import errors
 from ddpm_jax import flags as command
@@ -93,7 +94,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     outputs.prepare(args.output)
   draw, what = edit(config, args)
   run = runs.load(config, args.workdir, seed=args.seed)
-  drawn = runs.in_batches(
+  drawn = drawing.in_batches(
     config, run.engine, args.num_samples, draw, 'the edit'
   )
   about = description(config, args, run.weights, run.step, wanted)

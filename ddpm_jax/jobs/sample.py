@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from ddpm_jax import drawing
 from ddpm_jax import errors
 from ddpm_jax import flags as command
 from ddpm_jax import plots
@@ -47,7 +48,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   wanted, condition = samples.asked(config, args)
   count = args.num_samples * max(len(wanted), 1)
   run = runs.load(config, args.workdir, seed=args.seed)
-  draw = runs.sampler(config, run.engine, count)
+  draw = drawing.sampler(config, run.engine, count)
   about = samples.description(config, args, run.weights, run.step, wanted)
   settings = samples.settings(config, run.weights, run.step, run.seed, wanted)
   name = f'samples_{settings}{ending}'

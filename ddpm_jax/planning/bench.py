@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import dataset
+from ddpm_jax import drawing
 from ddpm_jax import errors
 from ddpm_jax import jsonfile
 from ddpm_jax import recipe
-from ddpm_jax import run as runs
 from ddpm_jax import sampling
 from ddpm_jax.data import pipeline
 from ddpm_jax.data import store
@@ -192,7 +192,7 @@ class Bench:
     """Compares a few steps in one scan with one dispatch for each step."""
     config, mesh, steps = self.config, self.mesh, self.config.sampler.steps
     few = min(STEPS, steps)
-    size = runs.at_a_time(config, mesh, self.batch)
+    size = drawing.at_a_time(config, mesh, self.batch)
     params = self.state.ema_params
     rows = self.engine.put_whole(sampling.rows(0, np.arange(size)))
     if isinstance(self.engine, engines.Jit):

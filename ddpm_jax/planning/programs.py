@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import drawing
 from ddpm_jax import recipe
-from ddpm_jax import run as runs
 from ddpm_jax import sampling
 from ddpm_jax.parallel import engines
 from ddpm_jax.parallel import meshes
@@ -77,10 +77,10 @@ def placed(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def draw(config: ConfigDict, mesh: jax.sharding.Mesh) -> Program:
-  """The sampler, as `run.sampler` compiles it."""
+  """The sampler, as `drawing.sampler` compiles it."""
   init = functools.partial(build.init_state, config)
   params = meshes.abstract_state(init, mesh).ema_params
-  n = runs.at_a_time(config, mesh, IMAGES)
+  n = drawing.at_a_time(config, mesh, IMAGES)
   shard = functools.partial(meshes.shard_rows, mesh=mesh)
   sampler = sampling.sampler(config, shard=shard)
   rows: dict[str, Any] = {

@@ -13,8 +13,8 @@ import numpy as np
 
 from ddpm_jax import build
 from ddpm_jax import dataset
+from ddpm_jax import drawing
 from ddpm_jax import plots
-from ddpm_jax import run as runs
 from ddpm_jax import sampling
 from ddpm_jax.diffusion import likelihood
 from ddpm_jax.diffusion import losses
@@ -43,8 +43,8 @@ def quality(trained: common.Run, count: int = 500) -> common.Drawn:
   assert trained.workdir
   data, classifier = small_data.judge(config, trained.workdir)
   judged = functools.partial(classifiers.features_and_probabilities, classifier)
-  draw = runs.sampler(config, trained.engine, count, snapshots=K)
-  _, seen = runs.gather(draw(trained.params, seed=trained.seed))
+  draw = drawing.sampler(config, trained.engine, count, snapshots=K)
+  _, seen = drawing.gather(draw(trained.params, seed=trained.seed))
   real, _ = judged(data['image'])
   times, frechet, sure = pictures.snapshot_times(config, K), [], []
   print('    t   Fréchet (classifier)   sure')

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from ddpm_jax import drawing
 from ddpm_jax import plots
 from ddpm_jax import run as runs
 from ddpm_jax.diffusion import samplers
@@ -75,7 +76,7 @@ def evaluations(config: ConfigDict) -> int:
 
 def timed(run: runs.Run, count: int) -> tuple[np.ndarray, float]:
   """Returns `count` images, and images per second without compilation."""
-  draw = runs.sampler(run.config, run.engine, count)
+  draw = drawing.sampler(run.config, run.engine, count)
   sizes, ends = [], []
   batches = []
   for batch, _ in draw(run.params, seed=run.seed):

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import dataset
+from ddpm_jax import drawing
 from ddpm_jax import errors
 from ddpm_jax import plots
-from ddpm_jax import run as runs
 from ddpm_jax import sampling
 from ddpm_jax.diffusion import denoiser as denoisers
 from ddpm_jax.diffusion import editing
@@ -118,8 +118,8 @@ def progressive(trained: common.Run, count: int = 8) -> common.Drawn:
   """x̂_0 of samples at ten times of the chain: figure 6."""
   config, N = trained.config, trained.config.sampler.steps
   K = min(50, N)
-  draw = runs.sampler(config, trained.engine, count, snapshots=K)
-  _, seen = runs.gather(draw(trained.params, seed=trained.seed))
+  draw = drawing.sampler(config, trained.engine, count, snapshots=K)
+  _, seen = drawing.gather(draw(trained.params, seed=trained.seed))
   heads = [f't = {t}' for t in snapshot_times(config, K)]
   # The last snapshot is the sample itself.
   shown = [round(K * k / min(K, 10)) - 1 for k in range(1, min(K, 10) + 1)]
@@ -249,8 +249,8 @@ def nearest(trained: common.Run, count: int = 8) -> common.Drawn:
   Distances are squared differences of pixels, which reveal little but copies.
   """
   config, k = trained.config, 8
-  draw = runs.sampler(config, trained.engine, count)
-  drawn, _ = runs.gather(draw(trained.params, seed=trained.seed))
+  draw = drawing.sampler(config, trained.engine, count)
+  drawn, _ = drawing.gather(draw(trained.params, seed=trained.seed))
   near, squares = neighbours(drawn, dataset.source(config), k, config.data.flip)
   rmse = np.sqrt(squares[:, 0] / math.prod(drawn.shape[1:]))
   return common.Drawn(

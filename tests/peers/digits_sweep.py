@@ -20,8 +20,8 @@ import numpy as np
 
 from ddpm_jax import build
 from ddpm_jax import dataset
+from ddpm_jax import drawing
 from ddpm_jax import recipe
-from ddpm_jax import run as runs
 from ddpm_jax.data import pipeline
 from ddpm_jax.metrics import classifier as classifiers
 from ddpm_jax.metrics import classifier_score
@@ -79,7 +79,7 @@ def until_good(c, real, judge):
   )
   few = c.copy_and_resolve_references()
   few.sampler.update(name='dpm_solver_pp_2m_sde', steps=20)
-  draw = runs.sampler(few, mesh, SAMPLES, c.seed)
+  draw = drawing.sampler(few, mesh, SAMPLES, c.seed)
   seen, spent = [], 0.0
   compiled = step.lower(state, engine.put(next(batches))).compile()
   for _ in range(MOST // EVERY):
@@ -88,7 +88,7 @@ def until_good(c, real, judge):
       state, _ = compiled(state, engine.put(next(batches)))
     jax.block_until_ready(state)
     spent += time.process_time() - begun
-    drawn, _ = runs.gather(draw(state.ema_params))
+    drawn, _ = drawing.gather(draw(state.ema_params))
     seen.append(classifier_score.score(*real, drawn, judge)['frechet_distance'])
     if max(seen[-2:]) <= BAR and len(seen) > 1:
       break
