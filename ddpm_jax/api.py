@@ -47,21 +47,10 @@ def get_config(config: str | ConfigDict, **keys: Any) -> ConfigDict:
     config = copy.deepcopy(config).unlock()
   else:
     config = recipe.load(str(config)).unlock()
-  changes = _flatten(keys)
+  changes = recipe.flatten(keys)
   recipe.set_keys(config, changes)
   validate.unread(config, changes, changes)
   return config.lock()
-
-
-def _flatten(keys: Mapping[str, Any]) -> dict[str, Any]:
-  """{'data': {'path': 'a'}} -> {'data.path': 'a'}."""
-  flat: dict[str, Any] = {}
-  for key, value in keys.items():
-    if isinstance(value, Mapping):
-      flat |= {f'{key}.{k}': v for k, v in _flatten(value).items()}
-    else:
-      flat[key] = value
-  return flat
 
 
 def load(
@@ -91,7 +80,7 @@ def load(
   Raises:
     UserError: If there is no such run or checkpoint, or a key is not valid.
   """
-  changes = _flatten(keys)
+  changes = recipe.flatten(keys)
   if weights is not None:
     changes['sampler.weights'] = weights
   with logs.shown(progress):

@@ -352,11 +352,11 @@ def _tuples(value: Any) -> Any:
   return value
 
 
-def flatten(config: ConfigDict) -> dict[str, Any]:
+def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
   """{'model.channels': 128, ...}."""
   flat: dict[str, Any] = {}
   for key, value in config.items():
-    if isinstance(value, ConfigDict):
+    if isinstance(value, ConfigDict | Mapping):
       flat |= {f'{key}.{k}': v for k, v in flatten(value).items()}
     else:
       flat[key] = value
