@@ -104,3 +104,34 @@ def say_sizes(
     parts.append(f'{more} of {len(others) - len(shown)} other sizes')
   if parts:
     say_resized(f'of the images of {path}, {", ".join(parts)}', shape)
+
+
+def mask(
+  path: pathlib.Path, of: pathlib.Path, shape: decode.Shape
+) -> np.ndarray:
+  """Reads --mask as bool (H, W, 1): true where it is white.
+
+  Args:
+    path: The file of the mask.
+    of: The file of its image, which must have the same size.
+    shape: (H, W, C) of the model's images.
+
+  Raises:
+    UserError: If the sizes differ, or the mask has only one of the two values.
+  """
+  image, masked = opened('mask', path), opened('image', of)
+  if image.size != masked.size:
+    raise errors.UserError(
+      f'--mask={path} is {written(image)}, and --image={of} {written(masked)}: '
+      'they must be of one size'
+    )
+  height, width, _ = shape
+  # The upper half of the mask's own range is white.
+  white = decode.probe_image(image)
+  drawn = decode.fit(image, (height, width, 1), white) > 127
+  if drawn.all() or not drawn.any():
+    raise errors.UserError(
+      f'--mask={path} is all {"white" if drawn.all() else "black"}: white is '
+      'drawn again, and black is kept'
+    )
+  return drawn

@@ -14,10 +14,14 @@ from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import recipe
 from ddpm_jax import validate
+from ddpm_jax.data import pipeline
 from ddpm_jax.interop import diffusers
 from ddpm_jax.interop import fields
 from ddpm_jax.interop import files
+from ddpm_jax.parallel import meshes
+from ddpm_jax.storage import checkpoint
 from ddpm_jax.storage import logs
+from ddpm_jax.storage import workdir
 
 # Keys of a model that may be overridden: it can be trained or sampled without.
 ADVICE = ('model.dropout', 'sampler.clip', 'loss.name')
@@ -151,3 +155,27 @@ def _check_depth(config: ConfigDict, count: int, path: pathlib.Path) -> None:
       f'{path} holds {count} tensors, too few for {blocks} blocks: '
       f'config.model.blocks={c.blocks} (layers_per_block) is of another network'
     )
+
+
+def save(
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  params: Any,
+  folder: pathlib.Path,
+) -> None:
+  """Writes a run at step 0. `config.json`, which makes it a run, comes last."""
+  begin = functools.partial(build.begin, config)
+  state = meshes.init_state(begin, mesh, params)
+  checkpoints = checkpoint.open(folder / 'checkpoints')
+  try:
+    checkpoint.save(
+      checkpoints,
+      0,
+      state=checkpoint.trained(state),
+      ema=state.ema_params,
+      data=pipeline.position(0),
+      config=recipe.to_json(config),
+    )
+  finally:
+    checkpoint.close(checkpoints)
+  workdir.write_config(folder, recipe.to_json(config))

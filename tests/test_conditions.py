@@ -22,6 +22,7 @@ from ddpm_jax import errors
 from ddpm_jax import flags as command
 from ddpm_jax import main
 from ddpm_jax import plots
+from ddpm_jax import pretrained
 from ddpm_jax import previews
 from ddpm_jax import recipe
 from ddpm_jax import samples
@@ -35,7 +36,6 @@ from ddpm_jax.diffusion import guidance
 from ddpm_jax.diffusion import predictions
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
-from ddpm_jax.jobs import convert
 from ddpm_jax.models import condition
 from ddpm_jax.models import networks
 from ddpm_jax.storage import images
@@ -439,7 +439,7 @@ def of_words(tmp_path_factory):
   """A run of texts, with weights that were drawn: words make a difference."""
   c = config()
   workdir = tmp_path_factory.mktemp('runs') / 'words'
-  convert.save(c, build.mesh(c), tiny.weights_of(c), workdir)
+  pretrained.save(c, build.mesh(c), tiny.weights_of(c), workdir)
   return workdir
 
 

@@ -24,6 +24,7 @@ from golden import make_diffusers as golden
 from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import main
+from ddpm_jax import pretrained
 from ddpm_jax import recipe
 from ddpm_jax import run as runs
 from ddpm_jax import sampling
@@ -37,7 +38,6 @@ from ddpm_jax.diffusion import variances
 from ddpm_jax.interop import card
 from ddpm_jax.interop import diffusers as interop
 from ddpm_jax.interop import fields
-from ddpm_jax.jobs import convert
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -187,7 +187,7 @@ def random_label_run(workdir, **changes):
     ],
   )
   workdir.mkdir()
-  convert.save(config, build.mesh(config), params, workdir)
+  pretrained.save(config, build.mesh(config), params, workdir)
   return config, params
 
 

@@ -19,6 +19,7 @@ from ddpm_jax import edits
 from ddpm_jax import errors
 from ddpm_jax import flags as command
 from ddpm_jax import main
+from ddpm_jax import pretrained
 from ddpm_jax import recipe
 from ddpm_jax.diffusion import editing
 from ddpm_jax.diffusion import pixels
@@ -26,7 +27,6 @@ from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import spacings
-from ddpm_jax.jobs import convert
 from ddpm_jax.jobs import edit
 
 T = 100
@@ -167,7 +167,7 @@ def workdir(tmp_path_factory):
   """A run of a network that compiles at once."""
   c = tiny.config()
   folder = tmp_path_factory.mktemp('edit') / 'run'
-  convert.save(c, build.mesh(c), tiny.weights_of(c), folder)
+  pretrained.save(c, build.mesh(c), tiny.weights_of(c), folder)
   return folder
 
 
@@ -224,7 +224,7 @@ def test_an_inverted_image_comes_back(files, edited, tmp_path, capsys):
   """To order 1 in the step: with a network that changes little over one."""
   c, calm = tiny.config(), tmp_path / 'calm'
   weights = jax.tree.map(lambda x: 0.1 * x, tiny.weights_of(c))
-  convert.save(c, build.mesh(c), weights, calm)
+  pretrained.save(c, build.mesh(c), weights, calm)
   (image, x0), (to, other) = files['image'], files['to']
   flags = '--invert', '--config.sampler.steps=50', f'--workdir={calm}'
   drawn = edited(f'--image={image}', *flags)

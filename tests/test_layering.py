@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1] / 'ddpm_jax'
 LAYERS = [
   ['main'],
   ['jobs'],
-  ['study'],
+  ['exported', 'study'],
   ['evaluation', 'planning', 'compression'],
   ['api'],
   ['trainer'],

@@ -1,33 +1,22 @@
 """`--mode=convert`: imports weights of other programs, and exports runs."""
 
 import argparse
-import functools
 import pathlib
 import shlex
 import shutil
 from typing import Any
 
-import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
 from ddpm_jax import errors
+from ddpm_jax import exported
 from ddpm_jax import flags as command
 from ddpm_jax import pretrained
 from ddpm_jax import recipe
-from ddpm_jax import run as runs
 from ddpm_jax import validate
-from ddpm_jax.data import pipeline
-from ddpm_jax.evaluation import record
-from ddpm_jax.evaluation import small_data
 from ddpm_jax.interop import card
-from ddpm_jax.interop import diffusers
-from ddpm_jax.interop import fields
-from ddpm_jax.interop import files
 from ddpm_jax.interop import hub
-from ddpm_jax.parallel import meshes
-from ddpm_jax.storage import checkpoint
 from ddpm_jax.storage import lock
 from ddpm_jax.storage import logs
 from ddpm_jax.storage import paths
@@ -130,7 +119,9 @@ def take_in(args: argparse.Namespace) -> None:
   workdir.check(args.output)
   with lock.held(args.output):
     workdir.mark_imported(args.output, str(args.input))
-    save(model.config, build.mesh(model.config), model.params, args.output)
+    pretrained.save(
+      *(model.config, build.mesh(model.config), model.params, args.output)
+    )
   logs.say(f'{model.size:,} parameters of {model.path}: {args.output}')
   data = model.config.data
   logs.say(
@@ -143,30 +134,6 @@ def take_in(args: argparse.Namespace) -> None:
     '  python -m ddpm_jax.main --mode=sample --num_samples=64 '
     f'--workdir={again}'
   )
-
-
-def save(
-  config: ConfigDict,
-  mesh: jax.sharding.Mesh,
-  params: Any,
-  folder: pathlib.Path,
-) -> None:
-  """Writes a run at step 0. `config.json`, which makes it a run, comes last."""
-  begin = functools.partial(build.begin, config)
-  state = meshes.init_state(begin, mesh, params)
-  checkpoints = checkpoint.open(folder / 'checkpoints')
-  try:
-    checkpoint.save(
-      checkpoints,
-      0,
-      state=checkpoint.trained(state),
-      ema=state.ema_params,
-      data=pipeline.position(0),
-      config=recipe.to_json(config),
-    )
-  finally:
-    checkpoint.close(checkpoints)
-  workdir.write_config(folder, recipe.to_json(config))
 
 
 def give_out(args: argparse.Namespace, name: str) -> None:
@@ -188,46 +155,20 @@ def give_out(args: argparse.Namespace, name: str) -> None:
   ):
     config = validate.fit_devices(config, trains=False)
   validate.check(config)
-  keys = recipe.flatten(config)
-  beta = np.asarray(build.schedule(config).beta[1:]).tolist()
-  unet, scheduler = fields.from_recipe(keys, beta)
-  mesh = build.mesh(config)
-  workdir.create(args.output)
-  kind, step, params = runs.restore(config, mesh, args.workdir)
-  tensors = diffusers.from_params(jax.device_get(params), diffusers.DIFFUSERS)
-  rows = unet['num_class_embeds']
-  if rows:
-    tensors[diffusers.CLASSES] = tensors[diffusers.CLASSES][:rows]
-  model = card.Model(
-    name or args.output.resolve().name,
-    *(keys, step, kind),
-    parameters=sum(x.size for x in tensors.values()),
+  what = exported.write(
+    *(config, args.workdir, args.output),
+    name=name,
     license=args.license or card.UNKNOWN,
   )
-  card.write(
-    *(args.output, model, args.workdir, recipe.defaults()),
-    scores_of(args.workdir),
-  )
-  files.write_model(args.output, unet, scheduler, tensors)
-  what, where = f'the {kind} weights of step {step}', args.output
+  where = str(args.output)
   if name:
     logs.say(f'uploading {what}')
-    url = hub.push(args.output, name, f'{what[0].upper()}{what[1:]}')
+    where = hub.push(args.output, name, f'{what[0].upper()}{what[1:]}')
     shutil.rmtree(args.output)
-    where = url
   logs.say(f'{what}, with a model card: {where}')
   if not args.license:
     logs.say(f'to fill in: the license, at the top of its {card.NAME}')
   logs.say('to sample from it, in Python:')
-  for line in card.snippet(keys, name or args.output).splitlines():
+  snippet = card.snippet(recipe.flatten(config), name or args.output)
+  for line in snippet.splitlines():
     logs.say(f'  {line}')
-
-
-def scores_of(folder: pathlib.Path) -> card.Scores:
-  """Returns what was measured of a run."""
-  found = record.read(folder)
-  return card.Scores(
-    bounds=found.get(record.BOUNDS, []),
-    of_samples=found.get(record.SCORES, []),
-    small_data=small_data.read(folder),
-  )

@@ -10,7 +10,6 @@ import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import drawing
@@ -21,7 +20,6 @@ from ddpm_jax import inputs
 from ddpm_jax import recipe
 from ddpm_jax import run as runs
 from ddpm_jax import samples
-from ddpm_jax.data import decode
 from ddpm_jax.diffusion import pixels
 from ddpm_jax.storage import logs
 from ddpm_jax.storage import outputs
@@ -191,7 +189,9 @@ def edit(config: ConfigDict, args: argparse.Namespace) -> edits.Edit:
 
   x0 = read('image', args.image)
   if args.mask:
-    return edits.inpainted(config, x0, read_mask(args, (height, width)))
+    return edits.inpainted(
+      config, x0, inputs.mask(args.mask, args.image, shape)
+    )
   other = read('to', args.to) if args.to else None
   if args.invert:
     return edits.inverted(config, x0, other, args.num_samples)
@@ -199,24 +199,3 @@ def edit(config: ConfigDict, args: argparse.Namespace) -> edits.Edit:
   if other is not None:
     return edits.between(config, x0, other, strength, args.num_samples)
   return edits.varied(config, x0, strength)
-
-
-def read_mask(args: argparse.Namespace, size: tuple[int, int]) -> np.ndarray:
-  """`--mask` as bool (H, W, 1), true where the image is drawn again."""
-  mask = inputs.opened('mask', args.mask)
-  image = inputs.opened('image', args.image)
-  if mask.size != image.size:
-    raise errors.UserError(
-      f'--mask={args.mask} is {inputs.written(mask)}, and '
-      f'--image={args.image} {inputs.written(image)}: they must be of one '
-      'size'
-    )
-  # The upper half of the mask's own range is white.
-  white = decode.probe_image(mask)
-  drawn = decode.fit(mask, (*size, 1), white) > 127
-  if drawn.all() or not drawn.any():
-    raise errors.UserError(
-      f'--mask={args.mask} is all {"white" if drawn.all() else "black"}: '
-      'white is drawn again, and black is kept'
-    )
-  return drawn

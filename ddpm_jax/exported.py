@@ -1,0 +1,72 @@
+"""Exports a run as a diffusers folder with a model card."""
+
+import pathlib
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm_jax import build
+from ddpm_jax import recipe
+from ddpm_jax import run as runs
+from ddpm_jax.evaluation import record
+from ddpm_jax.evaluation import small_data
+from ddpm_jax.interop import card
+from ddpm_jax.interop import diffusers
+from ddpm_jax.interop import fields
+from ddpm_jax.interop import files
+from ddpm_jax.storage import workdir
+
+
+def write(
+  config: ConfigDict,
+  run: pathlib.Path,
+  folder: pathlib.Path,
+  *,
+  name: str,
+  license: str,
+) -> str:
+  """Writes the newest weights of a run as a diffusers folder.
+
+  Args:
+    config: The recipe.
+    run: The workdir.
+    folder: The new folder.
+    name: USER/NAME of the model in its card; '' for the name of the folder.
+    license: The license in its card.
+
+  Returns:
+    What was written, for a message.
+
+  Raises:
+    UserError: If diffusers has no such model.
+  """
+  keys = recipe.flatten(config)
+  beta = np.asarray(build.schedule(config).beta[1:]).tolist()
+  unet, scheduler = fields.from_recipe(keys, beta)
+  mesh = build.mesh(config)
+  workdir.create(folder)
+  kind, step, params = runs.restore(config, mesh, run)
+  tensors = diffusers.from_params(jax.device_get(params), diffusers.DIFFUSERS)
+  rows = unet['num_class_embeds']
+  if rows:
+    tensors[diffusers.CLASSES] = tensors[diffusers.CLASSES][:rows]
+  model = card.Model(
+    name or folder.resolve().name,
+    *(keys, step, kind),
+    parameters=sum(x.size for x in tensors.values()),
+    license=license,
+  )
+  card.write(folder, model, run, recipe.defaults(), scores_of(run))
+  files.write_model(folder, unet, scheduler, tensors)
+  return f'the {kind} weights of step {step}'
+
+
+def scores_of(folder: pathlib.Path) -> card.Scores:
+  """Returns what was measured of a run."""
+  found = record.read(folder)
+  return card.Scores(
+    bounds=found.get(record.BOUNDS, []),
+    of_samples=found.get(record.SCORES, []),
+    small_data=small_data.read(folder),
+  )
