@@ -75,7 +75,8 @@ def load(
     config: The recipe of a model that is not a workdir; see `pretrained.read`.
     progress: Whether to show messages.
     **keys: Other values of keys that may change after training, such as
-      `sampler={'steps': 50}`.
+      `sampler={'steps': 50}`; and `condition={'classes': N}`, which a model of
+      diffusers with classes needs.
 
   Raises:
     UserError: If there is no such run or checkpoint, or a key is not valid.
@@ -94,12 +95,10 @@ def load(
       return runs.load(found, folder, step=step)
     if step is not None:
       raise errors.UserError(f'step={step}: {path} is not a workdir')
-    model = pretrained.read(os.fspath(path), config)
-    found = recipe.changed_copy(model.config, changes)
-    validate.check(found)
+    model = pretrained.read(os.fspath(path), config, values=changes)
     return runs.Run(
-      *(None, found, build.engine(found), 'EMA', 0),
-      *(model.params, found.seed),
+      *(None, model.config, build.engine(model.config), 'EMA', 0),
+      *(model.params, model.config.seed),
     )
 
 

@@ -44,7 +44,11 @@ class Pretrained(NamedTuple):
 
 
 def read(
-  name: str, spec: str | None = None, changes: Mapping[str, str] | None = None
+  name: str,
+  spec: str | None = None,
+  changes: Mapping[str, str] | None = None,
+  *,
+  values: Mapping[str, Any] | None = None,
 ) -> Pretrained:
   """Reads a model in another format.
 
@@ -52,12 +56,13 @@ def read(
     name: A diffusers folder, its name on huggingface.co, or a .ckpt file.
     spec: The recipe; by default the shipped one of the nearest size. A .ckpt
       needs one.
-    changes: {key: text} of the recipe.
+    changes: {key: text} of the command line.
+    values: {key: value} of Python.
 
   Raises:
     UserError: If the model cannot be read, or contradicts the recipe.
   """
-  changes = dict(changes or {})
+  changes, values = dict(changes or {}), dict(values or {})
   path = files.locate(name)
   if path.is_dir():
     model = files.read_model(path)
@@ -72,11 +77,12 @@ def read(
       )
     keys, weights, names = {}, path, diffusers.PYTORCH_DIFFUSION
     rows = None
-  config = _recipe(name, spec, changes, keys)
+  said = changes | values
+  config = _recipe(name, spec, changes, values, keys)
   if rows:
-    _set_classes(config, name, changes, rows)
+    _set_classes(config, name, said, rows)
   validate.check(config)
-  validate.unread(config, changes, changes)
+  validate.unread(config, said, said)
   if config.model.name != 'unet' or (config.condition.name and not rows):
     raise errors.UserError(
       f'{path} is a U-Net without a condition, which {spec} is not'
@@ -90,12 +96,16 @@ def read(
 
 
 def _recipe(
-  name: str, spec: str | None, changes: dict[str, str], keys: dict[str, Any]
+  name: str,
+  spec: str | None,
+  changes: dict[str, str],
+  values: dict[str, Any],
+  keys: dict[str, Any],
 ) -> ConfigDict:
   """The recipe `spec`, or that of the nearest size, with the model's keys.
 
   Raises:
-    UserError: If `changes` contradict the model.
+    UserError: If `changes` or `values` contradict the model.
   """
   if spec:
     config = recipe.load(spec)
@@ -106,6 +116,7 @@ def _recipe(
     config.data.path = ''  # The model may be of any data.
   config.update_from_flattened_dict(keys)
   recipe.override(config, changes)
+  recipe.set_keys(config, values)
   flat = recipe.flatten(config)
   for key, value in keys.items():
     if key not in ADVICE and flat[key] != value:
@@ -117,7 +128,7 @@ def _recipe(
 
 
 def _set_classes(
-  config: ConfigDict, name: str, changes: dict[str, str], rows: int
+  config: ConfigDict, name: str, said: Mapping[str, Any], rows: int
 ) -> None:
   """Checks `condition.classes` against the rows of a class embedding.
 
@@ -132,7 +143,7 @@ def _set_classes(
       f'={rows - 1} if the last one stands for no class, as in a model that '
       '--mode=convert wrote'
     )
-  if classes == rows and 'condition.drop' not in changes:
+  if classes == rows and 'condition.drop' not in said:
     config.condition.drop = 0.0
     logs.say(
       'the model was trained without "no class": condition.drop=0, and '

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import conftest
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -262,6 +263,14 @@ def test_a_folder_of_diffusers_is_loaded(tmp_path):
   ):
     np.testing.assert_array_equal(a, b)
   np.testing.assert_array_equal(got.sample(2, steps=3), want.sample(2, steps=3))
+
+
+def test_a_model_of_diffusers_with_classes_is_loaded():
+  folder = golden.FOLDER / 'label'
+  run = ddpm_jax.load(folder, condition={'classes': 3})
+  assert run.sample(2, steps=2, label=1, guidance=2.0).shape[0] == 2
+  with pytest.raises(ddpm_jax.UserError, match='num_class_embeds=4'):
+    ddpm_jax.load(folder)
 
 
 def test_a_moved_workdir_is_a_run(run, tiny_run, tmp_path):
