@@ -9,11 +9,11 @@ import subprocess
 import sys
 
 import conftest
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden import make_diffusers as golden
 
 import ddpm_jax
 from ddpm_jax import main
