@@ -19,6 +19,7 @@ from ddpm_jax import trainer
 from ddpm_jax.data import pipeline
 from ddpm_jax.parallel import engines
 from ddpm_jax.parallel import meshes
+from ddpm_jax.storage import boards
 
 pytestmark = pytest.mark.eight_devices
 BOTH = pytest.mark.parametrize('how', engines.ENGINES)
@@ -98,6 +99,7 @@ def test_training_is_one_program_and_moves_nothing_unasked(
       save=lambda state, step: seen.append(step),
       preview=lambda params, suffix: seen.append(suffix),
       stop_asked=before,
+      board=boards.Board(),
     )
   assert seen == [2, '_2', 4, '_4', 5]
   assert counts == [counts[0]] + [counts[0] + 1] * 4

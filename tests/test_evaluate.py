@@ -67,7 +67,14 @@ def test_raw_weights_and_other_steps_are_other_weights(measured, tiny_run):
 
 def bound_of(config, params, images, seed=0):
   return bound.bound_of(
-    *(config, build.mesh(config), params, dataset.source(config), images, seed)
+    *(
+      config,
+      build.engine(config),
+      params,
+      dataset.source(config),
+      images,
+      seed,
+    )
   )
 
 

@@ -72,7 +72,7 @@ def test_every_flag_that_is_a_path_is_expanded(mode, home):
   typed = [
     action.dest
     for action in command.parser(mode)._actions
-    if action.type not in (None, int, float)
+    if action.type not in (None, int, float) and action.dest != 'license'
   ]
   assert 'workdir' in typed
   args = command.parse([f'--mode={mode}', *(f'--{x}=~/{x}' for x in typed)])

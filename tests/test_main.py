@@ -441,7 +441,7 @@ def test_a_workdir_that_is_a_file_or_inside_one(tmp_path):
   file.write_text('keep me')
   for workdir in (file, file / 'inside'):
     message = mistake(f'--config={DIGITS}', f'--workdir={workdir}')
-    assert 'name a folder' in message
+    assert 'choose a folder' in message
   assert file.read_text() == 'keep me'
 
 
@@ -541,7 +541,7 @@ def test_an_output_that_holds_other_images(begun, tmp_path):
   (out / 'holiday.png').write_bytes(b'')
   common = ['--mode=sample', f'--workdir={begun}']
   assert 'holiday.png' in mistake(*common, f'--output={out}')
-  assert 'name a folder' in mistake(
+  assert 'choose a folder' in mistake(
     *common, f'--output={out / "holiday.png" / "x.npz"}'
   )
 

@@ -254,7 +254,7 @@ def test_an_odd_number_of_parts_still_means_the_batch():
     (dict(parallel__engine='pmap', parallel__fsdp=2), 'pmap'),
     (dict(parallel__engine='jitt'), "did you mean 'jit'"),
     (dict(parallel__engine='pmap', parallel__spatial=2), 'pmap'),
-    (dict(parallel__spatial=3), r'spatial=3 does not divide the 8 row'),
+    (dict(parallel__spatial=3), r'spatial=3 must divide the 8 row'),
     (dict(parallel__spatial=8, **LEVELS), r'the 4 row.* 2 levels'),
     (dict(parallel__spatial=0), '8 device'),
     (dict(data__image_size='()', parallel__spatial=2), 'points'),

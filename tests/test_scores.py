@@ -272,7 +272,7 @@ def test_images_made_elsewhere_and_statistics_that_do_not_fit(
 @pytest.mark.parametrize(
   ('args', 'message'),
   [
-    ([], 'fetch https://github.com/mseitzer/pytorch-fid/releases'),
+    ([], 'download https://github.com/mseitzer/pytorch-fid/releases'),
     (['--num_samples=1'], 'need 2 images'),
     (['--inception=none.pth'], 'none.pth is not a file'),
     (['--inception=README.md'], 'README.md cannot be read|torch'),
@@ -315,7 +315,7 @@ def test_flags_that_do_not_go_together_are_named(tiny_run, tmp_path):
   assert '9x8, those of the recipe 8x8' in array(
     np.zeros((4, 9, 8, 1), np.uint8)
   )
-  assert 'fetch https' in array(np.zeros((4, 8, 8, 1), np.uint8))
+  assert 'download https' in array(np.zeros((4, 8, 8, 1), np.uint8))
 
 
 def test_images_of_two_sizes_and_broken_ones_are_named(tmp_path):

@@ -319,6 +319,7 @@ TRACED = {
   'editing.invert': Row(
     functools.partial(editing.invert, DENOISER), (KEYS, X0, t), (x, x)
   ),
+  'editing.slerp': Row(editing.slerp, (X0, X_T, jnp.float32(0.3)), x),
   'codec.jumps': Row(
     lambda x_t, k: denoisers.x0_hat(codec.jumps(DENOISER, 2), x_t, k),
     (X_T, jnp.int32(2)),

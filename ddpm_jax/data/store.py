@@ -13,7 +13,6 @@ import tqdm
 from ddpm_jax import errors
 from ddpm_jax.data import contents
 from ddpm_jax.data import decode
-from ddpm_jax.storage import logs
 
 # Bytes of pixels that are kept in memory: 700,000 images of 32 x 32, or 10,000
 # of 256 x 256. Training hosts have room for it in each of eight processes.
@@ -134,6 +133,8 @@ def _decode_now(
       except Exception as error:  # Pillow raises many types
         failed(files.name(i), error)
     return len(chunk)
+
+  from ddpm_jax.storage import logs  # imports JAX
 
   # None: shown in a terminal.
   quiet = None if logs.is_shown() else True
