@@ -200,6 +200,8 @@ class Run:
   ) -> Any:
     """The condition of `count` examples, for `denoiser`.
 
+    >>> denoiser = run.denoiser(run.condition(16, prompt='a seven'))
+
     Args:
       count: Number of examples.
       prompt: Text, for a model of texts.
@@ -376,8 +378,8 @@ def warn_of_ema(
   """Warns if the EMA weights of a step hold much of the initial weights."""
   share = initial_share(config, folder, step)
   if share > MOST_INITIAL:
-    logs.say(
-      f'warning: {share:.0%} of the EMA weights of step {step} is still the '
+    logs.warn(
+      f'{share:.0%} of the EMA weights of step {step} is still the '
       f'random weights of step 0 (config.optimizer.ema={config.optimizer.ema}):'
       f' set --config.{key}=raw for the weights without the average, or train '
       f'again with {_smaller_ema(step)}'
@@ -388,8 +390,8 @@ def warn_before_training(config: ConfigDict, folder: pathlib.Path) -> None:
   """Warns if the EMA weights will hold much of the initial weights."""
   share = initial_share(config, folder, config.steps)
   if share > MOST_INITIAL and config.sampler.weights == 'ema':
-    logs.say(
-      f'warning: after {config.steps} steps {share:.0%} of the EMA weights will'
+    logs.warn(
+      f'after {config.steps} steps {share:.0%} of the EMA weights will'
       ' still be the random weights of step 0 '
       f'(config.optimizer.ema={config.optimizer.ema}): set '
       f'{_smaller_ema(config.steps)}, or --config.sampler.weights=raw to draw '

@@ -116,6 +116,17 @@ def test_bad_images_have_no_bound(run, data, message):
     run.bits_per_dim(data)
 
 
+def test_an_average_of_noise_is_a_warning(tmp_path, caplog):
+  ddpm_jax.train(
+    'configs/digits.py',
+    data=images(),
+    workdir=tmp_path / 'run',
+    num_samples=1,
+    **KEYS,
+  )
+  assert 'after 3 steps 100% of the EMA weights' in caplog.text
+
+
 def test_an_array_is_trained_on_and_resumed(tmp_path, capfd):
   data, folder = images(side=6, channels=3), tmp_path / 'mine'
   run = ddpm_jax.train(

@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import io
 import itertools
+import logging
 import math
 import sys
 import time
@@ -46,6 +47,14 @@ def say(message: str) -> None:
   """Prints a line to stderr, above the progress bar, if shown."""
   if is_shown():
     tqdm.tqdm.write(message, file=sys.stderr)
+
+
+def warn(message: str) -> None:
+  """Prints a warning like `say`; if that is hidden, by `logging`."""
+  if is_shown():
+    say(f'warning: {message}')
+  elif processes.is_primary():
+    logging.getLogger(__name__).warning('%s', message)
 
 
 def result(message: str) -> None:
