@@ -53,9 +53,9 @@ LARGEST = 1e6
 
 def train(
   config: ConfigDict,
-  folder: pathlib.Path,
+  folder: pathlib.Path | None,
   *,
-  new: bool = False,
+  name: str = 'run',
   source: store.Source | None = None,
   allow: Collection[str] = (),
   num_samples: int = 64,
@@ -66,8 +66,8 @@ def train(
 
   Args:
     config: The recipe, checked by `validate.check`.
-    folder: The workdir.
-    new: Whether the folder must not be in use by another program.
+    folder: The workdir; None for a new one under runs/.
+    name: The first word of the name of a new workdir.
     source: The data; by default those of the recipe.
     allow: What may differ from the run in the workdir: 'optimizer', 'data'.
     num_samples: Number of samples in the previews.
@@ -88,6 +88,8 @@ def train(
   validate.wandb(config)
   engine = build.engine(config)
   build.train_step(recipe.provisional(config), meshes.num_shards(engine.mesh))
+  new = folder is None
+  folder = workdir.default(name) if folder is None else folder
   workdir.check(folder)
   check_apart(config, folder)
   with lock.held(folder, new=new):

@@ -436,6 +436,14 @@ def test_a_recipe_with_a_fault_is_named_with_its_line(tmp_path):
   assert 'modle' in message
 
 
+def test_a_refusal_leaves_no_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert 'config.batch_size=3' in mistake(
+    *(f'--config={DIGITS}', '--config.batch_size=3', '--config.accumulate=2')
+  )
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_workdir_that_is_a_file_or_inside_one(tmp_path):
   file = tmp_path / 'file'
   file.write_text('keep me')

@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 from ddpm_jax import errors
 from ddpm_jax import flags as command
 from ddpm_jax import trainer
-from ddpm_jax.storage import workdir
 
 JOB = command.Job('trains a run, or resumes it', run=False, processes=True)
 
@@ -34,8 +33,8 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     raise errors.UserError('several processes need one --workdir: name it')
   run = trainer.train(
     config,
-    args.workdir or workdir.default(pathlib.Path(args.config).stem),
-    new=not args.workdir,
+    args.workdir,
+    name=pathlib.Path(args.config or '').stem,
     allow=args.allow,
     num_samples=args.num_samples,
     parallel=args.parallel,
