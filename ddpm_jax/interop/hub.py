@@ -107,7 +107,8 @@ def _reach(endpoint: str) -> None:
   """Raises an OSError if nothing answers there in time."""
   request = urllib.request.Request(endpoint, method='HEAD')
   try:
-    with urllib.request.urlopen(request, timeout=TIMEOUT):
+    # Not urlopen: it keeps the proxies of its first call in this process.
+    with urllib.request.build_opener().open(request, timeout=TIMEOUT):
       pass
   except urllib.error.HTTPError:
     pass  # It answers.
