@@ -233,9 +233,8 @@ class Run:
       uint8 images (count, H, W, C); or float32 points (count, D).
     """
     draw = drawing.sampler(self.config, self.engine, count, self._compiled)
-    return drawing.gather(
-      x for x, _ in draw(self.params, condition, seed=self.seed)
-    )
+    batches = draw(self.params, condition, seed=self.seed)
+    return np.concatenate([images for images, _ in batches])
 
   def map(
     self,
@@ -362,7 +361,7 @@ def initial_share(config: ConfigDict, folder: pathlib.Path, step: int) -> float:
   """
   if step == 0 or workdir.is_imported(folder):
     return 0.0
-  return config.optimizer.ema**step
+  return float(config.optimizer.ema**step)
 
 
 # An average that holds more than this of the initial weights causes a warning.

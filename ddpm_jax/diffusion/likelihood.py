@@ -22,7 +22,7 @@ from ddpm_jax.diffusion import schedules
 from ddpm_jax.diffusion import shapes
 from ddpm_jax.diffusion import variances
 
-BITS = 1 / np.log(2)
+BITS: float = 1 / np.log(2)
 
 # Arguments of elementwise functions; their shapes broadcast.
 Values = Float[Array | np.ndarray, '*#shape'] | float

@@ -191,7 +191,8 @@ def _extrapolated(
   steps = -jnp.diff(half_log_snr, append=half_log_snr[-1])
   follows = (previous.t == t + 1) & (t > 1)
   weight = jnp.where(follows, steps[t - 1] / (2 * steps[t]), 0.0)
-  return x0 + process.per_example(weight, x0) * (x0 - previous.x0_hat)
+  ratio: Array = process.per_example(weight, x0)
+  return x0 + ratio * (x0 - previous.x0_hat)
 
 
 class Sampled(NamedTuple):

@@ -21,7 +21,8 @@ def quadratic(T: int, steps: int) -> Int[np.ndarray, '{steps}+1']:
   τ_k is at least k, so that no time repeats.
   """
   k = np.arange(steps + 1)
-  return np.maximum(np.round(T * (k / steps) ** 2).astype(int), k)
+  tau = np.round(T * (k / steps) ** 2).astype(int)
+  return np.asarray(np.maximum(tau, k))
 
 
 def quad(T: int, steps: int) -> Int[np.ndarray, '{steps}+1']:
@@ -32,7 +33,8 @@ def quad(T: int, steps: int) -> Int[np.ndarray, '{steps}+1']:
   """
   k = np.arange(steps + 1)
   roots = np.linspace(0, np.sqrt(0.8 * T), steps)
-  return np.maximum(np.append(0, 1 + (roots**2).astype(int)), k)
+  tau = np.append(0, 1 + (roots**2).astype(int))
+  return np.asarray(np.maximum(tau, k))
 
 
 def leading(T: int, steps: int) -> Int[np.ndarray, '{steps}+1']:

@@ -146,12 +146,16 @@ class Conditional(nn.Module):
     """Returns the network's output; None is the null condition."""
     if condition is None:
       condition = self.encoder.nothing(len(x_t))
-    return self.network(x_t, t, self.encoder(condition), **options)
+    context = self.encoder(condition)
+    out: Array = self.network(x_t, t, context, **options)
+    return out
 
   def encode(self, condition: Any) -> Context:
-    return self.encoder(condition)
+    context: Context = self.encoder(condition)
+    return context
 
   def denoise(
     self, x_t: Float[Array, 'B *shape'], t: Int[Array, 'B'], context: Context
   ) -> Float32[Array, 'B ...']:
-    return self.network(x_t, t, context)
+    out: Array = self.network(x_t, t, context)
+    return out

@@ -48,9 +48,10 @@ def convolve(
   """3x3 convolution of x, zero-padded."""
   if not winograd.is_large(x, kernel, 1):
     return precision.in_float32(precision.convolution, x, kernel)
-  return jax.lax.platform_dependent(
+  y: Array = jax.lax.platform_dependent(
     x, kernel, cpu=winograd.convolve, default=precision.convolution
   )
+  return y
 
 
 def convolve_doubled(
@@ -59,11 +60,12 @@ def convolve_doubled(
   """`convolve` after upsampling x by 2 (nearest neighbour)."""
   if not winograd.is_large(x, kernel, 2):
     return precision.in_float32(precision.convolution_doubled, x, kernel)
-  return jax.lax.platform_dependent(
+  y: Array = jax.lax.platform_dependent(
     *(x, kernel),
     cpu=winograd.convolve_doubled,
     default=precision.convolution_doubled,
   )
+  return y
 
 
 def convolve_halved(

@@ -35,7 +35,8 @@ def in_float32(product: Product, x: Array, kernel: Array) -> Array:
 
   tpu = jax.custom_jvp(default)
   tpu.defjvp(lambda primals, tangents: jax.jvp(wide, primals, tangents))
-  return jax.lax.platform_dependent(x, kernel, tpu=tpu, default=default)
+  y: Array = jax.lax.platform_dependent(x, kernel, tpu=tpu, default=default)
+  return y
 
 
 def convolution(

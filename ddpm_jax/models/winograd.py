@@ -116,12 +116,15 @@ def _by_products(
 
 
 def _winograd(x: Image, kernel: Kernel) -> Float[Array, 'B H W K']:
-  return _by_products(x, kernel, _of_pixels, _of_taps, _to_pixels)
+  y: Array = _by_products(x, kernel, _of_pixels, _of_taps, _to_pixels)
+  return y
 
 
 def convolve_doubled(x: Image, kernel: Kernel) -> Float[Array, 'B 2*H 2*W K']:
   """A convolution of x at twice its size (nearest neighbour)."""
-  return _by_products(x, kernel, _of_doubled, _of_taps_for_doubled, _to_doubled)
+  maps = _of_doubled, _of_taps_for_doubled, _to_doubled
+  y: Array = _by_products(x, kernel, *maps)
+  return y
 
 
 def _winograd_in_parts(x: Image, kernel: Kernel) -> Float[Array, 'B H W K']:
@@ -134,7 +137,7 @@ def _winograd_in_parts(x: Image, kernel: Kernel) -> Float[Array, 'B H W K']:
     return precision.convolution(x, kernel)
   # Each part takes every (B/n)-th image, so that all devices have some of it.
   parts = x.reshape(n, B // n, H, W, C).swapaxes(0, 1)
-  y = jax.lax.map(lambda x: _winograd(x, kernel), parts)
+  y: Array = jax.lax.map(lambda x: _winograd(x, kernel), parts)
   return y.swapaxes(0, 1).reshape(B, H, W, -1)
 
 
