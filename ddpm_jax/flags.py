@@ -272,6 +272,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
   return args
 
 
+def check_places(args: argparse.Namespace, job: Job) -> None:
+  """Checks --workdir and --output before anything is computed.
+
+  Raises:
+    UserError: If a place cannot be read or written, or there is no run where
+      the mode needs one.
+  """
+  from ddpm_jax.storage import workdir
+
+  output = getattr(args, 'output', None)
+  for named in (args.workdir, output):
+    paths.check(named)
+  if job.run and not (job.unless and getattr(args, job.unless)):
+    workdir.check_run(args.workdir)
+    if job.writes or not output:
+      elsewhere = 'copy the run, and use the copy'
+      if not job.writes:
+        elsewhere = 'set --output to another place'
+      workdir.check_writable(args.workdir, elsewhere)
+
+
 def _mode(words: list[str]) -> str | None:
   """The mode that is named; None for help on all modes, and the version."""
   p = Parser(add_help=False, allow_abbrev=False)

@@ -17,21 +17,10 @@ def run(argv: list[str]) -> None:
   args = flags.parse(argv)
   from ddpm_jax.parallel import processes
   from ddpm_jax.parallel import stop
-  from ddpm_jax.storage import paths
-  from ddpm_jax.storage import workdir
 
   module = flags.load(args.mode)
   job: flags.Job = module.JOB
-  output = getattr(args, 'output', None)
-  for named in (args.workdir, output):
-    paths.check(named)
-  if job.run and not (job.unless and getattr(args, job.unless)):
-    workdir.check_run(args.workdir)
-    if job.writes or not output:
-      elsewhere = 'copy the run, and use the copy'
-      if not job.writes:
-        elsewhere = 'set --output to another place'
-      workdir.check_writable(args.workdir, elsewhere)
+  flags.check_places(args, job)
   machine.keep_compiled()
   with processes.together(
     *(args.coordinator, args.num_processes, args.process_id),
