@@ -1,6 +1,6 @@
 # docker build --file=launch/cpu.Dockerfile --tag=ddpm_jax .
 #
-#   docker run --rm --volume="$PWD/runs:/work/runs" ddpm_jax --config=configs/digits.py
+#   docker run --rm --volume="$PWD/runs:/app/runs" ddpm_jax --config=configs/digits.py
 #
 # With --build-arg=JAX=tpu it is an IMAGE for launch/jobset.sh.
 FROM python:3.13-slim
@@ -12,6 +12,6 @@ COPY ddpm_jax ddpm_jax
 # The newest of what setup.cfg allows.
 # hadolint ignore=DL3013
 RUN pip install --no-cache-dir '.[gcs,tensorboard]' "jax[$JAX]"
-WORKDIR /work
+WORKDIR /app
 ENTRYPOINT ["ddpm-jax"]
 CMD ["--help"]

@@ -1,6 +1,6 @@
 # docker build --file=launch/cuda.Dockerfile --tag=ddpm_jax:cuda .
 #
-#   docker run --rm --gpus=all --volume="$PWD/runs:/work/runs" ddpm_jax:cuda --config=configs/digits.py
+#   docker run --rm --gpus=all --volume="$PWD/runs:/app/runs" ddpm_jax:cuda --config=configs/digits.py
 #
 # CUDA comes with JAX's packages; the host has the driver (580 or newer) and the
 # NVIDIA Container Toolkit.
@@ -13,6 +13,6 @@ COPY ddpm_jax ddpm_jax
 # The newest of what setup.cfg allows.
 # hadolint ignore=DL3013
 RUN pip install --no-cache-dir '.[gcs,tensorboard]' 'jax[cuda13]'
-WORKDIR /work
+WORKDIR /app
 ENTRYPOINT ["ddpm-jax"]
 CMD ["--help"]
