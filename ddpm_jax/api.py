@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -53,6 +54,19 @@ def get_config(config: str | ConfigDict, **keys: Any) -> ConfigDict:
   return config.lock()
 
 
+def _check_float32() -> None:
+  """Refuses 64-bit numbers: with them, a run would not be the same run.
+
+  Raises:
+    UserError: If they are enabled in JAX.
+  """
+  if jax.config.values['jax_enable_x64']:
+    raise errors.UserError(
+      'ddpm_jax computes in float32, and JAX has 64-bit numbers enabled: unset '
+      "JAX_ENABLE_X64, or call jax.config.update('jax_enable_x64', False)"
+    )
+
+
 def load(
   path: Path,
   *,
@@ -81,6 +95,7 @@ def load(
   Raises:
     UserError: If there is no such run or checkpoint, or a key is not valid.
   """
+  _check_float32()
   changes = recipe.flatten(keys)
   if weights is not None:
     changes['sampler.weights'] = weights
@@ -139,6 +154,7 @@ def train(
     UserError: If the recipe, the data or the workdir are not valid.
     RunError: If the loss is not finite.
   """
+  _check_float32()
   source = None
   if isinstance(data, Mapping) and 'images' not in data:
     keys['data'] = {**keys.get('data', {}), **data}

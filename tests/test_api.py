@@ -252,6 +252,14 @@ def test_a_recipe_of_python_is_that_of_the_command_line(tmp_path):
   assert (again.sampler.steps, config.sampler.steps) == (10, 100)
 
 
+def test_64_bit_numbers_are_refused(tiny_run, tmp_path):
+  with jax.enable_x64(True):
+    with pytest.raises(ddpm_jax.UserError, match='float32'):
+      ddpm_jax.load(tiny_run[0])
+    with pytest.raises(ddpm_jax.UserError, match='float32'):
+      ddpm_jax.train('configs/digits.py', workdir=tmp_path / 'run')
+
+
 def test_what_is_no_run_is_an_error(tiny_run, tmp_path):
   with pytest.raises(ddpm_jax.UserError, match='no such folder'):
     ddpm_jax.load(tmp_path / 'nowhere')
