@@ -23,6 +23,7 @@ from ddpm_jax import validate
 from ddpm_jax.data import arrayfile
 from ddpm_jax.data import image_folder
 from ddpm_jax.data import store
+from ddpm_jax.interop import files
 from ddpm_jax.storage import logs
 from ddpm_jax.storage import paths
 from ddpm_jax.storage import workdir as workdirs
@@ -86,7 +87,8 @@ def load(
       .ckpt file of pytorch_diffusion.
     step: The checkpoint; by default the newest intact one.
     weights: 'ema' or 'raw'; by default as the recipe says.
-    config: The recipe of a model that is not a workdir; see `pretrained.read`.
+    config: Another recipe, by name or path. A workdir refuses one that differs
+      from its own; a .ckpt file needs one.
     progress: Whether to show messages.
     **keys: Other values of keys that may change after training, such as
       `sampler={'steps': 50}`; and `condition={'classes': N}`, which a model of
@@ -101,15 +103,17 @@ def load(
     changes['sampler.weights'] = weights
   with logs.shown(progress):
     folder = paths.path(os.fspath(path))
-    if folder.is_dir() and not (folder / 'unet').exists():
+    is_model = any((folder / name).exists() for name in files.SCHEDULER)
+    if folder.is_dir() and not is_model:
       workdirs.check_run(folder)
-      found = recipe.resolve(None, folder, {}, values=changes)
+      found = recipe.resolve(config, folder, {}, values=changes)
       validate.unread(found, changes, changes)
       found = validate.fit_devices(found, trains=False)
       validate.check(found)
       return runs.load(found, folder, step=step)
-    if step is not None:
-      raise errors.UserError(f'step={step}: {path} is not a workdir')
+    for name, value in (('step', step), ('weights', weights)):
+      if value is not None:
+        raise errors.UserError(f'{name}={value}: {path} is not a workdir')
     model = pretrained.read(os.fspath(path), config, values=changes)
     return runs.Run(
       *(None, model.config, build.engine(model.config), 'EMA', 0),

@@ -22,7 +22,7 @@ Batches = Callable[..., Iterator[Any]]
 
 
 def at_a_time(config: ConfigDict, mesh: jax.sharding.Mesh, count: int) -> int:
-  """The batch size in which `count` images are drawn."""
+  """The batch size for drawing `count` images."""
   n = meshes.num_shards(mesh)
   return math.ceil(min(count, config.sampler.batch_size) / n) * n
 

@@ -167,12 +167,17 @@ class Run:
         ': name the prompt= or label= of the images'
       )
     seed = self._seed(seed)
+    bound, found = sampling.bound(run.config, seed), []
+    size = min(n, run.config.evaluate.batch_size)
     with logs.shown(progress):
-      found = run.map(
-        sampling.bound(run.config, seed), rows, name='the bound', key=seed
-      )
-    T = self.config.schedule.T
-    parts = likelihood.totals(likelihood.Bound(*found), T)
+      for start in range(0, n, size):
+        # The last batch is padded, so that one program does for all.
+        at = np.minimum(np.arange(start, start + size), n - 1)
+        batch = jax.tree.map(lambda x, at=at: x[at], rows)
+        part = run.map(bound, batch, name='the bound', key=seed)
+        found.append(jax.tree.map(lambda x, real=n - start: x[:real], part))
+    whole = likelihood.Bound(*drawing.gather(iter(found)))
+    parts = likelihood.totals(whole, self.config.schedule.T)
     return np.asarray(sum(parts) * likelihood.BITS)
 
   def denoiser(self, condition: Any = None) -> denoisers.Denoiser:

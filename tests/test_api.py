@@ -68,6 +68,9 @@ def test_the_bound_is_that_of_the_program(run, tiny_run):
   assert np.all(bits > 0)
   alone = run.bits_per_dim(data[:1], draws=3)
   np.testing.assert_allclose(alone, bits[:1], rtol=1e-5)  # float32 sums
+  batches = ddpm_jax.load(tiny_run[0], evaluate={'batch_size': 3})
+  found = batches.bits_per_dim(data, draws=3)
+  np.testing.assert_allclose(found, bits, rtol=1e-5)
   exact = run.bits_per_dim(data[:2], draws=0)
   assert np.all(np.isfinite(exact))
 
@@ -267,6 +270,8 @@ def test_what_is_no_run_is_an_error(tiny_run, tmp_path):
     ddpm_jax.load(tmp_path)
   with pytest.raises(ddpm_jax.UserError, match=r'model\.channels'):
     ddpm_jax.load(tiny_run[0], model={'channels': 3})
+  with pytest.raises(ddpm_jax.UserError, match='these keys differ'):
+    ddpm_jax.load(tiny_run[0], config='configs/cifar.py')
 
 
 def test_a_folder_of_diffusers_is_loaded(tmp_path):
@@ -290,6 +295,10 @@ def test_a_model_of_diffusers_with_classes_is_loaded():
   assert run.sample(2, steps=2, label=1, guidance=2.0).shape[0] == 2
   with pytest.raises(ddpm_jax.UserError, match='num_class_embeds=4'):
     ddpm_jax.load(folder)
+  with pytest.raises(
+    ddpm_jax.UserError, match=r'weights=raw: .* not a workdir'
+  ):
+    ddpm_jax.load(folder, weights='raw')
 
 
 def test_a_moved_workdir_is_a_run(run, tiny_run, tmp_path):
