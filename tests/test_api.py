@@ -301,6 +301,13 @@ def test_a_model_of_diffusers_with_classes_is_loaded():
     ddpm_jax.load(folder, weights='raw')
 
 
+def test_a_folder_of_diffusers_without_sub_folders_is_loaded(tmp_path):
+  for path in (golden.FOLDER / 'rgb').rglob('*'):
+    if path.is_file():
+      shutil.copy(path, tmp_path)
+  assert ddpm_jax.load(tmp_path).workdir is None
+
+
 def test_a_moved_workdir_is_a_run(run, tiny_run, tmp_path):
   shutil.copytree(tiny_run[0], tmp_path / 'copy')
   copy = ddpm_jax.load(tmp_path / 'copy', step=160, weights='raw')
