@@ -4,6 +4,9 @@ Each returns a `sampling.Draw`, whose rows are those of `sampling.rows`, and a
 description for a message.
 """
 
+import dataclasses
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,14 +15,79 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import inputs
 from ddpm_jax import recipe
 from ddpm_jax import sampling
 from ddpm_jax.diffusion import editing
+from ddpm_jax.diffusion import pixels
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion import schedules
+from ddpm_jax.storage import outputs
 
 Edit = tuple[sampling.Draw, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """An edit, and the files that it is of.
+
+  Attributes:
+    image: The image to edit.
+    mask: The part to draw again; None for the whole.
+    to: The image to turn into; None for none.
+    strength: t / T of the noise that is added; see `varied`.
+    invert: Whether to draw from the x_T that DDIM maps to the image.
+  """
+
+  image: pathlib.Path
+  mask: pathlib.Path | None = None
+  to: pathlib.Path | None = None
+  strength: float = 0.5
+  invert: bool = False
+
+  @property
+  def name(self) -> str:
+    """The images and the edit, as a part of a file's name."""
+    if self.mask:
+      return f'{self.image.stem}_{self.mask.stem}'
+    how = 'inverted' if self.invert else f'strength{self.strength:g}'
+    return '_'.join(x.stem for x in (self.image, self.to) if x) + f'_{how}'
+
+  def about(self, config: ConfigDict, count: int) -> outputs.About:
+    """What is written into the JSON file beside `count` images."""
+    files = {'image': self.image, 'mask': self.mask, 'to': self.to}
+    about = {key: str(x.resolve()) for key, x in files.items() if x}
+    if self.mask:
+      return about | {'edit': dict(config.edit)}
+    if self.to:
+      about['order'] = f'image i has λ = i / {count - 1}'
+    if self.invert:
+      return about | {'invert': True}
+    return about | {'strength': self.strength}
+
+  def make(self, config: ConfigDict, count: int) -> Edit:
+    """Reads the files, and returns the edit that draws `count` images.
+
+    Raises:
+      UserError: If a file cannot be read, or the mask does not fit.
+    """
+    height, width, channels = recipe.shape(config)
+    shape, most = (height, width, channels), config.data.max_value
+
+    def read(flag: str, path: pathlib.Path) -> jax.Array:
+      image = inputs.opened(flag, path)
+      return pixels.to_float(inputs.fitted(path, image, shape, most))
+
+    x0 = read('image', self.image)
+    if self.mask:
+      return inpainted(config, x0, inputs.mask(self.mask, self.image, shape))
+    other = read('to', self.to) if self.to else None
+    if self.invert:
+      return inverted(config, x0, other, count)
+    if other is not None:
+      return between(config, x0, other, self.strength, count)
+    return varied(config, x0, self.strength)
 
 
 def inpainted(config: ConfigDict, x0: jax.Array, mask: np.ndarray) -> Edit:
@@ -61,16 +129,12 @@ def varied(config: ConfigDict, x0: jax.Array, strength: float) -> Edit:
   p = build.sampler(config)
   t, time = level(config, p.schedule, strength)
 
-  def draw(params: Any, rows: Any) -> sampling.Drawn:
+  def start(rows: Any) -> tuple[jax.Array, jax.Array]:
     keys, eps = sampling.noise(config, rows['seed'], rows['index'])
-    x_t = jax.vmap(process.q_sample, (None, None, None, 0))(
-      p.schedule, x0, jnp.array(t), eps
-    )
-    denoiser = p.denoiser(params, rows.get('condition'))
-    times = range(t, 0, -1)
-    sampled = samplers.sample(p.step, denoiser, keys, x_t, times=times)
-    return sampling.drawn(config, sampled)
+    q_sample = jax.vmap(process.q_sample, (None, None, None, 0))
+    return keys, q_sample(p.schedule, x0, jnp.array(t), eps)
 
+  draw = _down_from(config, p, t, start)
   return draw, f'varying the image from t = {time} down, in {t} steps'
 
 
@@ -97,17 +161,32 @@ def between(
   t, time = level(config, p.schedule, strength)
   mix = jax.vmap(editing.interpolate, (None, None, None, None, 0, 0))
 
-  def draw(params: Any, rows: Any) -> sampling.Drawn:
+  def start(rows: Any) -> tuple[jax.Array, jax.Array]:
     index = rows['index']
     keys, eps = sampling.noise(config, rows['seed'], jnp.zeros_like(index))
     weight = index / (count - 1)
-    x_t = mix(p.schedule, x0, other, jnp.array(t), weight, eps)
+    return keys, mix(p.schedule, x0, other, jnp.array(t), weight, eps)
+
+  draw = _down_from(config, p, t, start)
+  return draw, f'mixing the images at t = {time}, {t} steps each'
+
+
+def _down_from(
+  config: ConfigDict,
+  p: build.Sampler,
+  t: int,
+  start: Callable[[Any], tuple[jax.Array, jax.Array]],
+) -> sampling.Draw:
+  """Draws from time t down; `start` maps rows to (keys, x_t)."""
+
+  def draw(params: Any, rows: Any) -> sampling.Drawn:
+    keys, x_t = start(rows)
     denoiser = p.denoiser(params, rows.get('condition'))
     times = range(t, 0, -1)
     sampled = samplers.sample(p.step, denoiser, keys, x_t, times=times)
     return sampling.drawn(config, sampled)
 
-  return draw, f'mixing the images at t = {time}, {t} steps each'
+  return draw
 
 
 def inverted(

@@ -7,15 +7,39 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import build
+from ddpm_jax import errors
 from ddpm_jax import recipe
 from ddpm_jax import run as runs
+from ddpm_jax import validate
 from ddpm_jax.evaluation import record
 from ddpm_jax.evaluation import small_data
 from ddpm_jax.interop import card
 from ddpm_jax.interop import diffusers
 from ddpm_jax.interop import fields
 from ddpm_jax.interop import files
+from ddpm_jax.storage import paths
 from ddpm_jax.storage import workdir
+
+
+def recipe_of(
+  folder: pathlib.Path, spec: str | None, changes: dict[str, str]
+) -> ConfigDict:
+  """Returns the recipe of the run in `folder`, on the devices that are here.
+
+  Args:
+    folder: The workdir.
+    spec: The value of --config; None for that of the run.
+    changes: {key: text}, the overrides on the command line.
+
+  Raises:
+    UserError: If there is no run, or the recipe is not valid.
+  """
+  workdir.check_run(folder)
+  config = recipe.resolve(spec, folder, changes)
+  if not spec and not any(key.startswith('parallel') for key in changes):
+    config = validate.fit_devices(config, trains=False)
+  validate.check(config)
+  return config
 
 
 def write(
@@ -39,8 +63,13 @@ def write(
     What was written, for a message.
 
   Raises:
-    UserError: If diffusers has no such model.
+    UserError: If diffusers has no such model, or the folder is not local.
   """
+  if paths.is_remote(folder):
+    raise errors.UserError(
+      f'--output={folder}: safetensors writes only to this machine: name a '
+      'local folder, and copy it'
+    )
   keys = recipe.flatten(config)
   beta = np.asarray(build.schedule(config).beta[1:]).tolist()
   unet, scheduler = fields.from_recipe(keys, beta)

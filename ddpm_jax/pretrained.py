@@ -20,6 +20,7 @@ from ddpm_jax.interop import fields
 from ddpm_jax.interop import files
 from ddpm_jax.parallel import meshes
 from ddpm_jax.storage import checkpoint
+from ddpm_jax.storage import lock
 from ddpm_jax.storage import logs
 from ddpm_jax.storage import workdir
 
@@ -166,6 +167,18 @@ def _check_depth(config: ConfigDict, count: int, path: pathlib.Path) -> None:
       f'{path} holds {count} tensors, too few for {blocks} blocks: '
       f'config.model.blocks={c.blocks} (layers_per_block) is of another network'
     )
+
+
+def save_new(model: Pretrained, folder: pathlib.Path, source: str) -> None:
+  """Writes a model as the new run `folder`, marked as imported from `source`.
+
+  Raises:
+    UserError: If there is a run, or it cannot be written.
+  """
+  workdir.check(folder)
+  with lock.held(folder):
+    workdir.mark_imported(folder, source)
+    save(model.config, build.mesh(model.config), model.params, folder)
 
 
 def save(

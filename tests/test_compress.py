@@ -12,9 +12,9 @@ from ddpm_jax import inputs
 from ddpm_jax import main
 from ddpm_jax import recipe
 from ddpm_jax import run as runs
+from ddpm_jax.compression import compressed
 from ddpm_jax.compression import file_format
 from ddpm_jax.compression import transmission
-from ddpm_jax.jobs import decompress
 from ddpm_jax.parallel import meshes
 
 SMALL = [
@@ -207,10 +207,10 @@ def test_what_is_read_is_written_again_the_same(sent, trained, tmp_path):
 
 def test_other_software_is_warned_of(sent, trained, tmp_path, capfd):
   header = read(sent[1], trained).header
-  decompress.check_same(*trained, header, tmp_path)
+  compressed.check_same(*trained, header, tmp_path)
   assert not capfd.readouterr().err
   old = {**header['software'], 'jax': '0.0.1'}
-  decompress.check_same(*trained, {**header, 'software': old}, tmp_path)
+  compressed.check_same(*trained, {**header, 'software': old}, tmp_path)
   assert 'jax 0.0.1 -> ' in capfd.readouterr().err
 
 
@@ -226,7 +226,7 @@ def test_images_of_another_shape_are_refused(sent, trained, tmp_path):
   got = read(sent[1], trained)
   header = {**got.header, 'shape': [16, 16, 1]}
   with pytest.raises(errors.UserError, match='of 16 x 16 x 1'):
-    decompress.check_same(*trained, header, tmp_path)
+    compressed.check_same(*trained, header, tmp_path)
 
 
 @pytest.mark.parametrize(

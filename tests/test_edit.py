@@ -277,8 +277,9 @@ def test_edits_are_told_apart(tiny_run, tmp_path):
     args = command.parse(
       ['--mode=edit', f'--workdir={tiny_run[0]}', '--num_samples=3', *flags]
     )
-    names.add(edit.edit_name(args))
-    told.append(edit.description(config, args, 'EMA', 200, []))
+    asked = edit.request(args)
+    names.add(asked.name)
+    told.append(asked.about(config, args.num_samples))
   assert len(names) == len({json.dumps(x) for x in told}) == 7
   assert told[0]['strength'] == 0.5
   assert told[3]['order'] == 'image i has λ = i / 2'

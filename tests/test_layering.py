@@ -22,7 +22,8 @@ LAYERS = [
   ['evaluation', 'planning', 'compression'],
   ['api'],
   ['trainer'],
-  ['edits', 'inputs', 'pretrained', 'previews', 'samples'],
+  ['edits', 'pretrained', 'previews', 'samples'],
+  ['inputs'],
   ['run'],
   ['drawing'],
   ['dataset', 'sampling', 'validate'],
@@ -61,7 +62,12 @@ INSIDE = {  # Rooms whose files have an order of their own.
     ['schedules', 'training'],
     ['pixels', 'shapes', 'spacings', 'timesteps'],
   ],
-  'compression': [['transmission'], ['codec', 'file_format'], ['range_coder']],
+  'compression': [
+    ['compressed'],
+    ['transmission'],
+    ['codec', 'file_format'],
+    ['range_coder'],
+  ],
   'metrics': [
     ['fidelity', 'classifier_score', 'weights'],
     ['running'],

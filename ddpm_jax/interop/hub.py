@@ -41,6 +41,11 @@ def parse(text: str) -> str:
   return name
 
 
+def staging(text: str) -> pathlib.Path:
+  """Returns the folder that is written before the upload to hf://USER/NAME."""
+  return pathlib.Path('runs') / f'{text.rpartition("/")[2]}_diffusers'
+
+
 def load(name: str) -> Any:
   """Imports huggingface_hub.
 

@@ -8,19 +8,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ddpm_jax import build
 from ddpm_jax import errors
 from ddpm_jax import exported
 from ddpm_jax import flags as command
 from ddpm_jax import pretrained
 from ddpm_jax import recipe
-from ddpm_jax import validate
 from ddpm_jax.interop import card
 from ddpm_jax.interop import hub
-from ddpm_jax.storage import lock
 from ddpm_jax.storage import logs
-from ddpm_jax.storage import paths
-from ddpm_jax.storage import workdir
 
 JOB = command.Job(
   'imports a diffusers model as a run, or exports a run to diffusers',
@@ -80,7 +75,13 @@ def run(config: ConfigDict | None, args: argparse.Namespace) -> None:
     )
   name = ''
   if isinstance(args.output, str):
-    name, args.output = prepare_push(args)
+    name, folder = hub.parse(args.output), hub.staging(args.output)
+    if args.input:
+      raise errors.UserError(
+        f'--output={args.output} is for --workdir=RUN: an import needs a folder'
+      )
+    hub.load(name)
+    args.output = folder
   if args.input and args.license:
     raise errors.UserError('--license is for an exported model: leave it out')
   if args.output.exists() and (
@@ -92,69 +93,37 @@ def run(config: ConfigDict | None, args: argparse.Namespace) -> None:
       + (f'{again}remove it' if name else 'name a new folder as --output')
     )
   if args.input:
-    take_in(args)
+    import_run(args)
   else:
-    give_out(args, name)
+    export_run(args, name)
 
 
-def prepare_push(args: argparse.Namespace) -> tuple[str, pathlib.Path]:
-  """Returns USER/NAME of `--output`, and the folder to write before the upload.
-
-  Raises:
-    UserError: It does not go with `--input`, or huggingface_hub is missing.
-  """
-  name = hub.parse(args.output)
-  if args.input:
-    raise errors.UserError(
-      f'--output={args.output} is for --workdir=RUN: an import needs a folder'
-    )
-  hub.load(name)
-  return name, pathlib.Path('runs') / f'{name.rpartition("/")[2]}_diffusers'
-
-
-def take_in(args: argparse.Namespace) -> None:
+def import_run(args: argparse.Namespace) -> None:
   """Writes a workdir at step 0, with the weights as its EMA weights too."""
   name = args.input.removeprefix(hub.SCHEME)
   model = pretrained.read(name, args.config, args.changes)
-  workdir.check(args.output)
-  with lock.held(args.output):
-    workdir.mark_imported(args.output, str(args.input))
-    pretrained.save(
-      *(model.config, build.mesh(model.config), model.params, args.output)
-    )
-  logs.say(f'{model.size:,} parameters of {model.path}: {args.output}')
+  pretrained.save_new(model, args.output, source=str(args.input))
   data = model.config.data
+  logs.say(f'{model.size:,} parameters of {model.path}: {args.output}')
   logs.say(
     f'data to evaluate and train on: data.name={data.name}, data.path='
     f'{data.path!r}; to change them, name others with --config.data'
   )
-  again = shlex.quote(str(args.output))
   logs.say('to sample from it:')
   logs.say(
     '  python -m ddpm_jax.main --mode=sample --num_samples=64 '
-    f'--workdir={again}'
+    f'--workdir={shlex.quote(str(args.output))}'
   )
 
 
-def give_out(args: argparse.Namespace, name: str) -> None:
+def export_run(args: argparse.Namespace, name: str) -> None:
   """Writes the weights of a run as a diffusers folder with a model card.
 
   Args:
     args: The flags.
     name: USER/NAME on the Hub to upload it to; '' for none.
   """
-  if paths.is_remote(args.output):
-    raise errors.UserError(
-      f'--output={args.output}: safetensors writes only to this machine: name '
-      'a local folder, and copy it'
-    )
-  workdir.check_run(args.workdir)
-  config = recipe.resolve(args.config, args.workdir, args.changes)
-  if not args.config and not any(
-    k.startswith('parallel') for k in args.changes
-  ):
-    config = validate.fit_devices(config, trains=False)
-  validate.check(config)
+  config = exported.recipe_of(args.workdir, args.config, args.changes)
   what = exported.write(
     *(config, args.workdir, args.output),
     name=name,

@@ -1,19 +1,14 @@
 """`--mode=decompress`: decodes a file of `--mode=compress`, or a prefix."""
 
 import argparse
-import contextlib
-import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from ddpm_jax import errors
 from ddpm_jax import flags as command
-from ddpm_jax import ranges
-from ddpm_jax import recipe
 from ddpm_jax import run as runs
-from ddpm_jax.compression import file_format
+from ddpm_jax.compression import compressed
 from ddpm_jax.compression import transmission
 from ddpm_jax.parallel import meshes
 from ddpm_jax.storage import logs
@@ -48,13 +43,11 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   if args.bytes is not None and args.bytes < 0:
     raise errors.UserError(f'--bytes={args.bytes} is below 0')
   path = args.input
-  data = read_bytes(path)[: args.bytes]
-  with of_file(path):
-    header, _ = file_format.read_header(data)
+  data, header = compressed.opened(path, args.bytes)
   outputs.prepare(args.output)
   mesh = meshes.make_mesh(1)
   kind, step, params = runs.restore(config, mesh, args.workdir)
-  check_same(config, params, header, path)
+  compressed.check_same(config, params, header, path)
   about = {
     'mode': args.mode,
     'run': str(args.workdir.resolve()),
@@ -64,13 +57,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     'bytes': len(data),
   }
   outputs.check(args.output, header['images'], about)
-  config = config.copy_and_resolve_references()
-  config.codec.update(header['codec'])
-  with of_file(path):
-    ranges.check(recipe.flatten(config))
-    read, whole = file_format.read(
-      data, transmission.rules(config, header['squares'])
-    )
+  config, read, whole = compressed.decoded(config, data, header, path)
   done, shown, _ = transmission.receive(config, params, read)
   steps = header['codec']['steps']
   outputs.save(args.output, iter([shown]), len(shown), about)
@@ -78,52 +65,3 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   if not whole:
     logs.say(f'{path} is cut off: {used}{read.ends[done]} bytes, are decoded')
   logs.say(f'{len(shown)} images: {args.output}')
-
-
-@contextlib.contextmanager
-def of_file(path: pathlib.Path) -> Iterator[None]:
-  """Adds the path to the messages of errors raised inside."""
-  try:
-    yield
-  except errors.UserError as e:
-    raise errors.UserError(f'{path}: {e}') from None
-
-
-def read_bytes(path: pathlib.Path) -> bytes:
-  try:
-    return path.read_bytes()
-  except OSError as e:
-    raise errors.UserError(f'--input={path}: {e.strerror}') from None
-
-
-def check_same(
-  config: ConfigDict, params: Any, header: dict[str, Any], path: pathlib.Path
-) -> None:
-  """Refuses a file of another model; warns if other software wrote it.
-
-  Raises:
-    UserError: If the shapes of the images or the weights differ.
-  """
-  shape = list(recipe.shape(config))
-  if header['shape'] != shape:
-    raise errors.UserError(
-      f'{path} is of images {transmission.describe(header["shape"])}, and '
-      f'this run is of images {transmission.describe(shape)}: set the '
-      '--workdir that it was compressed with'
-    )
-  if header['model'] != transmission.model_digest(config, params):
-    raise errors.UserError(
-      f'{path} was written with other weights than the newest in this workdir: '
-      'set the --workdir that it was compressed with'
-    )
-  here, there = transmission.software(), header['software']
-  others = [
-    f'{k} {errors.short(there.get(k, "unknown"))} -> {v}'
-    for k, v in here.items()
-    if there.get(k) != v
-  ]
-  if others:
-    logs.say(
-      f'{path} was written with other software ({", ".join(others)}): numbers '
-      'may differ, which decoding detects'
-    )

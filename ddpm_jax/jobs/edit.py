@@ -6,21 +6,17 @@ without these it is varied (SDEdit).
 """
 
 import argparse
-import pathlib
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from ddpm_jax import drawing
 from ddpm_jax import edits
 from ddpm_jax import errors
 from ddpm_jax import flags as command
-from ddpm_jax import inputs
 from ddpm_jax import recipe
 from ddpm_jax import run as runs
 from ddpm_jax import samples
-from ddpm_jax.diffusion import pixels
 from ddpm_jax.storage import logs
 from ddpm_jax.storage import outputs
 
@@ -80,7 +76,7 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
   if args.invert:
     config = by_ddim(config, args)
   samples.settle(args)
-  check_flags(args)
+  asked, count = request(args), args.num_samples
   if not recipe.image_size(config):
     raise errors.UserError(
       '--mode=edit is for images, and this is a run of points'
@@ -90,54 +86,41 @@ def run(config: ConfigDict, args: argparse.Namespace) -> None:
     raise errors.UserError('--mode=edit takes one --prompt or --label')
   if args.output:
     outputs.prepare(args.output)
-  draw, what = edit(config, args)
+  draw, what = asked.make(config, count)
   run = runs.load(config, args.workdir, seed=args.seed)
-  drawn = drawing.in_batches(
-    config, run.engine, args.num_samples, draw, 'the edit'
-  )
-  about = description(config, args, run.weights, run.step, wanted)
+  drawn = drawing.in_batches(config, run.engine, count, draw, 'the edit')
+  about = samples.description(config, args, run.weights, run.step, wanted)
+  about.pop('order', None)  # All are of one prompt or label.
+  about |= asked.about(config, count)
   settings = samples.settings(config, run.weights, run.step, run.seed, wanted)
-  name = f'{edit_name(args)}_{settings}'
-  output = args.output or args.workdir / f'edited_{name}'
-  outputs.check(output, args.num_samples, about)
+  output = args.output or args.workdir / f'edited_{asked.name}_{settings}'
+  outputs.check(output, count, about)
   logs.say(f'{what}, with the {run.weights} weights of step {run.step}')
   batches = (x.images for x in drawn(run.params, condition, seed=run.seed))
-  outputs.save(output, batches, args.num_samples, about)
-  logs.say(f'{args.num_samples} images: {output}')
+  outputs.save(output, batches, count, about)
+  logs.say(f'{count} images: {output}')
 
 
-def description(
-  config: ConfigDict,
-  args: argparse.Namespace,
-  kind: str,
-  step: int,
-  wanted: list[str],
-) -> outputs.About:
-  """How images are made, to be kept beside them."""
-  about = samples.description(config, args, kind, step, wanted)
-  about.pop('order', None)  # All are of one prompt or label.
-  for flag in ('image', 'mask', 'to'):
-    if path := getattr(args, flag):
-      about[flag] = str(path.resolve())
-  if args.mask:
-    return about | {'edit': dict(config.edit)}
-  if args.to:
-    about['order'] = f'image i has λ = i / {args.num_samples - 1}'
-  if args.invert:
-    return about | {'invert': True}
-  return about | {'strength': strength_of(args)}
+def request(args: argparse.Namespace) -> edits.Request:
+  """Returns the edit that the flags ask for.
 
-
-def edit_name(args: argparse.Namespace) -> str:
-  """The images and the edit, as a part of a file's name."""
-  if args.mask:
-    return f'{args.image.stem}_{args.mask.stem}'
-  how = 'inverted' if args.invert else f'strength{strength_of(args):g}'
-  return '_'.join([args.image.stem, *([args.to.stem] if args.to else []), how])
-
-
-def strength_of(args: argparse.Namespace) -> float:
-  return 0.5 if args.strength is None else args.strength
+  Raises:
+    UserError: If they exclude each other, or one is missing.
+  """
+  if not args.image:
+    raise errors.UserError('--mode=edit edits an image: name an --image')
+  if args.mask and args.to:
+    raise errors.UserError('--mask and --to are two edits: name one of them')
+  if args.mask and args.strength is not None:
+    raise errors.UserError(
+      '--strength is not for --mask, where all that is not kept is drawn again'
+    )
+  if args.to and args.num_samples < 2:
+    raise errors.UserError('--to needs --num_samples of 2 or more: the ends')
+  strength = {} if args.strength is None else {'strength': args.strength}
+  return edits.Request(
+    *(args.image, args.mask, args.to), invert=args.invert, **strength
+  )
 
 
 def by_ddim(config: ConfigDict, args: argparse.Namespace) -> ConfigDict:
@@ -162,40 +145,3 @@ def by_ddim(config: ConfigDict, args: argparse.Namespace) -> ConfigDict:
   if 'sampler.clip' not in args.changes:
     keys['sampler.clip'] = False  # Clipping cannot be inverted.
   return recipe.changed_copy(config, keys)
-
-
-def check_flags(args: argparse.Namespace) -> None:
-  if not args.image:
-    raise errors.UserError('--mode=edit edits an image: name an --image')
-  if args.mask and args.to:
-    raise errors.UserError('--mask and --to are two edits: name one of them')
-  if args.mask and args.strength is not None:
-    raise errors.UserError(
-      '--strength is not for --mask, where all that is not kept is drawn again'
-    )
-  if args.to and args.num_samples < 2:
-    raise errors.UserError('--to needs --num_samples of 2 or more: the ends')
-
-
-def edit(config: ConfigDict, args: argparse.Namespace) -> edits.Edit:
-  """The edit that the flags name, of the images that they name."""
-  height, width, channels = recipe.shape(config)
-  shape = height, width, channels
-  most = config.data.max_value
-
-  def read(flag: str, path: pathlib.Path) -> jax.Array:
-    image = inputs.opened(flag, path)
-    return pixels.to_float(inputs.fitted(path, image, shape, most))
-
-  x0 = read('image', args.image)
-  if args.mask:
-    return edits.inpainted(
-      config, x0, inputs.mask(args.mask, args.image, shape)
-    )
-  other = read('to', args.to) if args.to else None
-  if args.invert:
-    return edits.inverted(config, x0, other, args.num_samples)
-  strength = strength_of(args)
-  if other is not None:
-    return edits.between(config, x0, other, strength, args.num_samples)
-  return edits.varied(config, x0, strength)
