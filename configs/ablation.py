@@ -29,6 +29,6 @@ ROWS = {
 def get_config(row: str = 'eps_simple') -> ConfigDict:
   if row not in ROWS:
     raise errors.unknown('row of the ablation', row, ROWS)
-  c = digits.get_config()
+  c = digits.get_config('paper')
   c.model.predict, c.model.variance, c.loss.name = ROWS[row]
   return c

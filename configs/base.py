@@ -93,6 +93,8 @@ def get_config() -> ConfigDict:
   c.optimizer = ConfigDict()  # Adam
   c.optimizer.learning_rate = 2e-4
   c.optimizer.warmup = 0  # steps; the learning rate rises linearly from 0
+  # How it falls after that, to 0 at `steps`: '': not at all | linear | cosine.
+  c.optimizer.decay = ''
   c.optimizer.beta_1 = 0.9
   c.optimizer.beta_2 = 0.999
   c.optimizer.eps = 1e-8
@@ -170,5 +172,7 @@ def get_config() -> ConfigDict:
   c.log.every = 100
   # Steps between grids of samples (also in TensorBoard); 0: at the end only.
   c.log.pictures_every = 0
+  # Sampler steps of these grids, if fewer than sampler.steps; 0: as many.
+  c.log.pictures_steps = 0
   c.log.wandb = ''  # project of Weights & Biases to log to as well; '': none
   return c.lock()

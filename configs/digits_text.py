@@ -15,7 +15,7 @@ from ddpm_jax.configs import digits
 
 
 def get_config() -> ConfigDict:
-  c = digits.get_config()
+  c = digits.get_config('paper')
   c.steps = 3000
   c.data.captions = 'classes'
   c.data.names = (

@@ -396,21 +396,34 @@ def key(seed: int, use: str) -> jax.Array:
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
-  """The learning rate by number of earlier steps: linear warm-up from 0."""
+  """The learning rate by number of earlier steps.
+
+  It rises linearly from 0 in `warmup` steps, and then stays, or falls to 0 at
+  `steps` by `decay`.
+  """
   c = config.optimizer
+  rate, falling = c.learning_rate, max(config.steps - c.warmup, 1)
+  if not c.decay and c.warmup:
+    return optax.linear_schedule(0, rate, c.warmup)
+  after = {
+    '': optax.constant_schedule(rate),
+    'linear': optax.linear_schedule(rate, 0, falling),
+    'cosine': optax.cosine_decay_schedule(rate, falling),
+  }[c.decay]
   if not c.warmup:
-    return optax.constant_schedule(c.learning_rate)
-  return optax.linear_schedule(0, c.learning_rate, c.warmup)
+    return after
+  rise = optax.linear_schedule(0, rate, c.warmup)
+  return optax.join_schedules([rise, after], [c.warmup])
 
 
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:
-  """Adam with a learning rate that warms up, after clipping by global norm."""
-  c, rate = config.optimizer, learning_rate(config)
+  """Adam with `learning_rate`, after clipping by global norm."""
+  c = config.optimizer
+  varies = c.warmup or c.decay
+  rate = learning_rate(config) if varies else c.learning_rate
   return optax.chain(
     optax.clip_by_global_norm(c.clip),
-    optax.adam(
-      rate if c.warmup else c.learning_rate, c.beta_1, c.beta_2, c.eps
-    ),
+    optax.adam(rate, c.beta_1, c.beta_2, c.eps),
   )
 
 

@@ -12,9 +12,11 @@ from ml_collections import ConfigDict
 from ddpm_jax import build
 from ddpm_jax import dataset
 from ddpm_jax import drawing
+from ddpm_jax import errors
 from ddpm_jax import plots
 from ddpm_jax import recipe
 from ddpm_jax import sampling
+from ddpm_jax import validate
 from ddpm_jax.data import store
 from ddpm_jax.diffusion import process
 from ddpm_jax.diffusion import schedules
@@ -34,6 +36,26 @@ def paths(folder: pathlib.Path, suffix: str = '') -> dict[str, pathlib.Path]:
   """The files of a preview by name: samples, and how they develop over t."""
   names = ('samples', 'progress')
   return {name: folder / f'{name}{suffix}.png' for name in names}
+
+
+def in_training(config: ConfigDict) -> ConfigDict:
+  """Returns the recipe of the grids that are drawn while a run trains.
+
+  It takes `log.pictures_steps` steps, unless the model cannot skip steps.
+  """
+  steps = config.log.pictures_steps
+  if not config.log.pictures_every or not 0 < steps < config.sampler.steps:
+    return config
+  fewer = recipe.changed_copy(config, {'sampler.steps': steps})
+  try:
+    validate.check(fewer)
+  except errors.UserError as e:
+    logs.say(
+      f'grids take {config.sampler.steps} steps, and not '
+      f'config.log.pictures_steps={steps}: {e}'
+    )
+    return config
+  return fewer
 
 
 def drawer(

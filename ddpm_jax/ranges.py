@@ -180,6 +180,7 @@ KEYS = {
   'loss.gamma': ABOVE_0,
   'optimizer.learning_rate': ABOVE_0,
   'optimizer.warmup': NATURAL,
+  'optimizer.decay': Range(str, choices=('', 'linear', 'cosine')),
   'optimizer.beta_1': BELOW_1,
   'optimizer.beta_2': BELOW_1,
   'optimizer.eps': ABOVE_0,
@@ -221,6 +222,7 @@ KEYS = {
   'checkpoint.keep_every': NATURAL,
   'log.every': POSITIVE,
   'log.pictures_every': NATURAL,
+  'log.pictures_steps': NATURAL,
   'log.wandb': TEXT,
 }
 FLAGS = {

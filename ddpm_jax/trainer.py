@@ -135,7 +135,12 @@ def _train_locked(
 ) -> training.TrainState:
   """Trains in a workdir that no other program writes into."""
   step_fn = build.train_step(config, meshes.num_shards(engine.mesh))
-  preview = previews.drawer(config, engine, folder, num_samples, source)
+
+  def drawer(config: ConfigDict) -> previews.Preview:
+    return previews.drawer(config, engine, folder, num_samples, source)
+
+  preview, early = drawer(config), previews.in_training(config)
+  early_preview = preview if early is config else drawer(early)
   batches = pipeline.batches(
     source,
     batch_size=config.batch_size,
@@ -189,7 +194,7 @@ def _train_locked(
     try:
       state = loop(
         *(config, engine, folder, step_fn, state),
-        *(batches, save, preview, board, stop_asked),
+        *(batches, save, early_preview, board, stop_asked),
       )
     except errors.Diverged as e:
       checkpoint.wait(checkpoints)  # A save in progress counts.
@@ -228,9 +233,15 @@ def begin(
         logs.say(
           f'{folder} has no checkpoint: it is started again, with this recipe'
         )
-    elif allow:
-      begun = checkpoint.newest_config(folder / 'checkpoints')
-      changed = recipe.changed(config, recipe.from_json(begun)) if begun else {}
+    elif found := checkpoint.newest_config(folder / 'checkpoints'):
+      begun = recipe.from_json(found)
+      changed = recipe.changed(config, begun) if allow else {}
+      if config.optimizer.decay and config.steps != begun.steps:
+        changed['steps'] = [begun.steps, config.steps]
+        logs.say(
+          f'the learning rate falls to 0 at step {config.steps}, and not at '
+          f'{begun.steps} as before'
+        )
     held = source.held()
     if known and (differ := dataset.changed_data(held, folder)):
       if 'data' not in allow:
@@ -395,7 +406,10 @@ def loop(
         reader.flush()
         with bar.paused():
           preview(runs.chosen(config, state), f'_{step}')
-          board.pictures(step, previews.paths(folder, f'_{step}'))
+          files = previews.paths(folder, f'_{step}')
+          board.pictures(step, files)
+          if processes.is_primary():
+            logs.say(f'samples of step {step}: {files["samples"]}')
 
     reader.flush()
     log.sync()

@@ -44,7 +44,7 @@ jaxtyping.install_import_hook(
 
 import jax  # noqa: E402 - it reads these variables
 
-DIGITS = str(ROOT / 'configs' / 'digits.py')
+DIGITS = f'{ROOT}/configs/digits.py:paper'
 # A run whose network is two convolutions: all else is as a user has it.
 TINY = [
   f'--config={DIGITS}',

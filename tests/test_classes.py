@@ -245,7 +245,7 @@ def test_a_folder_is_tried_without_making_it(tmp_path):
 
 @pytest.mark.parametrize('name', ['digits', 'folder', 'arrays', 'points'])
 def test_a_split_of_data_without_splits_is_refused(name):
-  c = digits.get_config()
+  c = digits.get_config('paper')
   c.data.name = name
   assert dataset.split_to_evaluate(c) == 'all'
   c.evaluate.split = 'test'
@@ -257,7 +257,7 @@ def test_a_split_of_data_without_splits_is_refused(name):
 
 
 def test_a_set_with_splits_is_evaluated_on_the_one_that_is_named():
-  c = digits.get_config()
+  c = digits.get_config('paper')
   c.data.name = 'tfds'
   assert dataset.split_to_evaluate(c) == 'train'
   c.evaluate.split = 'test'
@@ -265,7 +265,7 @@ def test_a_set_with_splits_is_evaluated_on_the_one_that_is_named():
 
 
 def test_an_evaluation_refuses_a_split_before_all_else(tmp_path):
-  workdir.write_config(tmp_path, recipe.to_json(digits.get_config()))
+  workdir.write_config(tmp_path, recipe.to_json(digits.get_config('paper')))
   wrong = [f'--workdir={tmp_path}', '--config.evaluate.split=test']
   for more in ([], ['--num_samples=9', '--reference=none.npz']):
     with pytest.raises(errors.UserError, match='digits has no splits'):

@@ -27,7 +27,7 @@ BOTH = pytest.mark.parametrize('how', engines.ENGINES)
 
 def start(how):
   """(recipe, engine, state) of a tiny run on two devices."""
-  c = digits.get_config()
+  c = digits.get_config('paper')
   changes = {
     'steps': 5,
     'batch_size': 8,

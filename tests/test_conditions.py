@@ -549,7 +549,7 @@ def test_bad_prompts_are_a_line_for_the_user(of_words, args, message):
 def test_prompts_are_for_models_of_texts(wrong):
   args = command.parse(['--mode=sample', wrong, '--num_samples=1'])
   with pytest.raises(errors.UserError, match='is for models of'):
-    samples.asked(digits.get_config(), args)
+    samples.asked(digits.get_config('paper'), args)
 
 
 def test_prompts_are_for_sampling():

@@ -27,7 +27,7 @@ STEPS = 4
 
 def config(**changes):
   """The least network with all layers; t by a history of the whole batch."""
-  c = digits.get_config()
+  c = digits.get_config('paper')
   c.batch_size = 32
   c.data.flip = True
   c.model.update(channels=8, multipliers=(1,), blocks=0, groups=4, dropout=0.2)

@@ -141,6 +141,7 @@ def test_a_long_list_of_names_is_not_printed():
 ROWS = [
   *RECIPES,
   *(f'ablation.py:{row}' for row in ablation.ROWS),
+  'digits.py:paper',
   *(f'lsun.py:{category}' for category in lsun.STEPS),
   *('swiss_roll.py:two_moons', 'swiss_roll.py:eight_gaussians'),
 ]
@@ -316,9 +317,14 @@ def test_a_file_that_is_no_text_is_no_recipe(tmp_path):
 
 
 def test_an_argument_that_is_not_taken_is_said():
-  path = CONFIGS / 'digits.py'
+  path = CONFIGS / 'cifar.py'
   with pytest.raises(errors.UserError, match=r'get_config with :x: too many'):
     recipe.load(f'{path}:x')
+
+
+def test_a_variant_that_is_not_known_is_said():
+  with pytest.raises(errors.UserError, match='known: paper, quick'):
+    recipe.load(f'{CONFIGS}/digits.py:fast')
 
 
 def test_what_a_recipe_prints_is_not_of_the_programs_output(tmp_path, capsys):

@@ -221,7 +221,7 @@ def test_the_value_that_is_white_can_be_set(tmp_path, caplog):
 def test_one_image_is_scaled_by_the_same_rule(tmp_path, max_value):
   deep(tmp_path, 4095)
   file = tmp_path / '000.png'
-  c = digits.get_config()
+  c = digits.get_config('paper')
   c.data.update(image_size=(4, 2), max_value=max_value)
   reads = [
     lambda: inputs.read(file, c)[0],

@@ -98,6 +98,29 @@ def test_the_learning_rate_rises_linearly_from_0():
   )
 
 
+@pytest.mark.parametrize(
+  ('decay', 'rates'),
+  [
+    ('linear', [0.0, 0.2, 0.4, 0.3, 0.2, 0.1, 0.0]),
+    # 0.2 (1 + cos(π k / 4))
+    ('cosine', [0.0, 0.2, 0.4, 0.341421, 0.2, 0.058579, 0.0]),
+    ('', [0.0, 0.2, 0.4, 0.4, 0.4, 0.4, 0.4]),
+  ],
+)
+def test_the_learning_rate_falls_to_0_at_the_last_step(decay, rates):
+  c = base.get_config()
+  c.steps = 6
+  c.optimizer.update(warmup=2, learning_rate=0.4, decay=decay)
+  rate = build.learning_rate(c)
+  # float32: 1e-6 is ten units in the last place.
+  np.testing.assert_allclose(
+    [float(rate(step)) for step in range(7)], rates, atol=1e-6
+  )
+  c.optimizer.warmup = 0
+  after = float(build.learning_rate(c)(3))
+  assert after == pytest.approx(0.2 if decay else 0.4)
+
+
 @pytest.mark.parametrize(('norm', 'seen'), [(100.0, 1.0), (0.5, 0.5)])
 def test_gradients_are_clipped_to_a_global_norm_of_1(norm, seen):
   # With a large eps Adam's first step tells how large its gradient was.
@@ -194,7 +217,7 @@ def test_the_average_of_many_steps_is_its_closed_form(decay):
 
 def one_step_in(dtype):
   """(loss and norm of the gradient, what must be float32) of one step."""
-  c = digits.get_config()
+  c = digits.get_config('paper')
   c.batch_size = 32
   c.model.update(
     channels=8, multipliers=(1,), attention=(), groups=4, dtype=dtype
@@ -247,7 +270,7 @@ def test_a_flip_mirrors_half_of_the_images_left_to_right():
 
 def test_the_loss_at_initialisation_is_1():
   """The network answers 0 then, and E ε² = 1."""
-  c = digits.get_config()
+  c = digits.get_config('paper')
   c.model.update(channels=8, multipliers=(1,), attention=(), groups=4)
   c.batch_size = 256
   s = jax.jit(functools.partial(build.init_state, c))()

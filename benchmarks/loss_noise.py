@@ -1,6 +1,6 @@
 """How noisy the gradients of the losses of the notes are, beside `simple`.
 
-  python tests/peers/loss_noise.py runs/digits [STEP]
+  python -m benchmarks.loss_noise runs/digits [STEP]
 
 For each loss: the variance of the gradient of a batch of 64, over the square of
 its mean, with t uniform and the weights of a run as they were at a step (the

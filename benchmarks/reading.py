@@ -1,6 +1,6 @@
 """How much one reads to follow a training step, and a sample.
 
-  python tests/peers/reading.py
+  python -m benchmarks.reading
 
 Counts the files and lines of every function of this repository that is called
 between `configs/cifar.py` and the compiler: reading the recipe, checking it,
@@ -23,7 +23,7 @@ from ddpm_jax import recipe
 from ddpm_jax import sampling
 from ddpm_jax import validate
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 OURS = (ROOT / 'ddpm_jax', ROOT / 'configs')
 
 

@@ -1,12 +1,12 @@
-"""Our speed beside PyTorch's, on the CPU: the U-Net of configs/cifar.py and
-diffusers' UNet2DModel of the same size and weights, in turns. Not of the suite.
+"""Our speed beside PyTorch's, on a CPU.
 
   pip install torch diffusers
-  bash launch/cpu.sh python tests/peers/torch_cpu.py
+  bash launch/cpu.sh python -m benchmarks.torch_cpu --config=configs/cifar.py
 
-Both compute in float32 on as many threads, and do the same: forward; the train
-step (loss_simple, dropout, gradient, clipping, Adam, EMA); a step of sampling,
-of which 1000 make an image. PyTorch is tried with contiguous and with
+The U-Net of a recipe and diffusers' UNet2DModel of the same size and weights,
+in turns. Both compute in float32 on as many threads, and do the same: forward;
+the train step (loss_simple, dropout, gradient, clipping, Adam, EMA); a step of
+sampling, of which 1000 make an image. PyTorch is tried with contiguous and with
 channels_last memory, and the better one counts.
 """
 
@@ -15,12 +15,9 @@ import copy
 import functools
 import os
 import statistics
-import sys
 import time
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-sys.path.insert(0, '.')
-
 import diffusers
 import jax
 import numpy as np
@@ -147,16 +144,24 @@ def seconds(do):
 
 def main():
   p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
-  p.add_argument('--batch', type=int, default=8)
+  p.add_argument('--config', default='configs/cifar.py')
+  p.add_argument(
+    '--set',
+    action='append',
+    default=[],
+    metavar='KEY=VALUE',
+    help='changes a key of the recipe, such as model.channels=64',
+  )
+  p.add_argument('--batch', type=int, help='default: that of the recipe')
   p.add_argument('--rounds', type=int, default=7)
   p.add_argument('--threads', type=int, default=len(os.sched_getaffinity(0)))
   p.add_argument('--only', default='forward,train step,sampling')
   args = p.parse_args()
   torch.set_num_threads(args.threads)  # XLA takes one a core
-  config = recipe.load('configs/cifar.py')
-  with config.unlocked():
-    config.batch_size = args.batch
-    config.data.flip = False
+  config = recipe.load(args.config)
+  recipe.override(config, dict(x.split('=', 1) for x in args.set))
+  config.data.flip = False
+  config.batch_size = args.batch or config.batch_size
   init = functools.partial(build.init_state, config)
   params = jax.jit(init)().params
   rng = np.random.default_rng(0)
@@ -164,7 +169,8 @@ def main():
   params = jax.tree.map(
     lambda x: x + 0.01 * rng.normal(size=x.shape).astype(np.float32), params
   )
-  batch = rng.uniform(-1, 1, (args.batch, 32, 32, 3)).astype(np.float32)
+  shape = config.batch_size, *recipe.shape(config)
+  batch = rng.uniform(-1, 1, shape).astype(np.float32)
   peers = {
     'ddpm_jax': our_work(config, params, batch),
     'torch, contiguous': torch_work(
@@ -190,10 +196,12 @@ def main():
     for _ in range(args.rounds):
       for name, work in peers.items():
         times[name].append(seconds(work[what]))
-    images = args.batch
+    images = config.batch_size
     if what == 'sampling':
       images *= SAMPLING_STEPS / config.schedule.T
-    print(f'\n{what}, {args.batch} images, {args.rounds} rounds in turns')
+    print(
+      f'\n{what}, {config.batch_size} images, {args.rounds} rounds in turns'
+    )
     for name, took in times.items():
       median = statistics.median(took)
       print(
