@@ -32,6 +32,9 @@ from ddpm_jax.interop import fields
 from ddpm_jax.parallel import meshes
 
 SAMPLING_STEPS = 4  # that are timed, of 1000
+WORK = 'forward', 'train step', 'sampling'
+OURS = 'ddpm_jax'
+PEERS = OURS, 'torch, contiguous', 'torch, channels_last'
 
 
 def theirs(config, params, memory):
@@ -142,26 +145,17 @@ def seconds(do):
   return time.perf_counter() - begun
 
 
-def main():
-  p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
-  p.add_argument('--config', default='configs/cifar.py')
-  p.add_argument(
-    '--set',
-    action='append',
-    default=[],
-    metavar='KEY=VALUE',
-    help='changes a key of the recipe, such as model.channels=64',
-  )
-  p.add_argument('--batch', type=int, help='default: that of the recipe')
-  p.add_argument('--rounds', type=int, default=7)
-  p.add_argument('--threads', type=int, default=len(os.sched_getaffinity(0)))
-  p.add_argument('--only', default='forward,train step,sampling')
-  args = p.parse_args()
-  torch.set_num_threads(args.threads)  # XLA takes one a core
-  config = recipe.load(args.config)
-  recipe.override(config, dict(x.split('=', 1) for x in args.set))
+def compare(
+  config: recipe.ConfigDict, rounds: int = 7, only: tuple[str, ...] = WORK
+) -> dict[str, dict[str, list[float]]]:
+  """Returns {work: {peer: seconds of each round}}, in turns.
+
+  Raises:
+    RuntimeError: If the peers' outputs differ.
+  """
+  torch.set_num_threads(len(os.sched_getaffinity(0)))  # XLA takes one a core
+  config = config.copy_and_resolve_references()
   config.data.flip = False
-  config.batch_size = args.batch or config.batch_size
   init = functools.partial(build.init_state, config)
   params = jax.jit(init)().params
   rng = np.random.default_rng(0)
@@ -171,49 +165,69 @@ def main():
   )
   shape = config.batch_size, *recipe.shape(config)
   batch = rng.uniform(-1, 1, shape).astype(np.float32)
-  peers = {
-    'ddpm_jax': our_work(config, params, batch),
-    'torch, contiguous': torch_work(
-      config, params, batch, torch.contiguous_format
-    ),
-    'torch, channels_last': torch_work(
-      config, params, batch, torch.channels_last
-    ),
-  }
-  here = peers['ddpm_jax']['forward']()
-  for name, work in list(peers.items())[1:]:
-    there = work['forward']().permute(0, 2, 3, 1).numpy()
-    error = np.abs(here - there).max() / np.abs(there).max()
-    print(f'{name}: outputs differ by {error:.1e} of their scale')
-    assert error < 1e-4
-  print(
-    f'torch {torch.__version__}, jax {jax.__version__}, {args.threads} threads'
+  formats = torch.contiguous_format, torch.channels_last
+  peers = dict(
+    zip(
+      PEERS,
+      [
+        our_work(config, params, batch),
+        *(torch_work(config, params, batch, memory) for memory in formats),
+      ],
+      strict=True,
+    )
   )
-  for what in args.only.split(','):
-    times = {name: [] for name in peers}
+  here = peers[OURS]['forward']()
+  for name in PEERS[1:]:
+    there = peers[name]['forward']().permute(0, 2, 3, 1).numpy()
+    error = np.abs(here - there).max() / np.abs(there).max()
+    if error > 1e-4:
+      raise RuntimeError(f'{name}: outputs differ by {error:.1e}')
+  found = {}
+  for what in only:
+    found[what] = {name: [] for name in peers}
     for work in peers.values():
       work[what]()  # compiles, or makes its plans
-    for _ in range(args.rounds):
+    for _ in range(rounds):
       for name, work in peers.items():
-        times[name].append(seconds(work[what]))
-    images = config.batch_size
-    if what == 'sampling':
-      images *= SAMPLING_STEPS / config.schedule.T
+        found[what][name].append(seconds(work[what]))
+  return found
+
+
+def ratios(took: dict[str, list[float]]) -> list[float]:
+  """Our images/s over those of PyTorch's better memory format, by round."""
+  return [
+    min(theirs) / ours for ours, *theirs in zip(*took.values(), strict=True)
+  ]
+
+
+def main() -> None:
+  p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+  p.add_argument('--config', default='configs/cifar.py')
+  p.add_argument(
+    '--set',
+    action='append',
+    default=[],
+    metavar='KEY=VALUE',
+    help='changes a key of the recipe, such as batch_size=8',
+  )
+  p.add_argument('--rounds', type=int, default=7)
+  p.add_argument('--only', choices=WORK, action='append')
+  args = p.parse_args()
+  config = recipe.load(args.config)
+  recipe.override(config, dict(x.split('=', 1) for x in args.set))
+  found = compare(config, args.rounds, tuple(args.only or WORK))
+  print(f'torch {torch.__version__}, jax {jax.__version__}')
+  for what, times in found.items():
     print(
       f'\n{what}, {config.batch_size} images, {args.rounds} rounds in turns'
     )
     for name, took in times.items():
       median = statistics.median(took)
-      print(
-        f'  {name:22}{median:8.3f} s ({min(took):.3f}-{max(took):.3f})'
-        f'{images / median:10.3f} images/s'
-      )
-    ratios = [
-      min(round_) / mine for mine, *round_ in zip(*times.values(), strict=True)
-    ]
+      print(f'  {name:22}{median:8.3f} s ({min(took):.3f}-{max(took):.3f})')
+    by_round = ratios(times)
     print(
-      f'  ours / the better one: {statistics.median(ratios):.2f} images/s '
-      f'({min(ratios):.2f}-{max(ratios):.2f})'
+      f'  ours / the better one: {statistics.median(by_round):.2f} images/s '
+      f'({min(by_round):.2f}-{max(by_round):.2f})'
     )
 
 

@@ -7,7 +7,7 @@ mu_simple, mu_fixed and mu_learned. The first word is what is predicted; the
 second is L_simple, or the true bound L with a fixed or a learned variance.
 
 hardware  2 CPU cores (measured)
-hours     3 minutes per row (measured)
+hours     6 minutes per row (measured)
 score     see the table in docs/objectives.md
 """
 

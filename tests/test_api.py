@@ -127,7 +127,7 @@ def test_an_average_of_noise_is_a_warning(tmp_path, caplog):
     num_samples=1,
     **KEYS,
   )
-  assert 'after 3 steps 99% of the EMA weights' in caplog.text
+  assert 'after 3 steps 97% of the EMA weights' in caplog.text
 
 
 def test_an_array_is_trained_on_and_resumed(tmp_path, capfd):
@@ -234,7 +234,7 @@ def test_labels_and_sources_are_data(tmp_path):
     (dict(modle={'channels': 3}), r'config\.modle\.channels'),
     (dict(steps='many'), 'steps'),
     (dict(config='configs/digitz.py'), 'digits'),
-    (dict(schedule={'s': 0.1}), 's=0.1 is not used'),
+    (dict(schedule={'beta_T': 0.1}), 'beta_T=0.1 is not used'),
   ],
 )
 def test_bad_training_is_an_error_and_leaves_nothing(

@@ -296,6 +296,7 @@ def test_any_changed_element_changes_the_fingerprint_on_any_layout(dtype):
   dtype = jnp.float8_e4m3fn if dtype == 'f8' else jnp.dtype(dtype)
   x = draw.integers(0, 2, (8, 3)).astype(dtype)
   want = fingerprint.of_array(jnp.asarray(x))
+  assert fingerprint.of_host(jnp.asarray(x)) == want
   sharded = jax.device_put(x, _sharding(x, 'eight'))
   assert fingerprint.of_array(sharded) == want
   for i in range(x.size):

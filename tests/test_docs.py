@@ -26,6 +26,7 @@ from flax import nnx
 from PIL import Image
 from sklearn import datasets
 
+import benchmarks.__main__ as benchmarks
 import ddpm_jax
 from configs import base
 from ddpm_jax import errors
@@ -110,6 +111,12 @@ def check_command(words):
       compile(code, 'command', 'exec')
     case ['python', '-m', 'ddpm_jax.main', *_] | ['ddpm-jax', *_]:
       check_ours(ours(words))
+    case ['python', '-m', 'benchmarks', *sections]:
+      assert {x for x in sections if x[0] != '-'} <= set(benchmarks.SECTIONS)
+    case ['python', '-m', module, *flags] if module.startswith('benchmarks.'):
+      script = (ROOT / f'{module.replace(".", "/")}.py').read_text()
+      for flag in flags:
+        assert not flag.startswith('--') or flag.partition('=')[0] in script
     case ['python', script, *flags] if script.endswith('.py'):
       script = (ROOT / script).read_text()
       for flag in flags:
@@ -180,6 +187,7 @@ def test_commands_are_of_flags_keys_and_recipes_that_exist(
 @functools.cache
 def all_flags():
   flags = {'--dry-run', '--processes'}  # of launch/
+  flags |= {'--json', '--set'}  # of benchmarks/
   flags |= {'--cov', '--signal', '--pty', '--build-arg'}  # of other programs
   for mode in command.modes():
     flags |= set(command.parser(mode)._option_string_actions)
@@ -211,7 +219,7 @@ def test_flags_and_keys_in_the_text_exist(page):
 
 # Paths of this repository; and those of a run, or of a package in an example.
 OURS = re.compile(
-  r'(configs|ddpm_jax|launch|docs|tests)/[\w./]+$|[\w/]+/(\w+\.py)?$'
+  r'(benchmarks|configs|ddpm_jax|launch|docs|tests)/[\w./]+$|[\w/]+/(\w+\.py)?$'
 )
 THEIRS = re.compile(
   'my_|runs/|tensorboard/|wandb/|checkpoints/|unet/|scheduler/'
@@ -496,11 +504,13 @@ def test_the_first_command_runs_as_it_says(here, capfd):
   """Made shorter still; then the one that it prints last."""
   flags = next(x for words in commands('README.md') if (x := ours(words)))
   assert flags == ['--config=configs/digits.py']
-  main.run([*flags, *UNET, '--config.steps=3'])
+  short = ['--config.steps=3', '--config.log.pictures_every=2']
+  main.run([*flags, *UNET, *short])
   (workdir,) = (here / 'runs').glob('digits_*')
   table = prose('docs/quickstart.md')
   files = re.findall(r'^\| `(\w+\.\w+)`(?:, `(\w+\.\w+)`)?', table, re.M)
   for name in sum(files, ()):
+    name = name.replace('_200', '_2')
     assert not name or (workdir / name).exists(), name
   last = capfd.readouterr().err.strip().splitlines()[-1]
   main.run([*ours(shlex.split(last)), '--num_samples=3'])

@@ -141,7 +141,7 @@ def test_a_long_list_of_names_is_not_printed():
 ROWS = [
   *RECIPES,
   *(f'ablation.py:{row}' for row in ablation.ROWS),
-  'digits.py:paper',
+  *('digits.py:paper', 'cifar.py:bf16'),
   *(f'lsun.py:{category}' for category in lsun.STEPS),
   *('swiss_roll.py:two_moons', 'swiss_roll.py:eight_gaussians'),
 ]
@@ -317,7 +317,7 @@ def test_a_file_that_is_no_text_is_no_recipe(tmp_path):
 
 
 def test_an_argument_that_is_not_taken_is_said():
-  path = CONFIGS / 'cifar.py'
+  path = CONFIGS / 'celebahq.py'
   with pytest.raises(errors.UserError, match=r'get_config with :x: too many'):
     recipe.load(f'{path}:x')
 
