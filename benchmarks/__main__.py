@@ -100,11 +100,9 @@ def first_picture() -> Rows:
 
 
 def torch_cpu() -> Rows:
-  missing = [
-    x for x in ('torch', 'diffusers') if not importlib.util.find_spec(x)
-  ]
-  if missing:
-    return {'not measured': f'{" and ".join(missing)}: not installed'}
+  for name in ('torch', 'diffusers'):
+    if not importlib.util.find_spec(name):
+      return {'not measured': f'{name} is not installed'}
   from benchmarks import torch_cpu as peers
   from ddpm_jax import recipe
 
@@ -150,10 +148,8 @@ def measured(
 ) -> dict[str, dict[str, Any]]:
   """Returns the results of `--mode=benchmark`."""
   command = (*before, *PROGRAM, '--mode=benchmark', '--json', *flags)
-  results: dict[str, dict[str, Any]] = json.loads(run(command).stdout)[
-    'results'
-  ]
-  return results
+  found: dict[str, dict[str, Any]] = json.loads(run(command).stdout)['results']
+  return found
 
 
 def reading() -> Rows:
@@ -195,9 +191,12 @@ def main() -> None:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  p.add_argument('section', nargs='*', choices=[*SECTIONS, []])
+  p.add_argument('section', nargs='*', help=', '.join(SECTIONS))
   p.add_argument('--json', type=pathlib.Path, metavar='FILE')
   args = p.parse_args()
+  for name in args.section:
+    if name not in SECTIONS:
+      p.error(f'no section {name!r}: choose of {", ".join(SECTIONS)}')
   found = {'machine': machine()}
   print('| | | |\n|---|---|---|')
   show('machine', found['machine'])

@@ -38,6 +38,15 @@ def test_what_cannot_be_measured_here_is_said():
   assert program.accelerator() == {'not measured': 'no GPU or TPU here'}
 
 
+def test_a_section_that_is_not_known_is_said(monkeypatch, capsys):
+  monkeypatch.setattr('sys.argv', ['benchmarks', 'first'])
+  with pytest.raises(SystemExit, match='2'):
+    program.main()
+  assert (
+    "no section 'first': choose of first_picture" in capsys.readouterr().err
+  )
+
+
 def test_the_machine_is_named():
   assert set(program.machine()) >= {'processor', 'cores', 'jax'}
 
