@@ -1,6 +1,6 @@
 """Measures the figures that README.md and docs/ quote, on this machine.
 
-  python -m benchmarks                      # all: about half an hour
+  python -m benchmarks                      # all: about an hour
   python -m benchmarks first_picture reading --json=figures.json
 
 Prints one table, with the machine; `--json` writes it as JSON. Run it from the

@@ -1,13 +1,14 @@
 """Our speed beside PyTorch's, on a CPU.
 
   pip install torch diffusers
-  bash launch/cpu.sh python -m benchmarks.torch_cpu --config=configs/cifar.py
+  bash launch/cpu.sh python -m benchmarks.torch_cpu --set=batch_size=8
 
-The U-Net of a recipe and diffusers' UNet2DModel of the same size and weights,
-in turns. Both compute in float32 on as many threads, and do the same: forward;
-the train step (loss_simple, dropout, gradient, clipping, Adam, EMA); a step of
-sampling, of which 1000 make an image. PyTorch is tried with contiguous and with
-channels_last memory, and the better one counts.
+The U-Net of a recipe (`--config`, by default configs/cifar.py) and diffusers'
+UNet2DModel of the same size and weights, in turns. Both compute in float32 on
+as many threads, and do the same: forward; the train step (loss_simple, dropout,
+gradient, clipping, Adam, EMA); a step of sampling, of which 1000 make an image.
+PyTorch is tried with contiguous and with channels_last memory, and the better
+one counts.
 """
 
 import argparse

@@ -398,13 +398,11 @@ def key(seed: int, use: str) -> jax.Array:
 def learning_rate(config: ConfigDict) -> optax.Schedule:
   """The learning rate by number of earlier steps.
 
-  It rises linearly from 0 in `warmup` steps, and then stays, or falls to 0 at
-  `steps` by `decay`.
+  It rises linearly from 0 in `warmup` steps. Then it is constant, or decays to
+  0 at `steps`.
   """
   c = config.optimizer
   rate, falling = c.learning_rate, max(config.steps - c.warmup, 1)
-  if not c.decay and c.warmup:
-    return optax.linear_schedule(0, rate, c.warmup)
   after = {
     '': optax.constant_schedule(rate),
     'linear': optax.linear_schedule(rate, 0, falling),

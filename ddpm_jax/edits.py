@@ -30,7 +30,7 @@ Edit = tuple[sampling.Draw, str]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """An edit, and the files that it is of.
+  """An edit and its files.
 
   Attributes:
     image: The image to edit.

@@ -37,8 +37,8 @@ def decoded(
   """Undoes the entropy code of a file.
 
   Returns:
-    The recipe with the codec of the file, what the file says, and whether it
-    is complete.
+    The recipe with the codec keys of the file, the contents of the file, and
+    whether it is complete.
 
   Raises:
     UserError: If the file is damaged.

@@ -35,8 +35,7 @@ def is_on_host(x: Any) -> bool:
   """Whether NumPy reads x without a copy: then nothing needs compiling."""
   return isinstance(x, np.ndarray) or (
     x.is_fully_addressable
-    and len(x.devices()) == 1
-    and all(device.platform == 'cpu' for device in x.devices())
+    and [device.platform for device in x.devices()] == ['cpu']
   )
 
 
